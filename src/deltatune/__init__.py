@@ -1,0 +1,54 @@
+"""deltatune: parameter-efficient fine-tuning. A frozen base model, small trainable adapters grafted onto it.
+
+Public names are those of PEFT with the same meaning. They are loaded when first used, so that importing the package
+costs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch  # noqa: F401 - what the package stands on, loaded here so that its cost is seen where it arises
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "deltatune.auto": (
+        *("AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction"),
+        *("AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM"),
+        *("AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification"),
+    ),
+    "deltatune.adapter": ("Adapter", "Applied", "LinearMap", "Method"),
+    "deltatune.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
+    "deltatune.errors": ("PeftError", "PeftWarning"),
+    "deltatune.inject": ("inject_adapter_in_model",),
+    "deltatune.layer": ("AdaptedLayer",),
+    "deltatune.methods.hra": ("HRAConfig",),
+    "deltatune.methods.ia3": ("IA3Config",),
+    "deltatune.methods.lora": ("LoraConfig",),
+    "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.model": (
+        *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction"),
+        *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
+        *("PeftModelForTokenClassification", "get_peft_model"),
+    ),
+    "deltatune.prompts.config": ("PromptLearningConfig",),
+    "deltatune.prompts.prefix": ("PrefixEncoder", "PrefixTuningConfig"),
+    "deltatune.registry": ("METHODS",),
+    "deltatune.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltatune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

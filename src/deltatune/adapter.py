@@ -1,0 +1,135 @@
+"""The algebra: a frozen layer is a linear map, an adapter is a trainable change to it, and the result is a map again.
+
+    LinearMap   x -> x @ weight.T + bias, however the layer stores and runs it
+    Adapter     weight -> adapt(weight), the definition of a method; `forward` is the same map, made cheap
+    Applied     adapter after map: a map, so stacking adapters is composition
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from deltatune.config import PeftConfig, PeftType
+
+
+class LinearMap(Protocol):
+    """A frozen layer seen as a matrix.
+
+    `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
+    positions (`kernel` of them per channel), an embedding's counts its rows.
+    """
+
+    in_features: int
+    out_features: int
+    kernel: int
+
+    @property
+    def weight(self) -> Tensor: ...  # (out, in), dense
+    @property
+    def bias(self) -> Tensor | None: ...  # (out,)
+    @property
+    def kind(self) -> str: ...
+    def __call__(self, x: Any) -> Tensor: ...  # the layer's own fast way
+    def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...  # with another (any, in) matrix
+    def matrix(self, stored: Tensor) -> Tensor: ...  # a weight in the layer's own layout -> (out, in)
+    def store(self, weight: Tensor) -> Tensor: ...  # and back
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor: ...  # matrix (out, h) over the feature axis of an output
+    def scale(self, y: Tensor, vector: Tensor) -> Tensor: ...  # vector (out,) times the features of an output
+
+
+class Adapter(nn.Module):
+    """A trainable change to a linear map. A method is complete once `adapt` is written.
+
+    Class attributes declare what the laws need to know about a method:
+        base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
+        identity_at_birth: True, or the reason why a fresh adapter changes the output.
+        views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
+    """
+
+    base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
+    identity_at_birth: ClassVar[bool | str] = True
+    views: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
+        """A fresh adapter for the layer at `path`, its parameters on the CPU in float32."""
+        raise NotImplementedError
+
+    def adapt(self, weight: Tensor) -> Tensor:
+        """W -> W', both (out, in)."""
+        raise NotImplementedError
+
+    def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias
+
+    def forward(self, x: Any, layer: LinearMap) -> Tensor:
+        return layer.apply(x, self.adapt(layer.weight), self.adapt_bias(layer.bias))
+
+    # Files carry PEFT's names and shapes; most methods use them for their parameters and need no translation.
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Fill the parameters; names and shapes have been checked against `file_tensors`."""
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(tensors[name])
+
+
+class Applied:
+    """An adapter applied to a map."""
+
+    def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
+        self.adapter, self.inner = adapter, inner
+        self.in_features, self.out_features, self.kernel = inner.in_features, inner.out_features, inner.kernel
+
+    @property
+    def kind(self) -> str:
+        return self.inner.kind
+
+    @property
+    def weight(self) -> Tensor:
+        return self.adapter.adapt(self.inner.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.adapter.adapt_bias(self.inner.bias)
+
+    def __call__(self, x: Any) -> Tensor:
+        return self.adapter(x, self.inner)
+
+    def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.inner.apply(x, weight, bias)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return self.inner.matrix(stored)
+
+    def store(self, weight: Tensor) -> Tensor:
+        return self.inner.store(weight)
+
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return self.inner.mix(h, matrix)
+
+    def scale(self, y: Tensor, vector: Tensor) -> Tensor:
+        return self.inner.scale(y, vector)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's entry in the registry.
+
+    Attributes:
+        adapter: What is grafted onto a layer; None where a method acts elsewhere (prefix tuning at the attention).
+        prefix: How the names of its tensors begin, for programs that filter parameters by it.
+        default_targets: Model type -> layers it adapts when the user names none.
+    """
+
+    peft_type: PeftType
+    config: type[PeftConfig]
+    adapter: type[Adapter] | None
+    prefix: str
+    default_targets: Callable[[str], Any] | None = None

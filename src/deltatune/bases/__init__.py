@@ -1,0 +1,28 @@
+"""Kinds of frozen layers, each seen as a `LinearMap`. A new kind is a file here and an entry in `KINDS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from deltatune.adapter import LinearMap
+from deltatune.bases.conv import Conv
+from deltatune.bases.embedding import Embedding
+from deltatune.bases.linear import Linear
+from deltatune.bases.transposed import Transposed
+
+KINDS = (Linear, Transposed, Embedding, Conv)
+
+
+def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap | None:
+    """The layer as a linear map, or None when no kind fits; further call arguments are passed to the layer."""
+    for kind in KINDS:
+        if kind.fits(module):
+            return kind(module, args, kwargs or {})
+    return None
+
+
+def supported() -> list[str]:
+    """Names of the layer types that can be adapted, for error messages."""
+    return [name for kind in KINDS for name in kind.types]

@@ -1,0 +1,59 @@
+"""`nn.Linear` and its plain subclasses: y = x W^T + b."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear:
+    kind = "linear"
+    kernel = 1
+    types = ("Linear",)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        # A subclass with a forward of its own (a router, say) is not the map its weight describes.
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return plain and module.weight.is_floating_point()
+
+    def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
+        self.module, self.args, self.kwargs = cast(nn.Linear, module), args, kwargs or {}
+        self.in_features, self.out_features = self.module.in_features, self.module.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix(self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x, *self.args, **self.kwargs)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(h, matrix.to(h.dtype))
+
+    def scale(self, y: Tensor, vector: Tensor) -> Tensor:
+        return y * vector.to(y.dtype)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A weight in the layer's own layout as a matrix (out, in); `store` is the way back."""
+        return stored
+
+    def store(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def down_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape in which files keep a factor that reads the layer's input."""
+        return (rank, self.in_features)
+
+    def up_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape in which files keep a factor that writes the layer's output."""
+        return (self.out_features, rank)

@@ -1,0 +1,63 @@
+"""Checks of config values: the type of a field against its annotation, and the ranges that many methods share."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from deltatune.errors import ConfigError
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether `value` may stand where `annotation` is declared; a bool is not an int, an int is a float."""
+    origin = typing.get_origin(annotation)
+    if annotation is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    if origin in (list, set, tuple):
+        item = typing.get_args(annotation)[0] if typing.get_args(annotation) else Any
+        return isinstance(value, (list, set, tuple, frozenset)) and all(fits(part, item) for part in value)
+    if origin is dict or annotation is dict:
+        return isinstance(value, Mapping)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def describe(annotation: Any) -> str:
+    """An annotation as a user would say it: `int`, `list[str] | str | None`."""
+    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+
+
+def refuse(owner: str, field: str, value: Any, expected: str) -> typing.NoReturn:
+    raise ConfigError(
+        f"{owner}: {field}={value!r} is not allowed, expected {expected}", field=field, found=value, expected=expected
+    )
+
+
+def positive_int(owner: str, field: str, value: Any) -> None:
+    if not fits(value, int) or value < 1:
+        refuse(owner, field, value, "an integer of 1 or more")
+
+
+def finite_positive(owner: str, field: str, value: Any) -> None:
+    if not fits(value, float) or not math.isfinite(value) or value <= 0:
+        refuse(owner, field, value, "a finite number above 0")
+
+
+def probability(owner: str, field: str, value: Any) -> None:
+    if not fits(value, float) or not 0 <= value < 1:  # NaN fails the comparison
+        refuse(owner, field, value, "a probability in [0, 1)")
+
+
+def one_of(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
+        refuse(owner, field, value, "one of " + ", ".join(repr(option) for option in allowed))

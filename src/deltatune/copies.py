@@ -1,0 +1,57 @@
+"""Modules trained whole: a copy per adapter beside the original, picked by the call (`modules_to_save`)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune.selection import Selection
+
+
+class TrainedCopies(nn.Module):
+    """Stands where a module stood, holds it as `original_module` and one trained copy per adapter.
+
+    When several active adapters have a copy, the last of them is used.
+    """
+
+    def __init__(self, original_module: nn.Module, selection: Selection) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.selection = selection
+
+    def add(self, name: str) -> None:
+        made = copy.deepcopy(self.original_module)
+        made.requires_grad_(True)
+        self.modules_to_save[name] = made
+        self.train(self.original_module.training)
+
+    @property
+    def current(self) -> nn.Module:
+        for name in reversed(self.selection.names()):
+            if name in self.modules_to_save:
+                return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.current.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.current.bias  # type: ignore[return-value]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return [name for name in self.selection.names() if name in self.modules_to_save]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.current, name)

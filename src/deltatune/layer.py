@@ -1,0 +1,188 @@
+"""`AdaptedLayer`: stands where a layer stood, holds it and any number of named adapters of any methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.adapter import Adapter, Applied, LinearMap
+from deltatune.bases import as_map
+from deltatune.compat import LayerViews
+from deltatune.errors import MergeError, StateError
+from deltatune.selection import Selection
+from deltatune.weight import LazyWeight
+
+
+@dataclass
+class Merged:
+    """Adapters whose change is in the base layer now, and the parameters that were there before."""
+
+    names: tuple[str, ...]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+class AdaptedLayer(LayerViews, nn.Module):
+    """A layer under adapters.
+
+    Which of them act is decided by `selection`, shared by all layers of the model. To code that reads the layer
+    instead of calling it, `weight` and `bias` are the adapted ones, everything else is the base layer's.
+    """
+
+    base_layer: nn.Module
+    adapters: nn.ModuleDict
+    stash: Merged | None
+
+    def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.selection = selection
+        self.stash = None
+        self.training = base_layer.training
+
+    def as_map(self, names: Iterable[str] = (), args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap:
+        """The base layer under the named adapters, in order; names without an adapter here are passed over."""
+        layer = as_map(self.base_layer, args, kwargs)
+        assert layer is not None  # checked before wrapping
+        for name in names:
+            if name in self.adapters:
+                layer = Applied(self.adapters[name], layer)  # type: ignore[arg-type]
+        return layer
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        adapter.train(self.training)
+        self.adapters[name] = adapter
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        call = self.selection.current()
+        if self.stash is not None:
+            return self._merged_forward(x, args, kwargs)
+        if call.rows is not None:
+            return self._mixed_forward(x, call.rows, args, kwargs)
+        return self.as_map(call.names, args, kwargs)(x)
+
+    def _mixed_forward(self, x: Tensor, rows: Sequence[str | None], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Row i of the batch through adapter rows[i], or the base where that is None."""
+        if len(rows) != len(x):
+            raise StateError(
+                f"adapter_names: {len(rows)} names for a batch of {len(x)} rows", field="adapter_names", found=len(rows)
+            )
+        groups: dict[str | None, list[int]] = {}
+        for index, name in enumerate(rows):
+            groups.setdefault(name if name in self.adapters else None, []).append(index)
+        outputs = [self.as_map([name] if name else [], args, kwargs)(x[index]) for name, index in groups.items()]
+        order = torch.tensor([row for index in groups.values() for row in index], device=x.device)
+        return torch.cat(outputs)[order.argsort()]
+
+    # -------------------------------------------------------------------------------------- for those who read weights
+
+    @property
+    def weight(self) -> Tensor:
+        stored: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        names = [name for name in self.selection.names() if name in self.adapters]
+        if not names or self.stash is not None:
+            return stored
+
+        def compute() -> Tensor:
+            return self.stored_weight(names).to(stored.dtype)
+
+        # Under the compiler an unused matrix is dropped from the graph, and a wrapper would only break it.
+        return compute() if torch.compiler.is_compiling() else LazyWeight(stored, compute)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.stash is not None:
+            return self.base_layer.bias  # type: ignore[return-value]
+        return self.as_map(self.selection.names()).bias
+
+    def stored_weight(self, names: Iterable[str]) -> Tensor:
+        """The adapted weight in the base layer's own layout."""
+        return as_map(self.base_layer).store(self.as_map(names).weight)  # type: ignore[union-attr]
+
+    # ------------------------------------------------------------------------------------------------------- merging
+
+    def merged_parameters(self, names: Iterable[str], check: bool) -> Merged:
+        """What the base layer's parameters become; changes nothing.
+
+        Raises:
+            MergeError: The layer cannot hold the result, or (with `check`) it is not finite.
+        """
+        names = tuple(name for name in names if name in self.adapters)
+        old_weight, old_bias = _own(self.base_layer, "weight"), _own(self.base_layer, "bias")
+        training = self.training
+        try:
+            self.eval()
+            with torch.no_grad():
+                weight, bias = self.stored_weight(names), self.as_map(names).bias
+        finally:
+            self.train(training)
+        if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):
+            raise MergeError(f"the merged weight is not finite; adapters {list(names)} are broken", found=list(names))
+        if bias is not None and "bias" not in self.base_layer._parameters:
+            raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
+        assert old_weight is not None
+        return Merged(names, _like(weight, old_weight), _bias_like(bias, old_bias, old_weight))
+
+    def merge(self, new: Merged) -> None:
+        """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
+        old = Merged(new.names, self.base_layer.weight, getattr(self.base_layer, "bias", None))  # type: ignore[arg-type]
+        _put(self.base_layer, new.weight, new.bias)
+        self.stash = old
+
+    def unmerge(self) -> None:
+        if self.stash is not None:
+            _put(self.base_layer, self.stash.weight, self.stash.bias)
+            self.stash = None
+
+    def _merged_forward(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """As long as adapters are merged they are what acts; a call without adapters runs on the kept weights."""
+        call, stash = self.selection.current(), self.stash
+        assert stash is not None
+        if call.rows is not None:
+            raise StateError("adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first")
+        if call.names:
+            return self.base_layer(x, *args, **kwargs)
+        layer = as_map(self.base_layer, args, kwargs)
+        assert layer is not None
+        return layer.apply(x, layer.matrix(stash.weight), stash.bias)
+
+    # ------------------------------------------------------------------------------------------- like the base layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in self.__dict__:  # being copied or unpickled
+                raise
+        found, view = self.view(name)
+        return view if found else getattr(self._modules["base_layer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):  # tying and resizing write to the layer they think they see
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def _own(module: nn.Module, name: str) -> nn.Parameter | None:
+    return getattr(module, name, None)
+
+
+def _like(value: Tensor, old: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(old.dtype).clone(), requires_grad=old.requires_grad)
+
+
+def _bias_like(value: Tensor | None, old: nn.Parameter | None, weight: nn.Parameter) -> nn.Parameter | None:
+    return None if value is None else _like(value, weight if old is None else old)
+
+
+def _put(module: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
+    module.weight = weight
+    if "bias" in module._parameters:
+        module.bias = bias

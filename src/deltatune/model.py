@@ -1,0 +1,527 @@
+"""`PeftModel`: a frozen base model, the configs of its adapters by name, and which of them are active.
+
+    get_peft_model(model, config)     picks the task class, freezes the model, grafts the adapter
+    PeftModel.from_pretrained(...)    the same with the adapter's tensors from a folder
+    model(...), model.generate(...)   the base model's own; the grafts act where they sit
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from deltatune import inject
+from deltatune.config import PeftConfig, TaskType
+from deltatune.errors import AdapterNameError, ConfigError, MismatchError, PeftWarning, StateError
+from deltatune.names import BASE, check_name
+from deltatune.prompts.graft import Prefix
+from deltatune.registry import METHODS
+from deltatune.selection import Call
+from deltatune.state_dict import ROOT, check, collect, fill, without_base_copies
+from deltatune.storage import folder as storage
+from deltatune.tuner import Tuner
+
+PROMPT_ROOT = "base_model."  # PEFT puts no tuner around a model with a prompt, so its keys are one step shorter
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters.
+
+    Args:
+        model: The base model; it is frozen and its layers are wrapped in place.
+        peft_config: Config of the first adapter.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep adapters of a half-precision base in float32.
+        low_cpu_mem_usage: Accepted; adapters are small.
+
+    Raises:
+        PeftError: The config does not fit the model, which is left as it was.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()  # modules that a task trains whole besides the adapter
+
+    base_model: Tuner
+    prompt_encoder: nn.ModuleDict
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        _refuse_wrapped(model)
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.prefixes: dict[str, Prefix] = {}
+        self.base_model = Tuner(model, self.peft_config)
+        self.prompt_encoder = nn.ModuleDict()
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self.add_adapter(adapter_name, peft_config)
+        self.training = model.training
+
+    # ------------------------------------------------------------------------------------------------------- calling
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
+        with self._rows(adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's generate; with beams or several sequences per row, names are repeated to match."""
+        with self._rows(adapter_names, self._copies_per_row(kwargs) if adapter_names else 1):
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _rows(self, names: list[str] | None, repeat: int = 1) -> Any:
+        if names is None:
+            return nullcontext()
+        rows = tuple(None if name in (BASE, None) else name for name in names for _ in range(repeat))
+        self._known([name for name in rows if name is not None])
+        prompts = sorted({name for name in rows if name in self.prefixes})
+        if prompts:
+            raise StateError(
+                f"adapter_names: {prompts[0]!r} is a prefix, and rows with different prefixes are not supported yet; "
+                "run the rows in one batch per prefix",
+                field="adapter_names",
+                found=prompts,
+            )
+        return self.base_model.selection.use(Call(rows=rows))
+
+    def _copies_per_row(self, kwargs: dict[str, Any]) -> int:
+        settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
+        values = [kwargs.get(n, getattr(settings, n, None)) or 1 for n in ("num_beams", "num_return_sequences")]
+        return max(values)  # beams already hold the returned sequences
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block, calls of this thread or task run the base model, bit for bit."""
+        with self.base_model.selection.use(Call()):
+            yield
+
+    def enable_adapter_layers(self) -> None:
+        self.base_model.enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        self.base_model.disable_adapter_layers()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The base model's, with the recomputation bound to the adapters of the forward pass it repeats."""
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if not kwargs["use_reentrant"]:
+            kwargs.setdefault("context_fn", _Recomputation(self.base_model.selection))
+        self.base_model.model.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]
+
+    # ------------------------------------------------------------------------------------------------------ adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool | None = None,
+    ) -> None:
+        """Graft one more adapter of any method. The first is active at once, later ones after `set_adapter`."""
+        check_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise StateError(
+                f"an adapter named {adapter_name!r} is there already; delete_adapter({adapter_name!r}) first, or "
+                "choose another name",
+                field="adapter_name",
+                found=adapter_name,
+            )
+        config = self._prepared(peft_config)
+        autocast = self.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
+        with inject.unchanged_on_error(self.base_model.model):
+            if config.is_prompt_learning:
+                self._add_prompt(adapter_name, config)
+            else:
+                inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
+            vars(peft_config).update(vars(config))
+            self.peft_config[adapter_name] = peft_config
+            if len(self.peft_config) == 1:
+                inject.freeze(self.base_model.model)
+                self.base_model.selection.active = (adapter_name,)
+            active = self.base_model.selection.active
+            self._train_only(active, all(self.peft_config[name].inference_mode for name in active))
+
+    def _prepared(self, peft_config: PeftConfig) -> Any:
+        """A copy of the config with what is known of the base and the task; the user's changes only on success."""
+        config: Any = copy.copy(peft_config)
+        config.validate()
+        if config.peft_type not in METHODS:
+            raise ConfigError(f"{type(config).__name__}: peft_type={config.peft_type!r} names no method", field="peft_type")
+        model = self.base_model.model
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        if config.task_type is None:
+            config.auto_mapping = {
+                "base_model_class": type(model).__name__,
+                "parent_library": type(model).__module__,
+            }
+        if self.heads:
+            present = {path.rpartition(".")[2] for path, _ in inject.targets.walk(model)}
+            heads = [name for name in self.heads if name in present or name in ("classifier", "score", "qa_outputs")]
+            given = list(config.modules_to_save or [])
+            config.modules_to_save = given + [name for name in heads if name not in given]
+        return config
+
+    def _add_prompt(self, name: str, config: Any) -> None:
+        model, selection = self.base_model.model, self.base_model.selection
+        saved = inject.find_saved(model, config)
+        prefix = Prefix.attach(model, config, name, selection)
+        self.prefixes[name] = prefix
+        self.prompt_encoder[name] = prefix.encoder
+        inject.add_copies(model, saved, name, selection)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.base_model.model)):
+            raise StateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it")
+        inject.remove(self.base_model.model, adapter_name)
+        if adapter_name in self.prefixes:
+            self.prefixes.pop(adapter_name).detach()
+            self.prompt_encoder.pop(adapter_name)
+        del self.peft_config[adapter_name]
+        left = tuple(name for name in self.base_model.selection.active if name != adapter_name)
+        if not left and self.peft_config:
+            left = (next(iter(self.peft_config)),)
+            warnings.warn(f"the active adapter was deleted; {left[0]!r} is active now", PeftWarning, 2)
+        self.base_model.selection.active = left
+        self._train_only(left)
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several in order, the active ones; they train, all others do not."""
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._known(names)
+        self.base_model.set_adapter(names, inference_mode)
+        self._train_only(names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._known(names)
+        for name in names:
+            for parameter in inject.adapter_parameters(self.base_model.model, name):
+                parameter.requires_grad_(requires_grad)
+            if name in self.prompt_encoder:
+                self.prompt_encoder[name].requires_grad_(requires_grad)
+
+    def _train_only(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
+        inject.train_only(self.base_model.model, names, inference_mode)
+        for name, encoder in self.prompt_encoder.items():
+            encoder.requires_grad_(name in names and not inference_mode)
+
+    def _known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterNameError(
+                    f"no adapter named {name!r}; there are {list(self.peft_config)}",
+                    field="adapter_name",
+                    found=name,
+                    expected=list(self.peft_config),
+                )
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.base_model.selection.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.base_model.selection.names())
+
+    @property
+    def config(self) -> Any:
+        return getattr(self.base_model.model, "config", {"model_type": "custom"})
+
+    # ------------------------------------------------------------------------------------------------------- looking
+
+    def get_base_model(self) -> nn.Module:
+        """The base model; while adapters are grafted its layers are wrapped."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters, each counted once."""
+        own = list(self.parameters())
+        return sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def get_layer_status(self) -> list[Any]:
+        from deltatune.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        from deltatune.status import get_model_status
+
+        return get_model_status(self)
+
+    # ------------------------------------------------------------------------------------------------- off the model
+
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> nn.Module:
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before; its parameters stay frozen."""
+        for name in list(self.prefixes):
+            self.prefixes.pop(name).detach()
+            self.prompt_encoder.pop(name)
+        return self.base_model.unload()
+
+    # ------------------------------------------------------------------------------------------------------- storage
+
+    def adapter_tensors(self, name: str, format: str | None = None) -> dict[str, Tensor]:
+        """File key -> tensor of one adapter."""
+        self._known([name])
+        if name not in self.prefixes:
+            return collect(self.base_model.model, name)
+        copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+        return {**self.prefixes[name].file_tensors(format), **copies}
+
+    def _has_copies(self, name: str) -> bool:
+        return any(name in copies.modules_to_save for _, copies in inject.trained_copies(self.base_model.model))
+
+    def fill_adapter(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Put checked tensors into one adapter."""
+        if name not in self.prefixes:
+            fill(self.base_model.model, name, tensors)
+            return
+        of_prompt = {key: value for key, value in tensors.items() if not key.startswith(PROMPT_ROOT)}
+        if of_prompt:
+            self.prefixes[name].load_file_tensors(of_prompt)
+        fill(self.base_model.model, name, tensors, PROMPT_ROOT)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        format: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters as PEFT's folders: "default" into the folder itself, others into subfolders.
+
+        Args:
+            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it.
+        """
+        if not safe_serialization:
+            raise ConfigError(
+                "save_pretrained: safe_serialization=False would write a pickle; adapters are saved as safetensors",
+                field="safe_serialization",
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise ConfigError(
+                "save_pretrained: path_initial_model_for_weight_conversion is not available in this version",
+                field="path_initial_model_for_weight_conversion",
+            )
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self._known(names)
+        if is_main_process:
+            storage.save(self, Path(save_directory), names, format)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base model with the adapter of a folder (or hub repository) on it, in eval mode unless trainable.
+
+        Raises:
+            PeftError: The folder is damaged or does not fit the model, which is left as it was.
+        """
+        check_name(adapter_name)
+        saved = storage.read(model_id, config=config, key_mapping=key_mapping, **kwargs)
+        storage.check_base(saved, model, allow_base_mismatch)
+        saved.config.inference_mode = not is_trainable
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel) if cls is PeftModel else cls
+        with inject.unchanged_on_error(model):
+            made = kind(model, saved.config, adapter_name, autocast_adapter_dtype)
+            try:
+                made._load(adapter_name, saved)
+            except BaseException:
+                made.unload()
+                raise
+        made.train(is_trainable)
+        return made
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Add the adapter of a folder; a name that is there already gets the folder's tensors."""
+        from deltatune.state_dict import Loaded
+
+        saved = storage.read(model_id, key_mapping=key_mapping, **kwargs)
+        storage.check_base(saved, self.base_model.model, allow_base_mismatch)
+        saved.config.inference_mode = not is_trainable
+        fresh = adapter_name not in self.peft_config
+        if fresh:
+            self.add_adapter(adapter_name, saved.config, autocast_adapter_dtype=autocast_adapter_dtype)
+        try:
+            self._load(adapter_name, saved)
+        except BaseException:
+            if fresh:
+                self.delete_adapter(adapter_name)
+            raise
+        return Loaded([], [])
+
+    def _load(self, name: str, saved: storage.Saved) -> None:
+        """Check the tensors of a folder against an adapter of this model, then fill it."""
+        if name in self.prefixes:
+            copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+            heads = {key: value for key, value in saved.tensors.items() if key.startswith(PROMPT_ROOT)}
+            check(heads, copies, saved.source)
+            if len(heads) == len(saved.tensors):
+                raise MismatchError(f"{saved.source}: no prefix in the file", path=saved.source)
+        else:
+            saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
+            if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
+                saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
+            check(saved.tensors, self.adapter_tensors(name), saved.source)
+        self.fill_adapter(name, saved.tensors)
+
+    # ------------------------------------------------------------------------------------------- like the base model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in self.__dict__ or "base_model" not in self._modules:
+                raise
+        return getattr(self._modules["base_model"], name)
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    heads = ("classifier", "score", "classification_head")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    heads = ("qa_outputs",)
+
+
+class PeftModelForCausalLM(PeftModel):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    pass
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Freeze a model and graft a small trainable part onto it, in place.
+
+    Args:
+        model: Any `nn.Module`; methods that act on attention or inputs need a transformers model.
+        peft_config: Which method, where, how large. It is filled in with what the model tells (targets, sizes).
+        mixed: Accepted; adapters of different methods can always stand on one model.
+
+    Raises:
+        PeftError: The config does not fit the model, which is left as it was.
+    """
+    if revision is not None:
+        peft_config.revision = revision
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+class _Recomputation:
+    """`context_fn` of gradient checkpointing: a layer is recomputed with the adapters it ran with.
+
+    Called as the checkpointed layer runs forward; backward may run later, outside of the block that chose the
+    adapters, and on another thread.
+    """
+
+    def __init__(self, selection: Any) -> None:
+        self.selection = selection
+
+    def __call__(self) -> tuple[Any, Any]:
+        return nullcontext(), self.selection.use(self.selection.current())
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        raise StateError(
+            f"the model is a {type(model).__name__} already; add_adapter(name, config) grafts one more adapter onto it",
+            found=type(model).__name__,
+        )
+    if next(inject.adapted_layers(model), None) is not None:
+        raise StateError(
+            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, or unload() it"
+        )

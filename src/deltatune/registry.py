@@ -1,0 +1,19 @@
+"""Every method there is: one import and one entry each."""
+
+from __future__ import annotations
+
+from deltatune.adapter import Method
+from deltatune.config import PeftType
+from deltatune.methods import hra, ia3, lora, oft
+from deltatune.prompts import prefix
+
+METHODS: dict[PeftType, Method] = {
+    method.peft_type: method
+    for method in (
+        lora.METHOD,
+        ia3.METHOD,
+        oft.METHOD,
+        hra.METHOD,
+        prefix.METHOD,
+    )
+}

@@ -1,0 +1,76 @@
+"""Which adapters a call uses: one small object shared by everything that is grafted onto a model.
+
+Switching adapters changes this one object, not every layer. A choice for a single call (`disable_adapter()`, rows of a
+batch with different adapters) is bound to the thread or task that makes it, so that concurrent callers do not meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_chosen: ContextVar[dict[int, Call]] = ContextVar("deltatune_chosen", default={})  # never mutated, only replaced
+_counting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass uses: the active adapters in order, or one adapter name (None: the base) per row."""
+
+    names: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+
+
+@dataclass(eq=False)
+class Selection:
+    """The adapters that are active on one model.
+
+    Attributes:
+        active: Names in order of application; the model's standing choice.
+        enabled: False makes every call use the base alone.
+        choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
+            compiled model has something to guard on and needs the slow look-up only while such a call is running.
+    """
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    choosing: int = field(default=0, repr=False)
+
+    def current(self) -> Call:
+        if self.choosing:
+            call = _look_up(self)
+            if call is not None:
+                return call
+        return Call(self.active) if self.enabled else Call()
+
+    def names(self) -> tuple[str, ...]:
+        return self.current().names
+
+    @contextmanager
+    def use(self, call: Call) -> Iterator[None]:
+        """Within the block, calls of this thread or task use `call` and nothing else."""
+        token = _chosen.set({**_chosen.get(), id(self): call})
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+            _chosen.reset(token)
+
+    def _count(self, step: int) -> None:
+        with _counting:
+            self.choosing += step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active, "enabled": self.enabled, "choosing": 0}  # copies start outside of any call
+
+
+@torch.compiler.disable
+def _look_up(selection: Selection) -> Call | None:
+    return _chosen.get().get(id(selection))

@@ -1,0 +1,198 @@
+"""An adapter's tensors under the keys of its file, out of a model and into it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.adapter import Adapter
+from deltatune.copies import TrainedCopies
+from deltatune.errors import AdapterNameError, MismatchError, PeftWarning
+from deltatune.inject import adapted_layers, trained_copies
+
+ROOT = "base_model.model."
+Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
+
+
+@dataclass
+class Part:
+    """The tensors of one module of an adapter: their key prefix in the file, their present values, how to fill them."""
+
+    prefix: str
+    tensors: dict[str, Tensor]
+    fill: Callable[[dict[str, Tensor]], None]
+
+
+def parts(model: nn.Module, name: str) -> list[Part]:
+    """All that belongs to one adapter of a bare (perhaps adapted) model."""
+    found = [
+        Part(f"{path}.", layer.adapters[name].file_tensors(), layer.adapters[name].load_file_tensors)  # type: ignore
+        for path, layer in adapted_layers(model)
+        if name in layer.adapters
+    ]
+    found += [
+        Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
+        for path, copies in trained_copies(model)
+        if name in copies.modules_to_save
+    ]
+    return found
+
+
+def _filler(copies: TrainedCopies, name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: _discard(copies.modules_to_save[name].load_state_dict(tensors))
+
+
+def _discard(_: Any) -> None:
+    return None
+
+
+def collect(model: nn.Module, name: str, root: str = ROOT) -> dict[str, Tensor]:
+    """File key -> tensor of one adapter."""
+    found = parts(model, name)
+    if not found:
+        raise AdapterNameError(f"no adapter named {name!r} on this model", field="adapter_name", found=name)
+    return {root + part.prefix + key: tensor for part in found for key, tensor in part.tensors.items()}
+
+
+def check(
+    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, strict: bool = True
+) -> tuple[list[str], list[str]]:
+    """Compare a file's tensors with what a model expects; returns missing and surplus keys.
+
+    Raises:
+        MismatchError: Wrong shapes or dtypes, values that are not finite, and (strict) missing or surplus keys.
+    """
+    missing = sorted(expected.keys() - given.keys())
+    surplus = sorted(given.keys() - expected.keys())
+    if strict and (missing or surplus):
+        raise MismatchError(
+            f"{source} does not fit the adapter: "
+            + "; ".join(
+                f"{len(keys)} {kind} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
+                for kind, keys in (("missing", missing), ("surplus", surplus))
+                if keys
+            )
+            + "; check base model, target_modules and adapter type",
+            path=source,
+            found=surplus,
+            expected=missing,
+        )
+    for key in given.keys() & expected.keys():
+        _check_tensor(key, given[key], expected[key], source)
+    return missing, surplus
+
+
+def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> None:
+    if given.shape != expected.shape:
+        raise MismatchError(
+            f"{source}: {key} has shape {tuple(given.shape)}, the model expects {tuple(expected.shape)}; "
+            "was it made for another base, rank or set of layers?",
+            path=source,
+            key=key,
+            found=tuple(given.shape),
+            expected=tuple(expected.shape),
+        )
+    if given.is_floating_point() != expected.is_floating_point():
+        raise MismatchError(f"{source}: {key} is {given.dtype}, expected {expected.dtype}", path=source, key=key)
+    if given.is_floating_point() and not given.isfinite().all():
+        count = int((~given.isfinite()).sum())
+        raise MismatchError(f"{source}: {key} holds {count} values that are not finite", path=source, key=key)
+    if given.is_floating_point() and expected.dtype == torch.float16:
+        largest = given.abs().max().item() if given.numel() else 0.0
+        if largest > torch.finfo(torch.float16).max:
+            raise MismatchError(f"{source}: {key} reaches {largest:g}, too large for float16", path=source, key=key)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> None:
+    """Put tensors that `check` has passed into an adapter."""
+    for part in parts(model, name):
+        own = {key: tensors[root + part.prefix + key] for key in part.tensors if root + part.prefix + key in tensors}
+        if len(own) == len(part.tensors):
+            part.fill(own)
+        elif own:
+            part.fill({**part.tensors, **own})
+
+
+def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Drop the copies of base embeddings that PEFT puts into a file when an embedding is targeted.
+
+    Raises:
+        MismatchError: Such a copy is not what the base has, so the adapter was made for another embedding.
+    """
+    from deltatune.storage.fingerprint import base_parameters
+
+    base = {f"{ROOT}{name}": tensor for name, tensor in base_parameters(model)}
+    kept = {}
+    for key, tensor in tensors.items():
+        present = base.get(key.replace(".base_layer.", "."))
+        if ".base_layer." not in key or present is None:
+            kept[key] = tensor
+        elif present.shape != tensor.shape or not torch.equal(present.cpu(), tensor.to(present.dtype).cpu()):
+            raise MismatchError(
+                f"{source}: {key} is an embedding that differs from this base's; load the base it was saved with",
+                path=source,
+                key=key,
+            )
+    return kept
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the keys of its file, without adapter names.
+
+    Args:
+        state_dict: Values to use instead of the model's own, under the model's keys (gathered from shards, say).
+    """
+    model = getattr(model, "_orig_mod", model)
+    own = model.adapter_tensors(adapter_name) if _is_peft_model(model) else collect(model, adapter_name, root="")
+    if state_dict is None:
+        return {key: tensor.detach() for key, tensor in own.items()}
+    names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: state_dict.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Fill an adapter from tensors under the keys of its file; keys with and without `base_model.model.` are taken.
+
+    Returns the missing and the unexpected keys, and warns of them; shapes must fit unless told otherwise.
+    """
+    model = getattr(model, "_orig_mod", model)
+    wrapped = _is_peft_model(model)
+    expected = model.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
+    given = {key if wrapped else key.removeprefix(ROOT): value for key, value in peft_model_state_dict.items()}
+    if wrapped and not expected.keys() & given.keys():
+        given = {ROOT + key: value for key, value in given.items()}
+    if ignore_mismatched_sizes:
+        given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
+    missing, surplus = check(given, expected, "state dict", strict=False)
+    if missing or surplus:
+        warnings.warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}", PeftWarning, 2)
+    if wrapped:
+        model.fill_adapter(adapter_name, given)
+    else:
+        fill(model, adapter_name, given, root="")
+    return Loaded(missing, surplus)
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    from deltatune.model import PeftModel
+
+    return isinstance(model, PeftModel)

@@ -1,0 +1,82 @@
+"""What base model an adapter was made for: a short digest of names, shapes and a sample of values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.copies import TrainedCopies
+from deltatune.layer import AdaptedLayer
+
+SAMPLES = 8  # values taken from each parameter
+
+
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Digest of a base model, the same with and without adapters on it.
+
+    Args:
+        without: Names of modules that are trained whole, whose values are not the base's (a fresh classifier head).
+    """
+    structure, values = hashlib.sha256(), hashlib.sha256()
+    dtypes, count, skipped = set(), 0, set(without)
+    for name, tensor in sorted(base_parameters(model)):
+        if skipped & set(name.split(".")):
+            continue
+        structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        count += tensor.numel()
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        if not tensor.is_meta and tensor.numel():
+            values.update(_sample(tensor))
+        elif tensor.is_meta:
+            values = hashlib.sha256()
+    return {
+        "class": type(model).__name__,
+        "parameters": count,
+        "structure": structure.hexdigest()[:32],
+        "values": values.hexdigest()[:32],
+        "dtypes": sorted(dtypes),
+    }
+
+
+def difference(made_for: dict[str, Any], present: dict[str, Any]) -> str | None:
+    """How two bases differ, in words; None when they are the same. Values compare between equal dtypes only."""
+    if made_for["structure"] != present["structure"]:
+        return (
+            f"{made_for['class']} of {made_for['parameters']:,} parameters, this is "
+            f"{present['class']} of {present['parameters']:,}"
+        )
+    if made_for["dtypes"] == present["dtypes"] and made_for["values"] != present["values"]:
+        return f"{made_for['class']} of the same shape with other weights"
+    return None
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the parameters of the bare model, adapters looked through."""
+    yield from _walk(model, "")
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    stash = None
+    if isinstance(module, AdaptedLayer):
+        stash, module = module.stash, module.base_layer
+    elif isinstance(module, TrainedCopies):
+        module = module.original_module
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            kept = getattr(stash, name, None) if stash is not None else None
+            yield prefix + name, parameter if kept is None else kept
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{prefix}{name}.")
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    step = max(flat.numel() // SAMPLES, 1)
+    picked = flat[::step][:SAMPLES]
+    picked = picked.float() if picked.is_floating_point() else picked
+    return bytes(picked.cpu().contiguous().view(torch.uint8).tolist())

@@ -1,0 +1,116 @@
+"""One file of tensors: safetensors with our facts in its header; read whole into private memory, checked, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from deltatune.errors import FormatError, IntegrityError, LimitError, UnsafeError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+MARKER = "deltatune"  # header key of the facts we add; other readers pass over it
+MAX_HEADER = 50_000_000
+MAX_TENSORS = 100_000
+
+
+def to_bytes(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
+    """A safetensors file; `facts` and a digest of the values go into its header."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {**facts, "sha256": digest(plain)}
+    return serialise(plain, {"format": "pt", MARKER: json.dumps(header, sort_keys=True)})
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors (private copies) and the facts of the header, None when another tool wrote the file.
+
+    Raises:
+        FormatError: Not a safetensors file, or a truncated one.
+        IntegrityError: The values are not those that were written.
+    """
+    if not path.is_file():
+        raise FormatError(f"{path} is not a file", path=str(path))
+    content = path.read_bytes()
+    header = _header(path, content)
+    try:
+        tensors = parse(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FormatError(
+            f"{path} ({len(content)} bytes) is not a whole safetensors file: {error}; fetch or save it again",
+            path=str(path),
+            found=len(content),
+        ) from error
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # `parse` may share the file's buffer
+    facts = _facts(path, header)
+    if facts is not None and facts.get("sha256") not in (None, digest(tensors)):
+        raise IntegrityError(
+            f"{path}: the values do not agree with their digest; the file was damaged after it was written",
+            path=str(path),
+            found=digest(tensors),
+            expected=facts["sha256"],
+        )
+    return tensors, facts
+
+
+def _header(path: Path, content: bytes) -> dict[str, Any]:
+    if content.startswith(b"version https://git-lfs"):
+        raise FormatError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`", path=str(path))
+    if len(content) < 8:
+        raise FormatError(f"{path}: {len(content)} bytes are no safetensors file", path=str(path), found=len(content))
+    (length,) = struct.unpack("<Q", content[:8])
+    if length > len(content) - 8:
+        raise FormatError(
+            f"{path} ({len(content)} bytes) is truncated or no safetensors file: its header claims {length} bytes",
+            path=str(path),
+            found=len(content),
+            expected=length,
+        )
+    if length > MAX_HEADER:
+        raise LimitError(f"{path}: a header of {length} bytes, up to {MAX_HEADER} are read", path=str(path))
+    try:
+        header = json.loads(content[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: its header is not readable ({error})", path=str(path)) from None
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise LimitError(f"{path}: more than {MAX_TENSORS} tensors, or no table of tensors", path=str(path))
+    return header
+
+
+def _facts(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    text = (header.get("__metadata__") or {}).get(MARKER)
+    if text is None:
+        return None
+    try:
+        facts = json.loads(text)
+        return facts if isinstance(facts, dict) else None
+    except ValueError as error:
+        raise FormatError(f"{path}: the {MARKER} entry of its header is not readable ({error})", path=str(path)) from None
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return total.hexdigest()
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raise when the weights are there only, or also, as a pickle: it is never opened, and never silently passed over."""
+    if (folder / PICKLE_NAME).exists():
+        both = (folder / WEIGHTS_NAME).exists()
+        raise UnsafeError(
+            f"{folder / PICKLE_NAME} is a pickle, which can run code and is never opened; "
+            + ("remove it if the .safetensors beside it is the adapter" if both else "convert it to safetensors first"),
+            path=str(folder / PICKLE_NAME),
+        )

@@ -1,0 +1,213 @@
+"""Which modules an adapter is grafted onto: names, patterns, "all-linear", per-architecture defaults.
+
+Paths are those of the bare model: a wrapped layer keeps its path, and nothing inside a wrapper is ever a target.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from deltatune.bases import as_map, supported
+from deltatune.config import PeftConfig, TaskType
+from deltatune.copies import TrainedCopies
+from deltatune.errors import ConfigError, PeftWarning, TargetError
+from deltatune.layer import AdaptedLayer
+from deltatune.suggest import nearest
+
+ALL_LINEAR = "all-linear"
+HEAD_NAMES = ("score", "classifier", "qa_outputs")
+
+Names = Iterable[str] | str | None
+
+
+def name_matches(names: Names, path: str) -> bool:
+    """Whether a path is named: by a whole ending of the path, or by a regular expression for all of it."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    parts = path.split(".")
+    endings = {".".join(parts[start:]) for start in range(len(parts))}
+    return not endings.isdisjoint(names)
+
+
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value whose pattern matches the end of a path (`rank_pattern`, `alpha_pattern`), or the default."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def check_patterns(config: Any) -> None:
+    """Refuse regular expressions that do not compile and layer numbers without a list of names to number."""
+    owner = type(config).__name__
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, field), str):
+            _compile(owner, field, getattr(config, field))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, {}):
+            _compile(owner, field, pattern)
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ConfigError(
+            f"{owner}: layers_to_transform={config.layers_to_transform!r} needs target_modules as a list of names, "
+            f"not the pattern {config.target_modules!r}",
+            field="layers_to_transform",
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            f"{owner}: layers_pattern={config.layers_pattern!r} needs layers_to_transform", field="layers_pattern"
+        )
+
+
+def _compile(owner: str, field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{owner}: {field}={pattern!r} is no regular expression: {error.msg} at position {error.pos}",
+            field=field,
+            found=pattern,
+        ) from None
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules of a model as it was before any adapter; a module reachable twice comes twice."""
+    for name, child in module._modules.items():  # named_children() leaves out what it has met before
+        if child is None:
+            continue
+        path = f"{prefix}.{name}" if prefix else name
+        yield path, child
+        if isinstance(child, TrainedCopies):
+            yield from walk(child.original_module, path)
+        elif not isinstance(child, AdaptedLayer):
+            yield from walk(child, path)
+
+
+def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Path -> layer for everything the config targets, in the order of the model. Changes nothing.
+
+    Raises:
+        TargetError: Nothing matches, or a layer that is named cannot be adapted.
+    """
+    modules = dict(walk(model))
+    if config.target_modules == ALL_LINEAR:
+        found = {path: module for path, module in modules.items() if _is_linear(module)}
+        for path in _outputs(model, config.task_type):
+            found.pop(path, None)
+    else:
+        found = {path: module for path, module in modules.items() if name_matches(config.target_modules, path)}
+    found = {path: found[path] for path in found if not _excluded(config, path)}
+    found = {path: found[path] for path in found if _in_layers(config, path)}
+    if not found:
+        raise _nothing(model, modules, config)
+    _refuse_unsupported(found)
+    _warn_dead(config, modules, found)
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    layer = module.as_map() if isinstance(module, AdaptedLayer) else as_map(module)
+    return layer is not None and layer.kind == "linear"
+
+
+def _outputs(model: nn.Module, task_type: Any) -> list[str]:
+    """Paths of the output layer, which "all-linear" leaves alone: the LM head, or a classifier's head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        return [path for path, module in walk(model) if module is head]
+    if task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        return [path for path, _ in walk(model) if set(HEAD_NAMES) & set(path.split("."))]
+    return []
+
+
+def _excluded(config: Any, path: str) -> bool:
+    parts = path.split(".")
+    inside = any(_contains(parts, name.split(".")) for name in config.modules_to_save or ())
+    return inside or name_matches(config.exclude_modules, path)
+
+
+def _contains(parts: list[str], name: list[str]) -> bool:
+    return any(parts[start : start + len(name)] == name for start in range(len(parts)))
+
+
+def _in_layers(config: Any, path: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        numbered = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+        if numbered:
+            return int(numbered[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _refuse_unsupported(found: dict[str, nn.Module]) -> None:
+    for path, module in found.items():
+        if not isinstance(module, AdaptedLayer) and as_map(module) is None:
+            raise TargetError(
+                f"target {path!r} is a {type(module).__name__}, which cannot be adapted; "
+                f"supported are {', '.join(supported())}",
+                field="target_modules",
+                path=path,
+                found=type(module).__name__,
+                expected=supported(),
+            )
+
+
+def _nothing(model: nn.Module, modules: dict[str, nn.Module], config: Any) -> TargetError:
+    wanted = config.target_modules
+    names = sorted(wanted) if isinstance(wanted, (set, list)) else [wanted]
+    linear = [path for path, module in modules.items() if _is_linear(module)]
+    by_ending = {path.rpartition(".")[2]: path for path in reversed(linear)}
+    close = [by_ending[near] for name in names for near in nearest(str(name).rpartition(".")[2], by_ending, 3)]
+    examples = (close or linear)[:5] or list(modules)[:5]
+    return TargetError(
+        f"target {wanted if isinstance(wanted, str) else names!r} matches no module of {type(model).__name__} "
+        f"(exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}); "
+        f"its layers are named like {examples}",
+        field="target_modules",
+        found=names,
+        expected=examples,
+        hint='target_modules="all-linear" takes every linear layer',
+    )
+
+
+def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
+    """A name that matches nothing beside others that do: PEFT's files hold such names, so it is no error."""
+    lists = {"target_modules": (config.target_modules, found), "exclude_modules": (config.exclude_modules, modules)}
+    for field, (names, candidates) in lists.items():
+        if isinstance(names, (set, list)):
+            dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in candidates)]
+            if dead:
+                warnings.warn(f"{field}: {dead} match no module of the model", PeftWarning, 4)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, {}):
+            if not any(pattern_value({pattern: True}, path, False) for path in found):
+                warnings.warn(f"{field}: {pattern!r} matches none of the adapted layers", PeftWarning, 4)
+
+
+def with_defaults(config: PeftConfig, model: nn.Module, usual: Any) -> None:
+    """Fill `target_modules` from the architecture's usual layers when the user named none."""
+    if getattr(config, "target_modules", None) is not None:
+        return
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    found = usual(model_type) if usual and model_type else None
+    if found is None:
+        linear = [path for path, module in walk(model) if _is_linear(module)][:5]
+        raise TargetError(
+            f"{type(config).__name__}: no usual target_modules are known for {model_type or type(model).__name__!r}; "
+            f'name them, or use target_modules="all-linear"; the model\'s linear layers are named like {linear}',
+            field="target_modules",
+            found=None,
+            expected=linear,
+        )
+    values = found if isinstance(found, dict) else {"target_modules": found}
+    for name, value in values.items():
+        setattr(config, name, set(value) if isinstance(value, list) else value)

@@ -1,0 +1,163 @@
+"""The base model under its adapters: the verbs that act on layers. `PeftModel.base_model` is one of these."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from deltatune import inject
+from deltatune.config import PeftConfig
+from deltatune.errors import AdapterNameError, MergeError, PeftWarning, StateError
+from deltatune.layer import Merged
+from deltatune.registry import METHODS
+from deltatune.selection import Selection
+
+
+class Tuner(nn.Module):
+    """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, configs: dict[str, PeftConfig]) -> None:
+        super().__init__()
+        self.model = model
+        self.selection = Selection()
+        self.peft_config = configs  # the same dict as the PeftModel's
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def prefix(self) -> str:
+        """How the names of the active method's tensors begin."""
+        names = self.selection.active or tuple(self.peft_config)
+        return METHODS[self.peft_config[names[0]].peft_type].prefix  # type: ignore[index]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.selection.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return list(self.selection.active)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return [path for path, _ in inject.adapted_layers(self.model)]
+
+    def enable_adapter_layers(self) -> None:
+        self.selection.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Every call uses the base, bit for bit, until `enable_adapter_layers()`."""
+        self.selection.enabled = False
+
+    # ------------------------------------------------------------------------------------------------------- merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Compute the adapted weights once and put them into the layers, which then run like plain layers.
+
+        The original parameters are kept and come back, the same objects, with `unmerge_adapter()`. All new weights are
+        computed before the first is put in place.
+
+        Args:
+            adapter_names: Adapters to merge, in order; the active ones by default.
+            safe_merge: Refuse weights that are not finite.
+        """
+        names = self._mergeable(adapter_names)
+        layers = [layer for _, layer in inject.adapted_layers(self.model)]
+        if any(layer.merged for layer in layers):
+            raise StateError("adapters are merged already; call unmerge_adapter() first")
+        planned: list[tuple[Any, Merged]] = []
+        for path, layer in inject.adapted_layers(self.model):
+            if any(name in layer.adapters for name in names):
+                try:
+                    planned.append((layer, layer.merged_parameters(names, safe_merge)))
+                except MergeError as error:
+                    raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
+        for layer, merged in planned:
+            layer.merge(merged)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original parameters back, bit for bit."""
+        layers = [layer for _, layer in inject.adapted_layers(self.model)]
+        if not any(layer.merged for layer in layers):
+            warnings.warn("unmerge_adapter: nothing is merged", PeftWarning, 2)
+        for layer in layers:
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The plain model with the adapters in its weights; the wrappers are gone."""
+        names = self._mergeable(adapter_names)
+        if not any(layer.merged for _, layer in inject.adapted_layers(self.model)):
+            self.merge_adapter(list(names), safe_merge)
+        self._untie()
+        inject.strip(self.model, keep=names)
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """The plain model as it was; adapters and trained copies are dropped. Its parameters stay frozen."""
+        for _, layer in inject.adapted_layers(self.model):
+            layer.unmerge()
+        inject.strip(self.model)
+        return self.model
+
+    def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:
+        names = self.selection.active if adapter_names is None else tuple(adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise AdapterNameError(
+                f"no adapter named {unknown[0]!r}; there are {list(self.peft_config)}",
+                field="adapter_names",
+                found=unknown,
+                expected=list(self.peft_config),
+            )
+        prompts = [name for name in names if self.peft_config[name].is_prompt_learning]
+        if prompts:
+            raise MergeError(
+                f"adapter {prompts[0]!r} is keys and values beside the tokens, which no weight can hold; "
+                "it cannot be merged",
+                found=prompts,
+            )
+        return names
+
+    def _untie(self) -> None:
+        """A merged embedding differs from the head that was tied to it: say so in the model's config."""
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            return
+        inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore
+        if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(
+                "the merged embedding and the output layer no longer share their weights: "
+                "config.tie_word_embeddings is False now",
+                PeftWarning,
+                3,
+            )
+
+    # ------------------------------------------------------------------------------------------- like the base model
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for _, layer in inject.adapted_layers(self.model):
+            layer.unmerge()
+        self.selection.active = names
+        inject.train_only(self.model, names, inference_mode)
+
+    def get_model_config(self, model: nn.Module) -> dict[str, Any]:
+        config = getattr(model, "config", None)
+        return config.to_dict() if hasattr(config, "to_dict") else {"model_type": "custom"}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
+                raise
+        return getattr(self._modules["model"], name)
