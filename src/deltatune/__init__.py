@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch  # noqa: F401 - what the package stands on, loaded here so that its cost is seen where it arises
+import torch
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,8 @@
 """The algebra: a frozen layer is a linear map, an adapter is a trainable change to it, and the result is a map again.
 
-    LinearMap   x -> x @ weight.T + bias, however the layer stores and runs it
-    Adapter     weight -> adapt(weight), the definition of a method; `forward` is the same map, made cheap
-    Applied     adapter after map: a map, so stacking adapters is composition
+LinearMap   x -> x @ weight.T + bias, however the layer stores and runs it
+Adapter     weight -> adapt(weight), the definition of a method; `forward` is the same map, made cheap
+Applied     adapter after map: a map, so stacking adapters is composition
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class LinearMap(Protocol):
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...  # with another (any, in) matrix
     def matrix(self, stored: Tensor) -> Tensor: ...  # a weight in the layer's own layout -> (out, in)
     def store(self, weight: Tensor) -> Tensor: ...  # and back
+    def down_shape(self, rank: int) -> tuple[int, ...]: ...  # in which files keep a factor that reads the input
+    def up_shape(self, rank: int) -> tuple[int, ...]: ...  # in which files keep a factor that writes the output
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor: ...  # matrix (out, h) over the feature axis of an output
     def scale(self, y: Tensor, vector: Tensor) -> Tensor: ...  # vector (out,) times the features of an output
 
@@ -111,6 +113,12 @@ class Applied:
     def store(self, weight: Tensor) -> Tensor:
         return self.inner.store(weight)
 
+    def down_shape(self, rank: int) -> tuple[int, ...]:
+        return self.inner.down_shape(rank)
+
+    def up_shape(self, rank: int) -> tuple[int, ...]:
+        return self.inner.up_shape(rank)
+
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         return self.inner.mix(h, matrix)
 
@@ -124,12 +132,12 @@ class Method:
 
     Attributes:
         adapter: What is grafted onto a layer; None where a method acts elsewhere (prefix tuning at the attention).
-        prefix: How the names of its tensors begin, for programs that filter parameters by it.
+        key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
     """
 
     peft_type: PeftType
     config: type[PeftConfig]
     adapter: type[Adapter] | None
-    prefix: str
+    key_prefix: str
     default_targets: Callable[[str], Any] | None = None

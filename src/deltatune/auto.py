@@ -48,7 +48,9 @@ class _AutoPeftModel:
                 expected=cls.task_type,
             )
         name = cls.auto_class or _class_of(config)
-        model = getattr(transformers, name).from_pretrained(base, revision=config.revision, **_without(kwargs, "subfolder"))
+        model = getattr(transformers, name).from_pretrained(
+            base, revision=config.revision, **_without(kwargs, "subfolder")
+        )
         _resize(model, pretrained_model_name_or_path)
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task_type, PeftModel)
         return kind.from_pretrained(

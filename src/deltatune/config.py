@@ -6,20 +6,18 @@ import dataclasses
 import functools
 import json
 import typing
-import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltatune import checks
-from deltatune.errors import ConfigError, FormatError, LimitError, PeftWarning
+from deltatune.errors import ConfigError, FormatError, LimitError
+from deltatune.notice import warn
 from deltatune.suggest import did_you_mean
 
 CONFIG_NAME = "adapter_config.json"
 PEER_VERSION = "0.21.2"  # the release of PEFT whose files and names we speak
 MAX_JSON_BYTES = 1_000_000
-
-Config = TypeVar("Config", bound="type[PeftConfig]")
 
 
 class TaskType(str, Enum):
@@ -33,26 +31,72 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-# The names are PEFT's; `deltatune.registry.METHODS` says which of them are built.
-_METHOD_NAMES = """
-PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA BOFT ADAPTION_PROMPT IA3 LOHA LOKR OFT POLY
-LN_TUNING VERA FOURIERFT XLORA HRA VBLORA CPT BONE MISS RANDLORA ROAD TRAINABLE_TOKENS SHIRA C3A WAVEFT OSF DELORA
-GRALORA CARTRIDGE PVERA ADAMSS LILY PSOFT TINYLORA PEANUT UNILORA BEFT DEFT FROD GLORA HIRA SHADOW SUPERTUNING
-"""
-PeftType = Enum("PeftType", {name: name for name in _METHOD_NAMES.split()}, type=str, module=__name__)
+class PeftType(str, Enum):
+    """Names of methods, as PEFT has them; `deltatune.registry.METHODS` says which are built."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FOURIERFT = "FOURIERFT"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    CPT = "CPT"
+    BONE = "BONE"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    PVERA = "PVERA"
+    ADAMSS = "ADAMSS"
+    LILY = "LILY"
+    PSOFT = "PSOFT"
+    TINYLORA = "TINYLORA"
+    PEANUT = "PEANUT"
+    UNILORA = "UNILORA"
+    BEFT = "BEFT"
+    DEFT = "DEFT"
+    FROD = "FROD"
+    GLORA = "GLORA"
+    HIRA = "HIRA"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
 
 
-def config(cls: Config) -> Config:
-    """Class decorator of every config: a dataclass that answers unknown and retired arguments in words."""
-    cls = dataclasses.dataclass(cls)
-    build = cls.__init__
+if TYPE_CHECKING:
+    from dataclasses import dataclass as config
+else:
 
-    @functools.wraps(build)
-    def init(self: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **_without_retired(cls, kwargs))
+    def config(cls: type) -> type:
+        """Class decorator of every config: a dataclass that answers unknown and retired arguments in words."""
+        cls = dataclasses.dataclass(cls)
+        build = cls.__init__
 
-    cls.__init__ = init
-    return cls
+        @functools.wraps(build)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            build(self, *args, **_without_retired(cls, kwargs))
+
+        cls.__init__ = init
+        return cls
 
 
 def _without_retired(cls: type[PeftConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +105,7 @@ def _without_retired(cls: type[PeftConfig], values: dict[str, Any]) -> dict[str,
     unknown = [key for key in values if key not in known]
     inert = [key for key in unknown if key in cls.retired and values[key] in cls.retired[key]]
     for key in inert:
-        warnings.warn(f"{cls.__name__}: {key}={values[key]!r} is a retired option without effect", PeftWarning, 4)
+        warn(f"{cls.__name__}: {key}={values[key]!r} is a retired option without effect")
     wrong = [key for key in unknown if key not in inert]
     if wrong:
         key = wrong[0]
@@ -153,11 +197,7 @@ class PeftConfig:
         known = {field.name for field in dataclasses.fields(target)} | set(target.retired)
         unknown = {key: value for key, value in values.items() if key not in known and key not in target.unsaved}
         if unknown:
-            warnings.warn(
-                f"{source}: {target.__name__} does not know {sorted(unknown)}; kept and saved again, without effect",
-                PeftWarning,
-                3,
-            )
+            warn(f"{source}: {target.__name__} does not know {sorted(unknown)}; kept and saved again, without effect")
         given = {key: value for key, value in values.items() if key in known}
         result = target(**{**target.file_defaults, **given})
         result.unknown_fields = unknown

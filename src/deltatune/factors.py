@@ -42,8 +42,9 @@ def skew_symmetric(entries: Tensor, size: int) -> Tensor:
 
 def cayley(Q: Tensor) -> Tensor:
     """Rotations R = (I - Q)(I + Q)^-1 of skew-symmetric matrices Q (blocks, size, size)."""
-    eye = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
-    return torch.linalg.solve(eye + Q, eye - Q, left=False)
+    wide = Q.to(torch.promote_types(Q.dtype, torch.float32))  # no solver works in half precision
+    eye = torch.eye(Q.shape[-1], device=Q.device, dtype=wide.dtype)
+    return torch.linalg.solve(eye + wide, eye - wide, left=False).to(Q.dtype)
 
 
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:

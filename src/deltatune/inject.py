@@ -57,7 +57,9 @@ def graft(
         if id(module) not in built:
             built[id(module)] = _build(method.adapter, module, resolved, path, name, autocast_adapter_dtype)
     with _undone_on_error() as undo:
-        for path, module in found.items():
+        for path, module in list(targets.walk(model)):  # a layer that has another name too is adapted under both
+            if id(module) not in built:
+                continue
             wrapper = _wrap(model, path, module, AdaptedLayer, selection, undo)
             if name not in wrapper.adapters:
                 wrapper.add(name, built[id(module)])
@@ -70,8 +72,9 @@ def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """Path -> module for everything that is to be trained whole. Changes nothing."""
     names = config.modules_to_save or []
     modules = dict(targets.walk(model))
-    found = {path: module for path, module in modules.items() if targets.name_matches(list(names), path)}
-    dead = [name for name in names if not any(targets.name_matches([name], path) for path in found)]
+    # as PEFT: any ending, so that "norm" means "input_layernorm" too; its files hold what it has trained
+    found = {path: module for path, module in modules.items() if path.endswith(tuple(names))}
+    dead = [name for name in names if not any(path.endswith(name) for path in found)]
     dead = [name for name in dead if name not in targets.HEAD_NAMES]  # PEFT's files name every usual head
     if dead:
         endings = {path.rpartition(".")[2] for path in modules}
@@ -94,9 +97,7 @@ def add_copies(
             wrapper.add(name)
 
 
-def _build(
-    kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str, name: str, autocast: bool
-) -> Adapter:
+def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str, name: str, autocast: bool) -> Adapter:
     if isinstance(module, AdaptedLayer):
         if name in module.adapters:
             raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
@@ -108,8 +109,8 @@ def _build(
     assert layer is not None and isinstance(weight, torch.Tensor)
     if layer.kind not in kind.base_kinds:
         raise TargetError(
-            f"target {path!r} is a {type(getattr(module, 'base_layer', module)).__name__}, which {kind.__name__} cannot "
-            f"adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
+            f"target {path!r} is a {type(getattr(module, 'base_layer', module)).__name__}, which {kind.__name__} "
+            f"cannot adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
             field="target_modules",
             path=path,
         )

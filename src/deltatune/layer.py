@@ -74,7 +74,7 @@ class AdaptedLayer(LayerViews, nn.Module):
             )
         groups: dict[str | None, list[int]] = {}
         for index, name in enumerate(rows):
-            groups.setdefault(name if name in self.adapters else None, []).append(index)
+            groups.setdefault(name if name and name in self.adapters else None, []).append(index)
         outputs = [self.as_map([name] if name else [], args, kwargs)(x[index]) for name, index in groups.items()]
         order = torch.tensor([row for index in groups.values() for row in index], device=x.device)
         return torch.cat(outputs)[order.argsort()]
@@ -123,7 +123,7 @@ class AdaptedLayer(LayerViews, nn.Module):
             self.train(training)
         if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):
             raise MergeError(f"the merged weight is not finite; adapters {list(names)} are broken", found=list(names))
-        if bias is not None and "bias" not in self.base_layer._parameters:
+        if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
         assert old_weight is not None
         return Merged(names, _like(weight, old_weight), _bias_like(bias, old_bias, old_weight))
@@ -144,7 +144,9 @@ class AdaptedLayer(LayerViews, nn.Module):
         call, stash = self.selection.current(), self.stash
         assert stash is not None
         if call.rows is not None:
-            raise StateError("adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first")
+            raise StateError(
+                "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
+            )
         if call.names:
             return self.base_layer(x, *args, **kwargs)
         layer = as_map(self.base_layer, args, kwargs)
@@ -185,4 +187,4 @@ def _put(module: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> 
     """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
     module.weight = weight
     if "bias" in module._parameters:
-        module.bias = bias
+        module.register_parameter("bias", bias)

@@ -1,36 +1,32 @@
 """`PeftModel`: a frozen base model, the configs of its adapters by name, and which of them are active.
 
-    get_peft_model(model, config)     picks the task class, freezes the model, grafts the adapter
-    PeftModel.from_pretrained(...)    the same with the adapter's tensors from a folder
-    model(...), model.generate(...)   the base model's own; the grafts act where they sit
+- `get_peft_model(model, config)` picks the task class, freezes the model and grafts the adapter onto it;
+- `PeftModel.from_pretrained(model, folder)` does the same with the adapter's tensors from a folder;
+- `model(...)` and `model.generate(...)` are the base model's own: the grafts act where they sit.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune import inject
 from deltatune.config import PeftConfig, TaskType
-from deltatune.errors import AdapterNameError, ConfigError, MismatchError, PeftWarning, StateError
+from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.names import BASE, check_name
+from deltatune.notice import warn
+from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Prefix
 from deltatune.registry import METHODS
 from deltatune.selection import Call
-from deltatune.state_dict import ROOT, check, collect, fill, without_base_copies
-from deltatune.storage import folder as storage
 from deltatune.tuner import Tuner
 
-PROMPT_ROOT = "base_model."  # PEFT puts no tuner around a model with a prompt, so its keys are one step shorter
 
-
-class PeftModel(nn.Module):
+class PeftModel(Persistence, nn.Module):
     """A base model with adapters.
 
     Args:
@@ -111,12 +107,31 @@ class PeftModel(nn.Module):
     def disable_adapter_layers(self) -> None:
         self.base_model.disable_adapter_layers()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The base model's, with the recomputation bound to the adapters of the forward pass it repeats."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if not kwargs["use_reentrant"]:
-            kwargs.setdefault("context_fn", _Recomputation(self.base_model.selection))
-        self.base_model.model.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The base model's, with the recomputation bound to the adapters of the forward pass it repeats.
+
+        Layers are recomputed without the reentrant engine unless asked for, so no input needs a gradient, and the hook
+        that transformers puts on the embeddings for that engine's sake is taken off again: it would make backward run
+        through frozen layers below the first adapter.
+        """
+        model: Any = self.base_model.model
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        hooked = bool(getattr(model, "_require_grads_hooks", None))
+        if kwargs["use_reentrant"]:
+            model.activation_checkpointing_enable(kwargs, **options)
+            return
+        kwargs.setdefault("context_fn", _Recomputation(self.base_model.selection))
+        model.activation_checkpointing_enable(kwargs, **options)
+        if not hooked:
+            model.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     # ------------------------------------------------------------------------------------------------------ adapters
 
@@ -156,7 +171,9 @@ class PeftModel(nn.Module):
         config: Any = copy.copy(peft_config)
         config.validate()
         if config.peft_type not in METHODS:
-            raise ConfigError(f"{type(config).__name__}: peft_type={config.peft_type!r} names no method", field="peft_type")
+            raise ConfigError(
+                f"{type(config).__name__}: peft_type={config.peft_type!r} names no method", field="peft_type"
+            )
         model = self.base_model.model
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
@@ -192,7 +209,7 @@ class PeftModel(nn.Module):
         left = tuple(name for name in self.base_model.selection.active if name != adapter_name)
         if not left and self.peft_config:
             left = (next(iter(self.peft_config)),)
-            warnings.warn(f"the active adapter was deleted; {left[0]!r} is active now", PeftWarning, 2)
+            warn(f"the active adapter was deleted; {left[0]!r} is active now")
         self.base_model.selection.active = left
         self._train_only(left)
 
@@ -246,7 +263,9 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
         return names or None
 
     @property
@@ -270,7 +289,9 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def get_layer_status(self) -> list[Any]:
         from deltatune.status import get_layer_status
@@ -284,7 +305,9 @@ class PeftModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- off the model
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
+    ) -> nn.Module:
         return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
@@ -293,141 +316,6 @@ class PeftModel(nn.Module):
             self.prefixes.pop(name).detach()
             self.prompt_encoder.pop(name)
         return self.base_model.unload()
-
-    # ------------------------------------------------------------------------------------------------------- storage
-
-    def adapter_tensors(self, name: str, format: str | None = None) -> dict[str, Tensor]:
-        """File key -> tensor of one adapter."""
-        self._known([name])
-        if name not in self.prefixes:
-            return collect(self.base_model.model, name)
-        copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
-        return {**self.prefixes[name].file_tensors(format), **copies}
-
-    def _has_copies(self, name: str) -> bool:
-        return any(name in copies.modules_to_save for _, copies in inject.trained_copies(self.base_model.model))
-
-    def fill_adapter(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Put checked tensors into one adapter."""
-        if name not in self.prefixes:
-            fill(self.base_model.model, name, tensors)
-            return
-        of_prompt = {key: value for key, value in tensors.items() if not key.startswith(PROMPT_ROOT)}
-        if of_prompt:
-            self.prefixes[name].load_file_tensors(of_prompt)
-        fill(self.base_model.model, name, tensors, PROMPT_ROOT)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        *,
-        format: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write adapters as PEFT's folders: "default" into the folder itself, others into subfolders.
-
-        Args:
-            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it.
-        """
-        if not safe_serialization:
-            raise ConfigError(
-                "save_pretrained: safe_serialization=False would write a pickle; adapters are saved as safetensors",
-                field="safe_serialization",
-            )
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError(
-                "save_pretrained: path_initial_model_for_weight_conversion is not available in this version",
-                field="path_initial_model_for_weight_conversion",
-            )
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self._known(names)
-        if is_main_process:
-            storage.save(self, Path(save_directory), names, format)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        allow_base_mismatch: bool = False,
-        **kwargs: Any,
-    ) -> PeftModel:
-        """A base model with the adapter of a folder (or hub repository) on it, in eval mode unless trainable.
-
-        Raises:
-            PeftError: The folder is damaged or does not fit the model, which is left as it was.
-        """
-        check_name(adapter_name)
-        saved = storage.read(model_id, config=config, key_mapping=key_mapping, **kwargs)
-        storage.check_base(saved, model, allow_base_mismatch)
-        saved.config.inference_mode = not is_trainable
-        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel) if cls is PeftModel else cls
-        with inject.unchanged_on_error(model):
-            made = kind(model, saved.config, adapter_name, autocast_adapter_dtype)
-            try:
-                made._load(adapter_name, saved)
-            except BaseException:
-                made.unload()
-                raise
-        made.train(is_trainable)
-        return made
-
-    def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        allow_base_mismatch: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Add the adapter of a folder; a name that is there already gets the folder's tensors."""
-        from deltatune.state_dict import Loaded
-
-        saved = storage.read(model_id, key_mapping=key_mapping, **kwargs)
-        storage.check_base(saved, self.base_model.model, allow_base_mismatch)
-        saved.config.inference_mode = not is_trainable
-        fresh = adapter_name not in self.peft_config
-        if fresh:
-            self.add_adapter(adapter_name, saved.config, autocast_adapter_dtype=autocast_adapter_dtype)
-        try:
-            self._load(adapter_name, saved)
-        except BaseException:
-            if fresh:
-                self.delete_adapter(adapter_name)
-            raise
-        return Loaded([], [])
-
-    def _load(self, name: str, saved: storage.Saved) -> None:
-        """Check the tensors of a folder against an adapter of this model, then fill it."""
-        if name in self.prefixes:
-            copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
-            heads = {key: value for key, value in saved.tensors.items() if key.startswith(PROMPT_ROOT)}
-            check(heads, copies, saved.source)
-            if len(heads) == len(saved.tensors):
-                raise MismatchError(f"{saved.source}: no prefix in the file", path=saved.source)
-        else:
-            saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
-            if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
-                saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
-            check(saved.tensors, self.adapter_tensors(name), saved.source)
-        self.fill_adapter(name, saved.tensors)
 
     # ------------------------------------------------------------------------------------------- like the base model
 
@@ -523,5 +411,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
     if next(inject.adapted_layers(model), None) is not None:
         raise StateError(
-            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, or unload() it"
+            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, "
+            "or unload() it first"
         )

@@ -22,7 +22,7 @@ def check_name(name: str) -> str:
             field="adapter_name",
             found=name,
         )
-    if hasattr(nn.ModuleDict, name):  # adapters are kept in module dicts, whose attributes cannot be keys
+    if hasattr(nn.ModuleDict(), name):  # adapters are kept in module dicts, whose attributes cannot be keys
         raise AdapterNameError(
             f"adapter name {name!r} is reserved (an attribute of torch modules); choose another",
             field="adapter_name",

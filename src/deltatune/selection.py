@@ -7,15 +7,16 @@ batch with different adapters) is bound to the thread or task that makes it, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-_chosen: ContextVar[dict[int, Call]] = ContextVar("deltatune_chosen", default={})  # never mutated, only replaced
+_chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
 _counting = threading.Lock()
 
 
@@ -44,7 +45,7 @@ class Selection:
 
     def current(self) -> Call:
         if self.choosing:
-            call = _look_up(self)
+            call: Call | None = _look_up(self)  # type: ignore[assignment, arg-type]
             if call is not None:
                 return call
         return Call(self.active) if self.enabled else Call()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.adapter import Adapter
 from deltatune.copies import TrainedCopies
-from deltatune.errors import AdapterNameError, MismatchError, PeftWarning
+from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.inject import adapted_layers, trained_copies
+from deltatune.notice import warn
+
+if TYPE_CHECKING:
+    from deltatune.model import PeftModel
 
 ROOT = "base_model.model."
 Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
@@ -156,7 +158,8 @@ def get_peft_model_state_dict(
         state_dict: Values to use instead of the model's own, under the model's keys (gathered from shards, say).
     """
     model = getattr(model, "_orig_mod", model)
-    own = model.adapter_tensors(adapter_name) if _is_peft_model(model) else collect(model, adapter_name, root="")
+    wrapped = _as_peft_model(model)
+    own = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
     if state_dict is None:
         return {key: tensor.detach() for key, tensor in own.items()}
     names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
@@ -175,8 +178,8 @@ def set_peft_model_state_dict(
     Returns the missing and the unexpected keys, and warns of them; shapes must fit unless told otherwise.
     """
     model = getattr(model, "_orig_mod", model)
-    wrapped = _is_peft_model(model)
-    expected = model.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
+    wrapped = _as_peft_model(model)
+    expected = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
     given = {key if wrapped else key.removeprefix(ROOT): value for key, value in peft_model_state_dict.items()}
     if wrapped and not expected.keys() & given.keys():
         given = {ROOT + key: value for key, value in given.items()}
@@ -184,15 +187,15 @@ def set_peft_model_state_dict(
         given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
     missing, surplus = check(given, expected, "state dict", strict=False)
     if missing or surplus:
-        warnings.warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}", PeftWarning, 2)
+        warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}")
     if wrapped:
-        model.fill_adapter(adapter_name, given)
+        wrapped.fill_adapter(adapter_name, given)
     else:
         fill(model, adapter_name, given, root="")
     return Loaded(missing, surplus)
 
 
-def _is_peft_model(model: nn.Module) -> bool:
+def _as_peft_model(model: nn.Module) -> PeftModel | None:
     from deltatune.model import PeftModel
 
-    return isinstance(model, PeftModel)
+    return model if isinstance(model, PeftModel) else None

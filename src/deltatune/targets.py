@@ -6,8 +6,7 @@ Paths are those of the bare model: a wrapped layer keeps its path, and nothing i
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,65 +14,14 @@ from torch import nn
 from deltatune.bases import as_map, supported
 from deltatune.config import PeftConfig, TaskType
 from deltatune.copies import TrainedCopies
-from deltatune.errors import ConfigError, PeftWarning, TargetError
+from deltatune.errors import TargetError
 from deltatune.layer import AdaptedLayer
+from deltatune.notice import warn
+from deltatune.patterns import name_matches, pattern_value
 from deltatune.suggest import nearest
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
-
-Names = Iterable[str] | str | None
-
-
-def name_matches(names: Names, path: str) -> bool:
-    """Whether a path is named: by a whole ending of the path, or by a regular expression for all of it."""
-    if not names:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    parts = path.split(".")
-    endings = {".".join(parts[start:]) for start in range(len(parts))}
-    return not endings.isdisjoint(names)
-
-
-def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value whose pattern matches the end of a path (`rank_pattern`, `alpha_pattern`), or the default."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
-
-
-def check_patterns(config: Any) -> None:
-    """Refuse regular expressions that do not compile and layer numbers without a list of names to number."""
-    owner = type(config).__name__
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(getattr(config, field), str):
-            _compile(owner, field, getattr(config, field))
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, {}):
-            _compile(owner, field, pattern)
-    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
-        raise ConfigError(
-            f"{owner}: layers_to_transform={config.layers_to_transform!r} needs target_modules as a list of names, "
-            f"not the pattern {config.target_modules!r}",
-            field="layers_to_transform",
-        )
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ConfigError(
-            f"{owner}: layers_pattern={config.layers_pattern!r} needs layers_to_transform", field="layers_pattern"
-        )
-
-
-def _compile(owner: str, field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{owner}: {field}={pattern!r} is no regular expression: {error.msg} at position {error.pos}",
-            field=field,
-            found=pattern,
-        ) from None
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -118,7 +66,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _outputs(model: nn.Module, task_type: Any) -> list[str]:
     """Paths of the output layer, which "all-linear" leaves alone: the LM head, or a classifier's head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)  # models of transformers have it
+    head = find_head() if find_head else None
     if head is not None:
         return [path for path, module in walk(model) if module is head]
     if task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
@@ -186,11 +135,11 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
         if isinstance(names, (set, list)):
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in candidates)]
             if dead:
-                warnings.warn(f"{field}: {dead} match no module of the model", PeftWarning, 4)
+                warn(f"{field}: {dead} match no module of the model")
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, {}):
             if not any(pattern_value({pattern: True}, path, False) for path in found):
-                warnings.warn(f"{field}: {pattern!r} matches none of the adapted layers", PeftWarning, 4)
+                warn(f"{field}: {pattern!r} matches none of the adapted layers")
 
 
 def with_defaults(config: PeftConfig, model: nn.Module, usual: Any) -> None:

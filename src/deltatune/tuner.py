@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch import nn
 
 from deltatune import inject
 from deltatune.config import PeftConfig
-from deltatune.errors import AdapterNameError, MergeError, PeftWarning, StateError
+from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
+from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
 
@@ -34,7 +34,7 @@ class Tuner(nn.Module):
     def prefix(self) -> str:
         """How the names of the active method's tensors begin."""
         names = self.selection.active or tuple(self.peft_config)
-        return METHODS[self.peft_config[names[0]].peft_type].prefix  # type: ignore[index]
+        return METHODS[self.peft_config[names[0]].peft_type].key_prefix  # type: ignore[index]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -85,7 +85,7 @@ class Tuner(nn.Module):
         """Put the original parameters back, bit for bit."""
         layers = [layer for _, layer in inject.adapted_layers(self.model)]
         if not any(layer.merged for layer in layers):
-            warnings.warn("unmerge_adapter: nothing is merged", PeftWarning, 2)
+            warn("unmerge_adapter: nothing is merged")
         for layer in layers:
             layer.unmerge()
 
@@ -134,11 +134,9 @@ class Tuner(nn.Module):
         inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore
         if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
             config.tie_word_embeddings = False  # type: ignore[union-attr]
-            warnings.warn(
+            warn(
                 "the merged embedding and the output layer no longer share their weights: "
-                "config.tie_word_embeddings is False now",
-                PeftWarning,
-                3,
+                "config.tie_word_embeddings is False now"
             )
 
     # ------------------------------------------------------------------------------------------- like the base model
@@ -152,7 +150,7 @@ class Tuner(nn.Module):
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", None)
-        return config.to_dict() if hasattr(config, "to_dict") else {"model_type": "custom"}
+        return {"model_type": "custom"} if config is None else config.to_dict()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -22,7 +22,7 @@ class LazyWeight(Tensor):
     _is_param = True  # isinstance(weight, nn.Parameter) holds, as programs that look a weight up expect
 
     @staticmethod
-    def __new__(cls, stored: Tensor, compute: Callable[[], Tensor]) -> LazyWeight:
+    def __new__(cls: type, stored: Tensor, compute: Callable[[], Tensor]) -> LazyWeight:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, stored.shape, strides=stored.stride(), dtype=stored.dtype, device=stored.device
         )
@@ -37,9 +37,12 @@ class LazyWeight(Tensor):
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func == _DATA:  # lazy too: written to, it would be a copy that nobody reads
+            return LazyWeight(args[0], lambda: _dense(args[0]).detach())
         name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") or name in ("__setitem__", "__set__")
-        if in_place and isinstance(args[0], LazyWeight):
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+        first, out = (args or tuple((kwargs or {}).values()))[0], (kwargs or {}).get("out")
+        if isinstance(out, LazyWeight) or (in_place and isinstance(first, LazyWeight)):
             raise StateError(
                 f"{name} would change the weight of a layer under active adapters, which is computed; "
                 "change layer.base_layer.weight, or disable the adapters first"
@@ -66,9 +69,18 @@ def _dense(value: Any) -> Any:
     return value
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _FACTS = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda")),
     *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_sparse", "is_quantized", "is_nested", "requires_grad")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
+    *(
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.stride,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.__len__,
+    ),
     *(Tensor.element_size, Tensor.nelement, Tensor.get_device, Tensor.__repr__),
 }

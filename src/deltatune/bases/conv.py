@@ -61,7 +61,6 @@ class Conv:
         return y * vector.to(y.dtype).reshape(-1, *[1] * len(self.sizes))
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """A weight in the layer's own layout as a matrix (out, in); `store` is the way back."""
         flat = stored.flatten(1)  # (out, in / groups)
         return flat if self.module.groups == 1 else torch.block_diag(*flat.chunk(self.module.groups))
 

@@ -16,8 +16,9 @@ class Linear:
     @staticmethod
     def fits(module: nn.Module) -> bool:
         # A subclass with a forward of its own (a router, say) is not the map its weight describes.
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        return plain and module.weight.is_floating_point()
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return False
+        return module.weight.is_floating_point()
 
     def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         self.module, self.args, self.kwargs = cast(nn.Linear, module), args, kwargs or {}
@@ -44,16 +45,13 @@ class Linear:
         return y * vector.to(y.dtype)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """A weight in the layer's own layout as a matrix (out, in); `store` is the way back."""
         return stored
 
     def store(self, weight: Tensor) -> Tensor:
         return weight
 
     def down_shape(self, rank: int) -> tuple[int, ...]:
-        """Shape in which files keep a factor that reads the layer's input."""
         return (rank, self.in_features)
 
     def up_shape(self, rank: int) -> tuple[int, ...]:
-        """Shape in which files keep a factor that writes the layer's output."""
         return (self.out_features, rank)

@@ -45,7 +45,6 @@ class Transposed:
         return y * vector.to(y.dtype)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """A weight in the layer's own layout as a matrix (out, in); `store` is the way back."""
         return stored.T
 
     def store(self, weight: Tensor) -> Tensor:

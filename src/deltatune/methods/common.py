@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from deltatune.config import PeftConfig, config
+from deltatune.patterns import check_patterns
 
 
 @config
@@ -38,6 +39,4 @@ class LayerConfig(PeftConfig):
 
     def validate(self) -> None:
         super().validate()
-        from deltatune.targets import check_patterns
-
         check_patterns(self)

@@ -81,10 +81,10 @@ class Reflections(Adapter):
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         if not self.vectors_in:  # a patch of an image is no vector that could be reflected before the layer
             return super().forward(x, layer)
-        # x (W H_1 ... H_r)^T = (x H_r ... H_1) W^T: 4 r multiplications a number, where the chain of matrices takes 2 in r
+        # x (W H_1 ... H_r)^T = (x H_r ... H_1) W^T; reflecting x costs r (in), the chain of matrices r (in x in)
         for u in reversed(self.U.to(x.dtype).unbind(1)):
             x = reflect(x, u)
         return layer(x)
 
 
-METHOD = Method(PeftType.HRA, HRAConfig, Reflections, prefix="hra_", default_targets=usual_targets)
+METHOD = Method(PeftType.HRA, HRAConfig, Reflections, key_prefix="hra_", default_targets=usual_targets)

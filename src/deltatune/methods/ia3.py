@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.methods.common import LayerConfig
-from deltatune.targets import name_matches
+from deltatune.patterns import name_matches
 
 
 @config
@@ -42,7 +42,7 @@ class IA3(Adapter):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     views: ClassVar[tuple[str, ...]] = ("ia3_l", "is_feedforward")
 
-    def __init__(self, layer: LinearMap | Any, on_input: bool, ones: bool) -> None:
+    def __init__(self, layer: LinearMap, on_input: bool, ones: bool) -> None:
         super().__init__()
         self.is_feedforward, self.kernel = on_input, layer.kernel
         features = layer.in_features // layer.kernel if on_input else layer.out_features
@@ -102,4 +102,4 @@ def usual_targets(model_type: str) -> Any:
     return found and {"target_modules": set(found[0]), "feedforward_modules": set(found[1])}
 
 
-METHOD = Method(PeftType.IA3, IA3Config, IA3, prefix="ia3_", default_targets=usual_targets)
+METHOD = Method(PeftType.IA3, IA3Config, IA3, key_prefix="ia3_", default_targets=usual_targets)

@@ -15,7 +15,7 @@ from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, block_diagonal
 from deltatune.methods.common import LayerConfig
-from deltatune.targets import pattern_value
+from deltatune.patterns import pattern_value
 
 # Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
@@ -106,7 +106,8 @@ class LoraConfig(LayerConfig):
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:
                 raise ConfigError(
-                    f"LoraConfig: {name}={getattr(self, name)!r} is not available in this version, leave it at {inert!r}",
+                    f"LoraConfig: {name}={getattr(self, name)!r} is not available in this version, "
+                    f"leave it at {inert!r}",
                     field=name,
                     found=getattr(self, name),
                     expected=inert,
@@ -125,7 +126,7 @@ class LoRA(Adapter):
     lora_B: Factor
 
     def __init__(
-        self, layer: LinearMap | Any, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
+        self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
     ) -> None:
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
@@ -142,6 +143,13 @@ class LoRA(Adapter):
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         init = True if config.init_lora_weights is None else config.init_lora_weights
+        if config.lora_bias and layer.kind == "embedding":
+            raise ConfigError(
+                f"LoraConfig: lora_bias=True is not possible for the embedding {path}: files have no name for it",
+                field="lora_bias",
+                path=path,
+                found=True,
+            )
         _check_groups(layer, r, path)
         return cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias)
 
@@ -227,13 +235,16 @@ def _check_groups(layer: LinearMap, r: int, path: str) -> None:
 
 _Q_AND_V = ["q_proj", "v_proj"]
 _TARGETS: dict[str, list[str] | str] = {
-    **dict.fromkeys(("t5", "mt5", "umt5"), ["q", "v"]),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "camembert"), ["query", "value"]),
+    **{name: ["q", "v"] for name in ("t5", "mt5", "umt5")},
+    **{name: ["query", "value"] for name in ("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "camembert")},
     **dict.fromkeys(("bart", "mbart", "pegasus", "m2m_100", "marian", "blenderbot", "plbart"), _Q_AND_V),
     **dict.fromkeys(("opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _Q_AND_V),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "whisper"), _Q_AND_V),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), ["query_key_value"]),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    **{
+        name: ["query_key_value"]
+        for name in ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon")
+    },
+    **{name: ["c_attn"] for name in ("gpt2", "gpt_bigcode")},
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "deberta-v2": ["query_proj", "value_proj"],
     "deberta": ["in_proj"],
@@ -254,4 +265,4 @@ def usual_targets(model_type: str) -> Any:
     return _TARGETS.get(model_type)
 
 
-METHOD = Method(PeftType.LORA, LoraConfig, LoRA, prefix="lora_", default_targets=usual_targets)
+METHOD = Method(PeftType.LORA, LoraConfig, LoRA, key_prefix="lora_", default_targets=usual_targets)

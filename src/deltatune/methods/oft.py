@@ -49,11 +49,14 @@ class OFTConfig(LayerConfig):
         super().validate()
         checks.probability("OFTConfig", "module_dropout", self.module_dropout)
         checks.finite_positive("OFTConfig", "eps", self.eps)
-        checks.positive_int("OFTConfig", "num_cayley_neumann_terms", self.num_cayley_neumann_terms)
+        if self.num_cayley_neumann_terms < 2:  # the first term is the identity
+            checks.refuse(
+                "OFTConfig", "num_cayley_neumann_terms", self.num_cayley_neumann_terms, "an integer of 2 or more"
+            )
         checks.one_of("OFTConfig", "bias", self.bias, ("none",))
-        if (self.r > 0) == (self.oft_block_size > 0):
+        if min(self.r, self.oft_block_size) < 0 or (self.r > 0) == (self.oft_block_size > 0):
             raise ConfigError(
-                f"OFTConfig: r={self.r} and oft_block_size={self.oft_block_size}: give one of them, the other must be 0",
+                f"OFTConfig: r={self.r} and oft_block_size={self.oft_block_size}: give one of them and 0 for the other",
                 field="oft_block_size",
                 found=(self.r, self.oft_block_size),
             )
@@ -65,7 +68,9 @@ class OFT(Adapter):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     views: ClassVar[tuple[str, ...]] = ("oft_R", "oft_block_size", "r")
 
-    def __init__(self, layer: LinearMap, size: int, share: bool, terms: int, limit: float | None, dropout: float) -> None:
+    def __init__(
+        self, layer: LinearMap, size: int, share: bool, terms: int, limit: float | None, dropout: float
+    ) -> None:
         super().__init__()
         self.oft_block_size, self.blocks, self.terms = size, layer.in_features // size, terms
         self.r, self.limit, self.dropout = self.blocks, limit, dropout
@@ -124,11 +129,11 @@ class OFT(Adapter):
 
 
 def _within(Q: Tensor, limit: float) -> Tensor:
-    """Blocks drawn back to a distance `limit` / sqrt(blocks) from zero; the gradient passes as if they had not moved."""
+    """Blocks drawn back to a distance `limit` / sqrt(blocks) from zero; the gradient passes as if they had not been."""
     limit = limit / len(Q) ** 0.5
     norm = Q.norm(dim=(1, 2), keepdim=True)
     drawn = torch.where(norm <= limit, Q, Q * (limit / norm.clamp_min(torch.finfo(Q.dtype).tiny)))
     return Q + (drawn - Q).detach()
 
 
-METHOD = Method(PeftType.OFT, OFTConfig, OFT, prefix="oft_", default_targets=usual_targets)
+METHOD = Method(PeftType.OFT, OFTConfig, OFT, key_prefix="oft_", default_targets=usual_targets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from deltatune.errors import SaveError
@@ -23,6 +24,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
     made = _missing(folder)
     temporary: dict[Path, Path] = {}
+    before: dict[Path, bytes | None] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -30,9 +32,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             temporary[target] = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
             _write(temporary[target], content, _mode(target))
         for target, source in temporary.items():
+            if target != list(temporary)[-1]:  # should a later one fail; the last is the large one
+                before[target] = target.read_bytes() if target.exists() else None
             os.replace(source, target)
-        _sync(folder)
     except OSError as error:
+        _put_back(before)
         for source in temporary.values():
             source.unlink(missing_ok=True)
         for path in made:
@@ -42,6 +46,20 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             path=str(folder),
             found=error.errno,
         ) from error
+    with suppress(OSError):  # all is in place; some file systems cannot sync a folder
+        _sync(folder)
+
+
+def _put_back(before: Mapping[Path, bytes | None]) -> None:
+    """Undo what was replaced; a reader of ours does without, because the last file is the commit point."""
+    for target, content in before.items():
+        with suppress(OSError):
+            if content is None:
+                target.unlink(missing_ok=True)
+            elif target.read_bytes() != content:
+                spare = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+                _write(spare, content, _mode(target))
+                os.replace(spare, target)
 
 
 def _missing(folder: Path) -> list[Path]:

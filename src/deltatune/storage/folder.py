@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
-from deltatune.errors import FormatError, MismatchError, PeftWarning
+from deltatune.errors import FormatError, MismatchError
+from deltatune.notice import warn
 from deltatune.storage.card import model_card
 from deltatune.storage.files import write_files
 from deltatune.storage.fingerprint import difference, fingerprint
@@ -89,7 +89,7 @@ def read(
     if facts is not None and isinstance(facts.get("config"), dict):
         values = _reconciled(values, facts["config"], str(file))
     if not values.get("peft_type"):
-        raise FormatError(f"{file}: 'peft_type' is missing, for example \"peft_type\": \"LORA\"", path=str(file))
+        raise FormatError(f'{file}: \'peft_type\' is missing, for example "peft_type": "LORA"', path=str(file))
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     found = config if config is not None else PeftConfig.from_file_dict(values, str(file))
@@ -100,9 +100,7 @@ def _reconciled(view: dict[str, Any], header: dict[str, Any], source: str) -> di
     """The header's config, with the user's edits to facts that do not touch the tensors."""
     differing = sorted(key for key in header if key not in EDITABLE and view.get(key) != header[key])
     if differing:
-        warnings.warn(
-            f"{source}: {differing} differ from what the adapter was saved with; the saved values are used", PeftWarning, 4
-        )
+        warn(f"{source}: {differing} differ from what the adapter was saved with; the saved values are used")
     return {**header, **{key: view[key] for key in EDITABLE & view.keys()}}
 
 

@@ -27,7 +27,17 @@ def to_bytes(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     """A safetensors file; `facts` and a digest of the values go into its header."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {**facts, "sha256": digest(plain)}
-    return serialise(plain, {"format": "pt", MARKER: json.dumps(header, sort_keys=True)})
+    return _in_order(serialise(plain, {"format": "pt", MARKER: json.dumps(header, sort_keys=True)}))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with sorted metadata: the writer's order is random, and equal adapters should be equal files."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the values stay aligned
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -93,7 +103,9 @@ def _facts(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
         facts = json.loads(text)
         return facts if isinstance(facts, dict) else None
     except ValueError as error:
-        raise FormatError(f"{path}: the {MARKER} entry of its header is not readable ({error})", path=str(path)) from None
+        raise FormatError(
+            f"{path}: the {MARKER} entry of its header is not readable ({error})", path=str(path)
+        ) from None
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -106,7 +118,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raise when the weights are there only, or also, as a pickle: it is never opened, and never silently passed over."""
+    """Raise when the weights are there (perhaps only) as a pickle: it is never opened, and never passed over."""
     if (folder / PICKLE_NAME).exists():
         both = (folder / WEIGHTS_NAME).exists()
         raise UnsafeError(

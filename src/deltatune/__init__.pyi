@@ -1,0 +1,51 @@
+"""The public names, for type checkers and editors; `__init__.py` loads them when they are used."""
+
+from typing import Any
+
+from deltatune.adapter import Adapter as Adapter
+from deltatune.adapter import Applied as Applied
+from deltatune.adapter import LinearMap as LinearMap
+from deltatune.adapter import Method as Method
+from deltatune.auto import AutoPeftModel as AutoPeftModel
+from deltatune.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from deltatune.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from deltatune.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from deltatune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from deltatune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from deltatune.config import PeftConfig as PeftConfig
+from deltatune.config import PeftType as PeftType
+from deltatune.config import TaskType as TaskType
+from deltatune.config import get_peft_config as get_peft_config
+from deltatune.errors import PeftError as PeftError
+from deltatune.errors import PeftWarning as PeftWarning
+from deltatune.inject import inject_adapter_in_model as inject_adapter_in_model
+from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.methods.hra import HRAConfig as HRAConfig
+from deltatune.methods.ia3 import IA3Config as IA3Config
+from deltatune.methods.lora import LoraConfig as LoraConfig
+from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from deltatune.model import PeftModel as PeftModel
+from deltatune.model import PeftModelForCausalLM as PeftModelForCausalLM
+from deltatune.model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from deltatune.model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from deltatune.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from deltatune.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from deltatune.model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from deltatune.model import get_peft_model as get_peft_model
+from deltatune.prompts.config import PromptLearningConfig as PromptLearningConfig
+from deltatune.prompts.prefix import PrefixEncoder as PrefixEncoder
+from deltatune.prompts.prefix import PrefixTuningConfig as PrefixTuningConfig
+from deltatune.registry import METHODS as METHODS
+from deltatune.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+from deltatune.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
+from deltatune.status import TunerLayerStatus as TunerLayerStatus
+from deltatune.status import TunerModelStatus as TunerModelStatus
+from deltatune.status import get_layer_status as get_layer_status
+from deltatune.status import get_model_status as get_model_status
+
+__version__: str
+__all__: list[str]
+
+def __getattr__(name: str) -> Any: ...

@@ -1,0 +1,1 @@
+"""Methods that hand learned tokens to a model. `prefix` is the one to read first, `attention` the seam it acts at."""

@@ -1,0 +1,65 @@
+"""The keys and values that the attentions of a model compute for real tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.prompts.attention import Recorder
+from deltatune.prompts.example import call_with_tokens
+from deltatune.prompts.positions import PositionShift
+from deltatune.prompts.sites import Site, undisturbed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Capture(Recorder):
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        name = self.names.get(id(module))
+        if name is not None:  # the first call of a module that is called several times
+            self.found.setdefault(name, (key.detach(), value.detach()))
+
+
+class _Constant:
+    """Stands in for a stage: the same shift in every pass."""
+
+    def __init__(self, amount: int) -> None:
+        self.amount = amount
+
+    def shift(self) -> int:
+        return self.amount
+
+
+def capture(
+    model: PreTrainedModel, sites: list[Site], token_ids: Tensor, first_position: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (1, heads, tokens, dim) of every site for `token_ids` (1, tokens), as attention receives them.
+
+    Args:
+        first_position: Position of the first token, as rotary angles see it. Prefixes of the model take no part.
+    """
+    watch = _Capture(model)
+    shifting = PositionShift(_Constant(first_position), rotary_only=True)
+    with undisturbed(model), torch.no_grad():
+        shifting.attach(model, [site.name for site in sites])
+        try:
+            with watch:
+                call_with_tokens(model, token_ids)
+        finally:
+            shifting.detach()
+    return [watch.found[site.name] for site in sites]
+
+
+def rows_of(pairs: list[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Rows of a prefix (count, width) from the keys and values of the first `count` tokens."""
+    columns: list[Any] = []
+    for pair in pairs:
+        columns += [part[0, :, :count].transpose(0, 1).flatten(1).float() for part in pair]
+    return torch.cat(columns, dim=1)

@@ -1,0 +1,230 @@
+"""The stage: what the prefixes of one model hand to its attentions during one forward pass.
+
+A forward pass of the outermost transformers model *binds*: the adapters that are active, and their keys and values,
+computed once. Every attention of that pass reads them from the binding, also when its layer is recomputed during the
+backward pass by gradient checkpointing, whatever is active by then and whichever thread recomputes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import StateError
+from deltatune.prompts import attention
+from deltatune.prompts.positions import Past, PositionShift
+from deltatune.selection import Call, Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltatune.prompts.graft import Prefix
+
+STAGE = "_deltatune_stage"  # key in the __dict__ of the model's root
+_CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")  # of transformers, of torch's wrapper
+
+
+@dataclass(eq=False)
+class Binding:
+    """What one forward pass uses.
+
+    Attributes:
+        call: The adapters that were active when it began.
+        prefixes: Keys (heads, P, dim) and values by site.
+        shift: Positions that the prefix takes up (PEFT's layout only).
+        seen: Tokens in the model's cache before the pass (PEFT's layout only).
+        projected: Whether the keys and values came out of an MLP.
+    """
+
+    call: Call
+    prefixes: dict[str, tuple[Tensor, Tensor]]
+    shift: int = 0
+    seen: Any = 0
+    projected: bool = False
+
+
+class _PerThread(threading.local):
+    """The passes that run in this thread: their models, outermost first, and what the outermost bound."""
+
+    def __init__(self) -> None:
+        self.running: list[Any] = []
+        self.binding: Binding | None = None
+
+
+class Stage:
+    """Everything the prefixes of one model share. Found through the slots of its sites, so it is copied with them."""
+
+    def __init__(self, model: PreTrainedModel, selection: Selection) -> None:
+        import transformers
+
+        self.model = model
+        self.selection = selection
+        self.prefixes: dict[str, Prefix] = {}
+        self.shifting: PositionShift | None = None
+        self.handles: list[Any] = []
+        self._start()
+        # generate() also calls parts of the model on their own, such as the encoder.
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                self.handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self.leave, always_call=True))
+
+    def _start(self) -> None:
+        attention.install()  # also in a process that unpickles a model
+        self.local = _PerThread()
+        self.latest: Binding | None = None
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module in self.model.modules():
+            for name in _CHECKPOINT_FUNCTIONS:
+                function = module.__dict__.get(name)
+                if isinstance(function, functools.partial) and function.func is _checkpointed:
+                    module.__dict__[name] = function.args[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("local", "latest")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    # ------------------------------------------------------------------------------------------- during a forward pass
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the forward pass of a transformers model: the outermost one binds."""
+        local = self.local
+        bound = local.binding
+        if module in local.running or (bound is not None and bound.call != self.selection.current()):
+            local.running.clear()  # left behind by a pass that was interrupted
+        if not local.running:
+            local.binding = self.bind(_past_tokens(module, args, kwargs) if self.shifting is not None else 0)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.latest = local.binding
+                self._carry_into_recomputation()
+        local.running.append(module)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        local = self.local
+        if local.running and local.running[-1] is module:
+            local.running.pop()
+        if not local.running:
+            local.binding = None
+
+    def bind(self, seen: Any = 0) -> Binding:
+        """Compute what the adapters that are active now hand over."""
+        call = self.selection.current()
+        active = [self.prefixes[name] for name in call.names if name in self.prefixes]
+        shifting = [prefix for prefix in active if prefix.config.layout == "peft"]
+        if shifting and len(active) > 1:
+            raise StateError(
+                f"prefixes {[prefix.name for prefix in active]} are active together, but {shifting[0].name!r} has "
+                "layout='peft', which moves the positions of the others; activate one at a time",
+                field="layout",
+            )
+        collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for prefix in active:
+            for site, pair in prefix.keys_values().items():
+                collected.setdefault(site, []).append(pair)
+        return Binding(
+            call,
+            {site: _joined(pairs) for site, pairs in collected.items()},
+            shift=sum(prefix.config.length for prefix in shifting),
+            seen=seen,
+            projected=any(prefix.encoder.transform is not None for prefix in active),
+        )
+
+    def binding(self) -> Binding:
+        """What holds for the call that asks: the pass it belongs to, or what is active where there is no pass."""
+        if self.local.binding is not None:
+            return self.local.binding
+        if self.latest is not None and torch._C._current_graph_task_id() != -1:
+            return self.latest  # a layer recomputed by a checkpoint function that we did not see
+        return self.bind()
+
+    def prefix_of(self, site: str) -> tuple[Tensor, Tensor] | None:
+        return self.binding().prefixes.get(site)
+
+    def shift(self) -> int:
+        return self.binding().shift
+
+    def past(self, site: str) -> Past | None:
+        """What PEFT's layout needs to know further; None in the native layout."""
+        binding = self.binding()
+        if not binding.shift:
+            return None
+        biased = next((prefix.biased.get(site) for prefix in self.prefixes.values() if prefix.biased), None)
+        return Past(binding.seen, biased)
+
+    # ----------------------------------------------------------------------------------------- gradient checkpointing
+
+    def _carry_into_recomputation(self) -> None:
+        """Let checkpointed layers of this model take the binding along; checkpointing is often enabled late."""
+        for module in self.model.modules():
+            for name in _CHECKPOINT_FUNCTIONS:
+                function = module.__dict__.get(name)
+                if function is not None and getattr(function, "func", None) is not _checkpointed:
+                    module.__dict__[name] = functools.partial(_checkpointed, self, function)
+
+
+def _checkpointed(
+    stage: Stage, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Checkpoint `function` so that both of its runs see the binding of the pass that is running now."""
+    binding = stage.local.binding
+    if binding is None or torch.compiler.is_compiling():
+        return checkpoint(function, *args, **kwargs)
+    if binding.projected and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+        raise StateError(
+            "prefix_projection does not work with reentrant gradient checkpointing, which runs backward through the "
+            "MLP once per layer; pass gradient_checkpointing_kwargs={'use_reentrant': False}",
+            field="use_reentrant",
+            found=True,
+            expected=False,
+        )
+    return checkpoint(functools.partial(_rerun, stage, binding, function), *args, **kwargs)
+
+
+def _rerun(stage: Stage, binding: Binding, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    local = stage.local
+    before = local.binding
+    local.binding = binding
+    local.running.append(binding)  # so that models inside of the layer do not bind anew
+    try:
+        with stage.selection.use(binding.call):
+            return function(*args, **kwargs)
+    finally:
+        local.running.pop()
+        local.binding = before
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1)
+
+
+def _past_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Number of tokens in the cache that a model is called with."""
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        names = list(_parameter_names(type(module)))[1:]
+        cache = dict(zip(names, args)).get("past_key_values")
+    if cache is None:
+        return 0
+    seen = cache.get_seq_length()
+    return seen.clone() if isinstance(seen, Tensor) else seen  # static caches count in place
+
+
+@functools.cache
+def _parameter_names(model_class: type[nn.Module]) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(model_class.forward).parameters)

@@ -1,0 +1,130 @@
+"""Start a prefix from real text: the keys and values that the base model itself computes for it.
+
+Where positions are rotary, the text is placed right before the first token, at -P to -1, so that the model with the
+prefix answers exactly as if the text stood there. Learned positions cannot be negative: there the text keeps positions
+0 to P-1, which in the native layout are also those of the first tokens (in PEFT's layout the tokens start at P).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deltatune.errors import AdapterNameError, ConfigError, DataError, TargetError
+from deltatune.prompts.capture import capture, rows_of
+from deltatune.prompts.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltatune.prompts.graft import Prefix
+    from deltatune.prompts.prefix import PrefixTuningConfig
+
+
+def initialize_kv_prefix_from_text(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: str,
+    adapter_name: str | None = None,
+    num_virtual_tokens: int | None = None,
+    use_chat_template: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """Overwrite a prefix of a PeftModel with the keys and values of `text`; return its rows (P, width).
+
+    Args:
+        adapter_name: The prefix to fill; the active one when left out.
+        num_virtual_tokens: Must be the number of virtual tokens of that prefix.
+        use_chat_template: Put the text into a system message where the tokenizer has a chat template.
+        max_length: Cut the text to this many tokens.
+    """
+    prefix = _prefix(model, adapter_name)
+    if num_virtual_tokens not in (None, prefix.config.num_virtual_tokens):
+        raise ConfigError(
+            f"num_virtual_tokens={num_virtual_tokens}, but the prefix {prefix.name!r} has "
+            f"{prefix.config.num_virtual_tokens}; leave it out",
+            field="num_virtual_tokens",
+            found=num_virtual_tokens,
+            expected=prefix.config.num_virtual_tokens,
+        )
+    if prefix.encoder.transform is not None:
+        raise ConfigError(
+            f"the prefix {prefix.name!r} has prefix_projection=True, whose MLP cannot start from keys and values; "
+            "set prefix_projection=False",
+            field="prefix_projection",
+            found=True,
+        )
+    ids = token_ids(tokenizer, text, use_chat_template)[:max_length]
+    with torch.no_grad():
+        rows = text_rows(prefix.stage.model, prefix.config, prefix.sites, ids)
+        prefix.encoder.fill(rows)
+    return rows
+
+
+def _prefix(model: Any, adapter_name: str | None) -> Prefix:
+    wanted = [adapter_name] if adapter_name is not None else [n for n in model.active_adapters if n in model.prefixes]
+    if len(wanted) != 1 or wanted[0] not in model.prefixes:
+        raise AdapterNameError(
+            f"initialize_kv_prefix_from_text: adapter_name={adapter_name!r} names no single prefix; there are "
+            f"{list(model.prefixes)}",
+            field="adapter_name",
+            found=adapter_name,
+            expected=list(model.prefixes),
+        )
+    return model.prefixes[wanted[0]]
+
+
+def token_ids(tokenizer: Any, text: str, use_chat_template: bool = False) -> list[int]:
+    if use_chat_template and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "system", "content": text}]
+        return list(tokenizer.apply_chat_template(message, tokenize=True, return_dict=False))
+    return list(tokenizer(text)["input_ids"])
+
+
+def rows_of_config(model: PreTrainedModel, config: PrefixTuningConfig, sites: list[Site]) -> Tensor:
+    """Rows of a prefix that is to start as `init_text` or `init_token_ids`."""
+    ids = config.init_token_ids
+    if ids is None:
+        if config.tokenizer_name_or_path is None:
+            raise ConfigError(
+                "PrefixTuningConfig: init_text needs tokenizer_name_or_path (or give init_token_ids)",
+                field="tokenizer_name_or_path",
+            )
+        from transformers import AutoTokenizer
+
+        ids = token_ids(AutoTokenizer.from_pretrained(config.tokenizer_name_or_path), config.init_text or "")
+    return text_rows(model, config, sites, ids)
+
+
+def text_rows(model: PreTrainedModel, config: PrefixTuningConfig, sites: list[Site], ids: list[int]) -> Tensor:
+    """Rows (P, width) from the first P of the tokens `ids`."""
+    count = config.length
+    if len(ids) < count:
+        raise DataError(
+            f"the text has {len(ids)} tokens, the prefix {count} virtual tokens; give a longer text or set "
+            f"num_virtual_tokens={len(ids)}",
+            field="num_virtual_tokens",
+            found=len(ids),
+            expected=count,
+        )
+    again = [site.name for site in sites if site.calls > 1]
+    if again:
+        raise TargetError(
+            f"{type(model).__name__}: {again[0]!r} attends several times in a pass, each time with other keys and "
+            "values; a prefix that they share cannot start from text",
+            field="init_text",
+            found=again,
+        )
+    size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    outside = [token for token in ids if not 0 <= token < size]
+    if outside:
+        raise DataError(
+            f"token ids {outside[:3]} are outside of the vocabulary of {type(model).__name__}, which has {size} tokens",
+            found=outside,
+        )
+    first = -count if config.layout == "native" else 0
+    pairs = capture(model, sites, torch.tensor([ids], device=model.device), first)
+    return rows_of(pairs, count)
