@@ -1,0 +1,34 @@
+"""Features as one padded batch, as long as its longest row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltatune.data.encode import IGNORE, Features
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads inputs on the right (`left` for generation), labels with the ignored index."""
+
+    pad_token_id: int
+    task: str
+
+    def __call__(self, rows: list[Features]) -> dict[str, Tensor]:
+        batch = self.inputs([row.input_ids for row in rows])
+        if self.task == "classification":
+            batch["labels"] = torch.tensor([row.labels[0] for row in rows])
+        else:
+            batch["labels"] = _padded([row.labels for row in rows], IGNORE)
+        return batch
+
+    def inputs(self, ids: list[list[int]], left: bool = False) -> dict[str, Tensor]:
+        mask = _padded([[1] * len(row) for row in ids], 0, left)
+        return {"input_ids": _padded(ids, self.pad_token_id, left), "attention_mask": mask}
+
+
+def _padded(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+    width = max(len(row) for row in rows)
+    filled = [([value] * (width - len(row)) + row) if left else (row + [value] * (width - len(row))) for row in rows]
+    return torch.tensor(filled, dtype=torch.long)

@@ -1,0 +1,197 @@
+"""From the columns of a table to checked examples: input/target pairs, text with a label, or plain text."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from deltatune.data.read import Table
+from deltatune.errors import DataError
+
+# (input columns, target column), in the order in which they are looked for
+PAIRS = (
+    (("input",), "target"),
+    (("prompt",), "completion"),
+    (("instruction", "input"), "output"),
+    (("instruction",), "output"),
+    (("source",), "target"),
+    (("mr",), "ref"),
+    (("question",), "answer"),
+    (("prompt",), "response"),
+    (("input",), "output"),
+    (("document",), "summary"),
+    (("article",), "highlights"),
+)
+TEXTS = ("text", "sentence", "content", "review", "question", "input")
+LABELS = ("label", "labels", "class", "category", "intent", "target")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are what. `form` is 'pairs', 'labelled' or 'text'."""
+
+    form: str
+    inputs: tuple[str, ...]
+    target: str | None = None
+    label_names: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One checked row: `text` in, `target` out (None for plain text), `line` to name it by."""
+
+    text: str
+    target: str | None
+    line: int
+
+
+def detect(
+    table: Table,
+    task: str,
+    input_column: str | None = None,
+    target_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Columns:
+    """Which columns the task reads: the ones that were named, else the first known pattern the file has."""
+    present = _present(table)
+    for field, name in {
+        "input_column": input_column,
+        "target_column": target_column,
+        "text_column": text_column,
+        "label_column": label_column,
+    }.items():
+        if name is not None and name not in present:
+            raise DataError(
+                f"{table.source}: {field} {name!r} is not a column of the file{_nearest(name, present)}; "
+                f"it has {present}",
+                path=table.source,
+                field=field,
+                found=name,
+                expected=present,
+            )
+    if task == "classification":
+        text = text_column or input_column or _first(TEXTS, present)
+        label = label_column or target_column or _first(LABELS, [c for c in present if c != text])
+        if text and label:
+            names = "label_name" if "label_name" in present and label == "label" else None
+            return Columns("labelled", (text,), label, names)
+        raise _unknown(table, present, "a text and a label (text/label)", "text_column and label_column")
+    if (text_column or (not (input_column or target_column) and present == ["text"])) and task == "causal":
+        return Columns("text", (text_column or "text",))
+    if input_column or target_column:
+        given = next((p for p in PAIRS if p[0] == (input_column,) or p[1] == target_column), ((None,), None))
+        source, target = input_column or given[0][-1], target_column or given[1]
+        if source in present and target in present and source is not None:
+            return Columns("pairs", (source,), target)
+        raise _unknown(table, present, "an input and a target", "both input_column and target_column")
+    for sources, target in PAIRS:
+        if target in present and all(source in present for source in sources):
+            return Columns("pairs", sources, target)
+    if task == "causal" and "text" in present:
+        return Columns("text", ("text",))
+    known = ", ".join("+".join(sources) + "/" + target for sources, target in PAIRS)
+    raise _unknown(table, present, f"one of {known}", "input_column and target_column")
+
+
+def examples(table: Table, columns: Columns) -> list[Example]:
+    """Every row checked before anything is trained: the first fault is shown, with how many rows share it."""
+    made: list[Example] = []
+    faults: list[tuple[str, int, str, str]] = []
+    for index, row in enumerate(table.rows):
+        try:
+            made.append(_example(table, index, row, columns))
+        except _Fault as fault:
+            faults.append((fault.field, index, fault.problem, fault.expected))
+    if not faults:
+        return made
+    field, index, problem, expected = faults[0]
+    same = [i for f, i, p, _ in faults if f == field]
+    more = f" ({len(same) - 1} more rows like it)" if len(same) > 1 else ""
+    raise DataError(
+        f"{table.where(index)}: field {field!r} {problem}{more}; expected {expected}",
+        path=table.source,
+        key=str(table.lines[index]),
+        field=field,
+        found=table.rows[index].get(field),
+        expected=expected,
+    )
+
+
+class _Fault(Exception):
+    def __init__(self, field: str, problem: str, expected: str) -> None:
+        self.field, self.problem, self.expected = field, problem, expected
+
+
+def _example(table: Table, index: int, row: dict[str, Any], columns: Columns) -> Example:
+    line = table.lines[index]
+    if columns.form == "labelled":
+        assert columns.target is not None
+        label = _label(row, columns.target)
+        return Example(_string(row, columns.inputs[0]), label, line)
+    if columns.form == "text":
+        return Example(_string(row, columns.inputs[0]), None, line)
+    assert columns.target is not None
+    first, *rest = columns.inputs
+    parts = [_string(row, first), *(_string(row, name, blank=True, missing=True) for name in rest)]
+    return Example("\n".join(part for part in parts if part.strip()), _string(row, columns.target), line)
+
+
+def _string(row: dict[str, Any], name: str, blank: bool = False, missing: bool = False) -> str:
+    if name not in row:
+        if missing:
+            return ""
+        raise _Fault(name, f"is missing (the row has {sorted(row)})", "text")
+    value = row[name]
+    if value is None and missing:
+        return ""
+    if not isinstance(value, str):
+        raise _Fault(
+            name, f"is {'null' if value is None else f'{_short(value)} of type {type(value).__name__}'}", "text"
+        )
+    if not value.strip() and not blank:
+        raise _Fault(name, "is empty", "text")
+    return value
+
+
+def _label(row: dict[str, Any], name: str) -> str:
+    if name not in row or row[name] is None or row[name] == "":
+        raise _Fault(name, "is missing: the row is not labelled", "a label (a whole number or a name)")
+    value = row[name]
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, str | int) or (isinstance(value, float) and value.is_integer()):
+        return value if isinstance(value, str) else str(int(value))
+    raise _Fault(name, f"is {_short(value)} of type {type(value).__name__}", "a label (a whole number or a name)")
+
+
+def _present(table: Table) -> list[str]:
+    # all columns that any of the first rows has, so that one bad first row is told as a bad row, not as a bad file
+    seen: dict[str, None] = {}
+    for row in table.rows[:20]:
+        seen.update(dict.fromkeys(str(name) for name in row))
+    return list(seen)
+
+
+def _first(names: tuple[str, ...], present: list[str]) -> str | None:
+    return next((name for name in names if name in present), None)
+
+
+def _nearest(name: str, present: list[str]) -> str:
+    close = get_close_matches(name, present, 1, 0.6)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+def _unknown(table: Table, present: list[str], wanted: str, setting: str) -> DataError:
+    return DataError(
+        f"{table.source}: columns {present} are no known format; expected {wanted}, or name them with {setting}",
+        path=table.source,
+        field="columns",
+        found=present,
+        expected=wanted,
+        hint=f"set {setting}",
+    )

@@ -1,0 +1,158 @@
+"""The base model and its tokenizer: a folder, a hub name, or the embedded one; float32 on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltatune.data.labels import Labels
+from deltatune.errors import ConfigError, FormatError
+from deltatune.train.settings import TrainSettings
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that has not been adapted yet."""
+
+    model: nn.Module
+    tokenizer: Any
+    vocabulary: int | None  # rows of the input embedding
+    positions: int | None = None  # tokens a row can have at most
+    notices: tuple[str, ...] = ()
+
+
+def load_base(settings: TrainSettings, labels: Labels | None = None, device: torch.device | None = None) -> Base:
+    """Load what `model_name_or_path` names, with a head for the task."""
+    device = device or torch.device("cpu")
+    dtype = resolve_dtype(settings.dtype, device)
+    if settings.model_name_or_path == DEMO:
+        model, tokenizer = _demo(settings)
+        return finish_base(model.to(dtype), tokenizer, settings)
+    model, tokenizer, fresh = _load(settings, labels, dtype)
+    if settings.task == "classification":  # the head is new, the model below it must not be
+        fresh = [name for name in fresh if name.startswith(f"{model.base_model_prefix}.")]
+    notices = []
+    if fresh:
+        shown = ", ".join(fresh[:3]) + (", ..." if len(fresh) > 3 else "")
+        notices.append(
+            f"{len(fresh)} tensors of {settings.model_name_or_path} are not in its files and random: {shown}"
+        )
+    return replace(finish_base(model, tokenizer, settings), notices=tuple(notices))
+
+
+def finish_base(model: nn.Module, tokenizer: Any, settings: TrainSettings) -> Base:
+    """What loading and a model given in memory share."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
+    config: Any = model.config
+    if settings.task == "classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers look for the last real token with it
+    embedding = model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None  # type: ignore[operator]
+    vocabulary = getattr(embedding, "num_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:  # some tables have rows beyond the last usable position: the tokenizer knows
+        positions = min(positions, tokenizer.model_max_length)
+    return Base(model, tokenizer, vocabulary, positions)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the accelerator has it, float32 on a CPU, where half precision is slow and less exact."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def check_device(name: str) -> None:
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(name, True):
+        raise ConfigError(
+            f"device={name!r} is not available on this machine or in this build of torch; use device: cpu, or auto",
+            field="device",
+            found=name,
+            expected=["cpu", *(device for device, there in present.items() if there)],
+        )
+
+
+def _demo(settings: TrainSettings) -> tuple[nn.Module, Any]:
+    from deltatune.demo.base import load_base as load_embedded
+
+    if settings.task == "classification":
+        raise ConfigError(
+            "model_name_or_path='demo' is a text-to-text model; use task: seq2seq, or name an encoder",
+            field="task",
+            found=settings.task,
+        )
+    return load_embedded()
+
+
+def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) -> tuple[nn.Module, Any, list[str]]:
+    """Model, tokenizer, and the tensors that the files lack."""
+    import transformers
+
+    name = settings.model_name_or_path
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if local and not (folder / "config.json").is_file():
+        raise FormatError(
+            f"model folder {name} has no config.json; give a folder that save_pretrained wrote",
+            path=str(folder),
+            expected="config.json",
+        )
+    if not local and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+        raise FormatError(f"model folder {name} does not exist; give a model folder, a hub name, or demo", path=name)
+    classes = {
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "causal": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+    }
+    options: dict[str, Any] = {"dtype": dtype}
+    if labels is not None:
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels.names))
+        options["label2id"] = {label: number for number, label in enumerate(labels.names)}
+    source = str(folder) if local else name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with quiet():
+            model, found = classes[settings.task].from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(
+            f"model {name!r} cannot be loaded for task {settings.task}: {reason.rstrip('.')}; check the name, and that "
+            "the architecture has this task",
+            path=name,
+            field="model_name_or_path",
+        ) from error
+    return model, tokenizer, sorted(found["missing_keys"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars over weight files and its report on them, which tear up ours."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """Where the base is in half precision, forward passes run so too; parameters that train are float32."""
+    dtype = resolve_dtype(settings.dtype, device)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)

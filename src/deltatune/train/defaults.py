@@ -1,0 +1,49 @@
+"""What a method starts from when the user sets nothing."""
+
+from __future__ import annotations
+
+from deltatune.config import PeftType
+
+# A prefix, a scaling vector and a rotation move far from their start, weights of a pretrained model do not.
+LEARNING_RATES: dict[str, float] = {
+    "full": 5e-5,
+    "LORA": 2e-4,
+    "PREFIX_TUNING": 1e-2,
+    "IA3": 8e-3,
+    "OFT": 1e-3,
+    "HRA": 1e-3,
+}
+PROJECTED_PREFIX = 1e-3  # through the MLP each step moves every virtual token
+
+FULL = "full"
+NICKNAMES = {"prefix": "prefix_tuning", "none": FULL, "full_finetuning": FULL, "finetuning": FULL, "ia_3": "ia3"}
+
+
+def method_name(name: str) -> str:
+    """The method as settings write it: lower case, `full` for no adapter at all."""
+    plain = name.strip().lower().replace("-", "_")
+    return NICKNAMES.get(plain, plain)
+
+
+def peft_type(method: str) -> PeftType | None:
+    """The registry's key; None for full fine-tuning."""
+    return None if method == FULL else PeftType(method.upper())
+
+
+def learning_rate(method: str, options: dict[str, object]) -> float:
+    if method == "prefix_tuning" and options.get("prefix_projection"):
+        return PROJECTED_PREFIX
+    return LEARNING_RATES.get(FULL if method == FULL else method.upper(), 1e-3)
+
+
+def with_defaults(method: str, options: dict[str, object]) -> dict[str, object]:
+    """The options of the method with those filled in that a training run, other than the bare config, chooses."""
+    chosen: dict[str, object] = {}
+    if method in ("lora", "oft", "hra"):
+        chosen["target_modules"] = "all-linear"
+    if method == "lora":
+        rank = options.get("r", 8)
+        chosen |= {"r": rank, "lora_alpha": 2 * rank if isinstance(rank, int) else rank}
+    if method == "prefix_tuning":
+        chosen["num_virtual_tokens"] = 20
+    return chosen | options

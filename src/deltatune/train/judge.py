@@ -1,0 +1,139 @@
+"""How good a model is at a step: loss over the evaluation rows, scores of its answers, samples to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltatune.data.encode import Encoder
+from deltatune.data.prepare import Corpus, Part
+from deltatune.errors import TrainError
+from deltatune.evaluate import Question, accuracy, answer, bleu, dataset_loss, exact_match, macro_f1, rouge_l
+from deltatune.train import randomness
+from deltatune.train.base import autocast
+from deltatune.train.events import Listener
+from deltatune.train.settings import TrainSettings
+
+
+class StopAsked(Exception):
+    """Raised inside an evaluation when a signal has come: the loop saves and ends."""
+
+
+@dataclass
+class Judge:
+    """Evaluates one part of a corpus. It leaves the random states, and so the training, exactly as they were."""
+
+    settings: TrainSettings
+    corpus: Corpus
+    tokenizer: Any
+    device: torch.device
+    listener: Listener
+    stop: Callable[[], bool] = lambda: False
+
+    def loss(self, model: nn.Module, part: Part) -> dict[str, float]:
+        """`loss`, and with classes their scores, without them the perplexity."""
+        size = self.settings.per_device_eval_batch_size
+        rows = sorted(part.features, key=lambda row: row.length)
+        count = -(-len(rows) // size)
+        self.listener.on_stage("evaluate", count)
+        assert self.corpus.collator is not None
+        collate = self.corpus.collator
+        batches = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
+        with randomness.untouched(), autocast(self.settings, self.device):
+            found = dataset_loss(model, batches, self.settings.task, self.device, self._done)
+        if not math.isfinite(found.mean):
+            raise TrainError(
+                f"the loss over {part.source} is {found.mean}; look for broken weights of the base, or a learning_rate "
+                "that is too high",
+                path=part.source,
+                found=found.mean,
+            )
+        if self.settings.task == "classification":
+            true = [row.labels[0] for row in rows]
+            scores = {"accuracy": accuracy(found.predicted, true), "macro_f1": macro_f1(found.predicted, true)}
+            return {"loss": found.mean, **scores}
+        return {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700.0))}
+
+    def questions(self, part: Part, count: int) -> list[Question]:
+        """`count` different inputs, evenly spread over the rows, each with all its references."""
+        assert self.corpus.encoder is not None
+        if self.corpus.columns.form == "text":
+            return [_continuation(self.corpus.encoder, e.text) for e in _spread(part.examples, count)]
+        answers: dict[str, list[str]] = {}
+        for example in part.examples:
+            answers.setdefault(example.text, []).append(self._shown(example.target or ""))
+        chosen = _spread(list(answers.items()), count)
+        return [Question(text, self.corpus.encoder.prompt(text), tuple(refs)) for text, refs in chosen]
+
+    def answers(self, model: nn.Module, questions: list[Question]) -> list[str]:
+        if not questions:
+            return []
+        assert self.corpus.encoder is not None
+        self.listener.on_stage("samples", len(questions))
+        with randomness.untouched(), autocast(self.settings, self.device):
+            if self.settings.task == "classification":
+                return self._classes(model, questions)
+            return answer(
+                model,
+                self.tokenizer,
+                [question.prompt for question in questions],
+                causal=self.settings.task == "causal",
+                max_new_tokens=self.corpus.encoder.max_target_length,
+                max_length=self.corpus.encoder.max_length,
+                num_beams=self.settings.num_beams,
+                batch_size=self.settings.per_device_eval_batch_size,
+                device=self.device,
+                after_batch=self._done,
+            )
+
+    def text_scores(self, answers: list[str], questions: list[Question]) -> dict[str, float]:
+        """Scores of generated answers; nothing for classes (scored over all rows) and for plain text."""
+        if not answers or self.settings.task == "classification" or self.corpus.columns.form == "text":
+            return {}
+        references = [question.references for question in questions]
+        return {
+            "bleu": bleu(answers, references),
+            "rouge_l": rouge_l(answers, references),
+            "exact_match": exact_match(answers, references),
+        }
+
+    def _classes(self, model: nn.Module, questions: list[Question]) -> list[str]:
+        assert self.corpus.collator is not None and self.corpus.labels is not None
+        was_training = model.training
+        model.eval()
+        inputs = self.corpus.collator.inputs([question.prompt for question in questions])
+        with torch.no_grad():
+            logits = model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
+        model.train(was_training)
+        return [self.corpus.labels.names[i] for i in logits.argmax(-1).tolist()]
+
+    def _shown(self, target: str) -> str:
+        labels = self.corpus.labels
+        return target if labels is None or target not in labels.keys else labels.names[labels.keys.index(target)]
+
+    def _done(self, count: int) -> None:
+        self.listener.on_stage_progress(count)
+        if self.stop():
+            raise StopAsked
+
+
+def _spread(rows: list[Any], count: int) -> list[Any]:
+    if count >= len(rows):
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _continuation(encoder: Encoder, text: str) -> Question:
+    """Plain text: its first words are the prompt, the rest is what really followed."""
+    words = text.split()
+    cut = max(1, min(12, len(words) // 3))
+    start = " ".join(words[:cut])
+    prompt = [*encoder.tokenizer(start)["input_ids"]]
+    if len(prompt) > 1 and prompt[-1] == encoder.tokenizer.eos_token_id:
+        prompt.pop()
+    return Question(start, prompt, (" ".join(words[cut:]),))

@@ -1,0 +1,75 @@
+"""From the settings' method to the config of the registry and the adapted model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from deltatune.config import PeftConfig, PeftType, TaskType
+from deltatune.errors import ConfigError
+from deltatune.registry import METHODS
+from deltatune.suggest import did_you_mean
+from deltatune.train.defaults import FULL, method_name, peft_type
+
+TASK_TYPES = {
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
+    "causal": TaskType.CAUSAL_LM,
+    "classification": TaskType.SEQ_CLS,
+}
+# set by us or by loading, never by a user of `train`
+_FIXED = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}
+
+
+def method_names() -> list[str]:
+    """Every method `train` knows."""
+    return [*sorted(member.name.lower() for member in METHODS), FULL]
+
+
+def normal_method(name: Any) -> str:
+    if isinstance(name, PeftType):
+        name = name.value
+    plain = method_name(name) if isinstance(name, str) else repr(name)
+    if plain not in method_names():
+        raise ConfigError(
+            f"method={name!r} is not known{did_you_mean(plain, method_names())}; there are {', '.join(method_names())}",
+            field="method",
+            found=name,
+            expected=method_names(),
+        )
+    return plain
+
+
+def method_fields(method: str) -> set[str]:
+    """The options the method's config takes."""
+    member = peft_type(method)
+    if member is None:
+        return set()
+    return {field.name for field in dataclasses.fields(METHODS[member].config)} - _FIXED
+
+
+def peft_config(method: str, task: str, options: dict[str, Any]) -> PeftConfig:
+    member = peft_type(method)
+    assert member is not None
+    return METHODS[member].config(task_type=TASK_TYPES[task], **options)
+
+
+def adapt(model: nn.Module, method: str, task: str, options: dict[str, Any]) -> nn.Module:
+    """The model to train: adapted, or as it is with every parameter trainable."""
+    if method == FULL:
+        return model.requires_grad_(True)
+    from deltatune import get_peft_model
+
+    return get_peft_model(model, peft_config(method, task, options))  # type: ignore[arg-type]
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; adapted models bind the recomputation to their adapters."""
+    from deltatune import PeftModel
+
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
+    if renamed is None or isinstance(model, PeftModel):
+        model.gradient_checkpointing_enable()
+    else:
+        renamed()

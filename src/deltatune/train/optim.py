@@ -1,0 +1,54 @@
+"""What moves the parameters: AdamW over those that train, a schedule, and the check that everything is finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltatune.errors import StateError
+from deltatune.train.settings import TrainSettings
+
+
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise StateError("no parameter of the model is trainable; check the method and its targets", field="method")
+    # biases, norms and scaling vectors are not shrunk
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.resolved_learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainSettings, total_steps: int) -> Any:
+    from transformers import get_scheduler
+
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(settings.warmup_ratio * total_steps)
+    return get_scheduler(
+        settings.lr_scheduler_type, optimizer, num_warmup_steps=min(warmup, total_steps), num_training_steps=total_steps
+    )
+
+
+def first_bad_gradient(model: nn.Module) -> str | None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return name
+    return None
+
+
+def first_bad_parameter(model: nn.Module) -> str | None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            return name
+    return None

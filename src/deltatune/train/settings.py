@@ -1,0 +1,212 @@
+"""`TrainSettings`: everything a run is told, checked before anything is loaded. Names are transformers'."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deltatune.errors import ConfigError
+from deltatune.train.aliases import CANONICAL, canonical, unknown_key
+from deltatune.train.defaults import FULL, learning_rate, with_defaults
+from deltatune.train.method import method_fields, method_names, normal_method, peft_config
+
+Task = Literal["seq2seq", "causal", "classification"]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+TASKS = {
+    "seq2seq": "seq2seq", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "text2text": "seq2seq",
+    "causal": "causal", "causal_lm": "causal", "lm": "causal", "clm": "causal",
+    "classification": "classification", "seq_cls": "classification", "sequence_classification": "classification",
+    "text_classification": "classification",
+}  # fmt: skip
+
+
+class TrainSettings(BaseModel):
+    """All settings of a run. Options of the method (`r`, `num_virtual_tokens`, ...) are given beside the others."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+    model_name_or_path: str = Field("demo", min_length=1, description="model folder, hub name, or demo")
+    task: Task = Field("seq2seq", description="seq2seq, causal or classification")
+    method: str = Field("lora", description="lora, prefix_tuning, ia3, oft, hra, or full for no adapter")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="options of the method's config")
+
+    train_file: str | None = Field(None, description="jsonl, json, csv, tsv or txt, also compressed")
+    eval_file: str | None = Field(None, description="rows to evaluate on while training")
+    test_file: str | None = Field(None, description="rows to score once, at the end")
+    dataset: str | None = Field(None, description="a dataset of the datasets library, instead of files")
+    dataset_config: str | None = None
+    eval_split: float = Field(0.0, ge=0, lt=1, description="share of the training rows set aside for evaluation")
+    input_column: str | None = None
+    target_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    max_train_samples: int | None = Field(None, ge=1)
+    max_eval_samples: int | None = Field(None, ge=1)
+    max_length: int = Field(512, ge=2, description="tokens of an input (causal: input and answer)")
+    max_target_length: int = Field(128, ge=1, description="tokens of an answer")
+    separator: str = Field("\n", description="between input and answer of a causal model")
+    completion_only_loss: bool = Field(True, description="causal: learn the answer only, not the input")
+    group_by_length: bool = Field(False, description="rows of like length share a batch")
+
+    learning_rate: float | None = Field(None, gt=0, lt=1e3, description="default: by method")
+    num_train_epochs: float = Field(3.0, gt=0)
+    max_steps: int = Field(-1, ge=-1, description="steps to do, instead of epochs; -1: by epochs")
+    per_device_train_batch_size: int = Field(8, ge=1)
+    per_device_eval_batch_size: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    warmup_steps: int | None = Field(None, ge=0, description="instead of warmup_ratio")
+    lr_scheduler_type: Scheduler = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    seed: int = Field(42, ge=0, lt=2**32)
+
+    gradient_checkpointing: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
+
+    output_dir: str = Field("outputs", min_length=1)
+    overwrite_output_dir: bool = Field(False, description="start anew where another run has left its files")
+    resume_from_checkpoint: bool | str | None = Field(None, description="true: newest whole checkpoint; or a folder")
+    allow_change: list[str] = Field(
+        default_factory=list, description="conditions that may differ from the checkpoint's"
+    )
+    logging_steps: float = Field(10, gt=0, description="steps; below 1: share of the run")
+    eval_steps: float | None = Field(None, ge=0, description="steps; below 1: share of the run; 0: only at the end")
+    save_steps: float | None = Field(None, ge=0, description="as eval_steps; unset: at the end of every epoch")
+    save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept; best and last always are")
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better loss")
+    report_to: list[str] = Field(default_factory=list, description="trackers of transformers: tensorboard, wandb, ...")
+    num_samples: int = Field(4, ge=0, description="outputs shown before and after")
+    num_scored: int = Field(64, ge=0, description="evaluation inputs answered for BLEU and ROUGE-L; 0: loss only")
+    num_beams: int = Field(1, ge=1)
+    eval_before: bool = Field(True, description="evaluate the base before training")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**gather(values))
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    @model_validator(mode="after")
+    def _together(self) -> TrainSettings:
+        if self.max_steps == 0:
+            raise _refused("max_steps", 0, "a number of 1 or more, or -1 for as many as the epochs take")
+        if self.train_file is not None and self.dataset is not None:
+            raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
+        if self.eval_file is not None and self.eval_split:
+            raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
+        for name, value in (("num_train_epochs", self.num_train_epochs), ("learning_rate", self.learning_rate)):
+            if value is not None and not math.isfinite(value):
+                raise _refused(name, value, "a finite number")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value >= 1 and value != int(value):
+                raise _refused(name, value, "a whole number of steps, or a share below 1")
+        return self
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return learning_rate(self.method, self.method_options)
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings with every default filled in, as JSON holds them; a run can be repeated from it."""
+        return {**self.model_dump(mode="json"), "learning_rate": self.resolved_learning_rate}
+
+
+def gather(values: dict[str, Any]) -> dict[str, Any]:
+    """Canonical keys, options of the method sorted out, the method's config tried: what the model is built from."""
+    own = set(TrainSettings.model_fields)
+    given: dict[str, Any] = canonical(values, own)
+    given["task"] = _task(given.get("task", "seq2seq"))
+    method = given["method"] = normal_method(given.get("method", "lora"))
+    options = given.pop("method_options", None) or {}
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"method_options={options!r} is not allowed, expected names with values",
+            field="method_options",
+            found=options,
+        )
+    fields = method_fields(method)
+    options: dict[str, Any] = {
+        CANONICAL.get(key, key) if key not in fields else key: value for key, value in options.items()
+    }
+    for key in [key for key in given if key not in own]:
+        options[key] = given.pop(key)
+    for key in options:
+        if key not in fields:
+            raise unknown_key(key, own | fields, method, [m for m in method_names() if key in method_fields(m)])
+    if isinstance(given.get("report_to"), str):
+        given["report_to"] = [] if given["report_to"] in ("none", "") else given["report_to"].split(",")
+    if isinstance(given.get("allow_change"), str):
+        given["allow_change"] = given["allow_change"].split(",")
+    given["method_options"] = with_defaults(method, {k: v for k, v in options.items() if v is not None})
+    if method != FULL:
+        peft_config(method, given["task"], given["method_options"])  # refuses bad values before anything is loaded
+    return given
+
+
+def load_settings(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> TrainSettings:
+    """Settings from a YAML or JSON file, with `overrides` on top of it."""
+    values = {} if path is None else _read(Path(path))
+    known = set(TrainSettings.model_fields)
+    merged = canonical(values, known) | canonical(overrides or {}, known)
+    return TrainSettings(**merged)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"settings file {path} cannot be read: {error.strerror}", path=str(path)) from error
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"settings file {path} is malformed: {reason}", path=str(path)) from error
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"settings file {path} is {kind}; expected names with values", path=str(path), found=kind)
+    return values
+
+
+def _task(value: Any) -> str:
+    key = str(getattr(value, "value", value)).lower().replace("-", "_")
+    if key not in TASKS:
+        raise ConfigError(
+            f"task={value!r} is not known; expected seq2seq, causal or classification",
+            field="task",
+            found=value,
+            expected=["seq2seq", "causal", "classification"],
+        )
+    return TASKS[key]
+
+
+def _refused(field: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{field}={value!r} is not allowed, expected {expected}")  # pydantic makes it a ValidationError
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    """All faults of the settings in one line."""
+    parts = []
+    for fault in error.errors():
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        message = fault["msg"].removeprefix("Value error, ")
+        wanted = message.replace("Input should be", "expected").replace("expected a valid", "expected a")
+        parts.append(f"{name}={fault['input']!r} is not allowed, {wanted}" if name else message)
+    first = error.errors()[0]
+    field = str(first["loc"][0]) if first["loc"] else parts[0].split("=")[0]
+    return ConfigError("; ".join(parts), field=field, found=first["input"] if first["loc"] else None)

@@ -1,0 +1,240 @@
+"""What the laws range over: every method of the registry with each of its options, on every kind of layer.
+
+Nothing here knows a method. Configs are found by trying: sizes are shrunk until the method accepts a small layer, then
+every option is switched, one at a time, and kept where the config allows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltatune import METHODS, PeftModel, get_peft_model
+from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.bases import as_map
+from deltatune.config import PeftConfig
+from deltatune.errors import PeftError
+
+LAYER = "layer"  # where the adapted layer is in `Holder`
+
+# --------------------------------------------------------------------------------------------------------- base layers
+
+
+@dataclass(frozen=True)
+class Base:
+    """A small layer and a batch for it."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of one row of the batch
+    rows: int | None = None  # of an embedding, whose input are indices
+
+    def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+        shape = (size, *self.shape)
+        return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
+
+
+BASES: dict[str, Base] = {
+    "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
+    "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
+    "transposed": Base(lambda: Conv1D(8, 12), (5, 12)),
+    "embedding": Base(lambda: nn.Embedding(16, 8), (5,), rows=16),
+    "embedding-padded": Base(lambda: nn.Embedding(16, 4, padding_idx=2), (5,), rows=16),
+    "conv1d": Base(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 9)),
+    "conv1d-same-no-bias": Base(lambda: nn.Conv1d(4, 8, 3, padding="same", bias=False), (4, 7)),
+    "conv2d-circular": Base(lambda: nn.Conv2d(4, 6, (3, 2), padding=(2, 1), padding_mode="circular"), (4, 6, 5)),
+    "conv2d-dilated": Base(lambda: nn.Conv2d(6, 4, 1, dilation=2, stride=(1, 2)), (6, 5, 4)),
+    "conv2d-grouped": Base(lambda: nn.Conv2d(4, 8, 2, groups=2, dilation=(1, 2)), (4, 5, 5)),
+    "conv2d-depthwise-reflect": Base(
+        lambda: nn.Conv2d(4, 4, 2, groups=4, padding=1, padding_mode="reflect"), (4, 4, 4)
+    ),
+    "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
+}
+PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
+SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular")  # where every option is tried
+
+
+class Holder(nn.Module):
+    """A model of one layer, with a neighbour that no adapter touches."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.neighbour = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+LAYER_METHODS: dict[str, Method] = {
+    name.value.lower(): method for name, method in METHODS.items() if method.adapter is not None
+}
+_SIZES = (4, 2, 1, 0)
+# Values for options that are no switches, by the option's name; all other options are found by their type.
+_FURTHER: dict[str, tuple[Any, ...]] = {
+    "feedforward_modules": ([LAYER],),
+    "init_lora_weights": (False, "gaussian"),
+    "rank_pattern": ({LAYER: 8},),
+    "alpha_pattern": ({LAYER: 5.0},),
+    "num_cayley_neumann_terms": (2, 3, 8),
+}
+
+
+@functools.cache
+def small(method_name: str) -> dict[str, Any]:
+    """The sizes with which a method fits every base layer that its maths allows."""
+    method = LAYER_METHODS[method_name]
+    fields = [field.name for field in dataclasses.fields(method.config) if _is_size(field)]
+    for values in itertools.product(_SIZES, repeat=len(fields)):
+        sizes = dict(zip(fields, values))
+        try:
+            config = method.config(target_modules=[LAYER], **sizes)
+            for base in BASES.values():
+                if (layer := _map(base)).kind in _adapter(method).base_kinds:
+                    _adapter(method).build(layer, config, LAYER)
+        except PeftError:
+            continue
+        return sizes
+    raise AssertionError(f"no small sizes found for {method_name}; name its size fields in `_is_size`")
+
+
+def _is_size(field: dataclasses.Field) -> bool:
+    return field.name == "r" or field.name.endswith("_block_size")
+
+
+@functools.cache
+def variants(method_name: str) -> dict[str, dict[str, Any]]:
+    """Option changed -> keyword arguments of a config; the first, "default", changes none."""
+    kind = LAYER_METHODS[method_name].config
+    found = {"default": small(method_name)}
+    for field in dataclasses.fields(kind):
+        for value in _other_values(kind, field):
+            arguments = {**small(method_name), field.name: value}
+            try:
+                kind(target_modules=[LAYER], **arguments)
+            except PeftError:  # an option that this version accepts only at its default
+                continue
+            found[f"{field.name}={value}"] = arguments
+    return found
+
+
+def _other_values(kind: type[PeftConfig], field: dataclasses.Field) -> list[Any]:
+    if field.name in _FURTHER:
+        return list(_FURTHER[field.name])
+    if field.name in {inherited.name for inherited in dataclasses.fields(PeftConfig)}:
+        return []
+    return [not field.default] if typing.get_type_hints(kind)[field.name] is bool else []
+
+
+def config_of(method_name: str, variant: str = "default", **changes: Any) -> PeftConfig:
+    arguments = {"target_modules": [LAYER], **variants(method_name)[variant], **changes}
+    return LAYER_METHODS[method_name].config(**arguments)
+
+
+def _adapter(method: Method) -> type[Adapter]:
+    assert method.adapter is not None
+    return method.adapter
+
+
+def _map(base: Base) -> LinearMap:
+    layer = as_map(base.make())
+    assert layer is not None
+    return layer
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with one option set, on one base layer."""
+
+    method: str
+    variant: str
+    base: str
+
+    def config(self, **changes: Any) -> PeftConfig:
+        return config_of(self.method, self.variant, **changes)
+
+    def model(self, dtype: torch.dtype = torch.float32, seed: int = 0, moved: bool = True) -> PeftModel:
+        """The adapted model in evaluation mode, its adapter moved off the start."""
+        torch.manual_seed(seed)
+        model = get_peft_model(Holder(BASES[self.base].make()).to(dtype).eval(), self.config())
+        if moved:
+            move(model)
+        return model
+
+    def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+        return BASES[self.base].batch(size, dtype)
+
+    @property
+    def mergeable(self) -> bool:
+        """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
+        return "grouped" not in self.base and "depthwise" not in self.base
+
+
+def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any]:
+    """All cases as pytest parameters; without `options` each method's default only."""
+    return [
+        pytest.param(Case(name, variant, base), id=f"{name}-{variant}-{base}")
+        for name in LAYER_METHODS
+        for variant in (variants(name) if options else ("default",))
+        for base in bases
+        if (variant == "default" or base in SWEPT) and _possible(name, variant, base)
+    ]
+
+
+def _possible(name: str, variant: str, base: str) -> bool:
+    layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
+    if layer.kind not in adapter.base_kinds:
+        return False
+    try:
+        adapter.build(layer, config_of(name, variant), LAYER)
+    except PeftError:
+        if variant == "default":
+            raise
+        return False  # an option that the method refuses for this kind of layer
+    return True
+
+
+def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:
+    """Move an adapter's parameters off their start, so that no law holds because of a zero."""
+    from deltatune.inject import adapter_parameters, trained_copies
+
+    copies = {id(p) for _, copy in trained_copies(_bare(model)) for p in copy.parameters()}
+    with torch.no_grad():
+        for parameter in adapter_parameters(_bare(model), name):
+            if id(parameter) not in copies:
+                parameter.add_(scale * torch.randn_like(parameter))
+
+
+def adapters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
+    from deltatune.inject import adapter_parameters
+
+    return list(adapter_parameters(_bare(model), name))
+
+
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters that belong to no adapter, by their name in the bare model."""
+    from deltatune.storage.fingerprint import base_parameters
+
+    return {name: tensor.detach().clone() for name, tensor in base_parameters(_bare(model))}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,136 @@
+"""Code that reads a layer's weight gets the adapted one, and pays for it only when it uses the numbers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from deltatune import get_peft_model
+from deltatune.adapter import Applied
+from deltatune.errors import StateError
+from tests.core.tiny import batch, tiny
+from tests.laws.examples import LAYER_METHODS, Case, adapters, cases, config_of, move
+
+KINDS = ("linear", "transposed", "embedding", "conv2d-circular")
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """Counts the dense weights that are built."""
+    built = []
+    inside = Applied.weight.fget
+    monkeypatch.setattr(Applied, "weight", property(lambda self: built.append(self) or inside(self)))
+    return built
+
+
+@pytest.mark.parametrize("name", LAYER_METHODS)
+@pytest.mark.parametrize("architecture", ["t5", "llama", "gpt2", "bert"])
+def test_a_forward_and_backward_of_a_model_builds_no_dense_weight(name, architecture, dense):
+    sizes = {} if architecture != "t5" else {"feed_forward_proj": "gated-gelu"}
+    model = get_peft_model(tiny(architecture, **sizes), config_of(name, target_modules="all-linear"))
+    move(model, 0.1)
+    out = model(**batch(architecture))
+    out.loss.backward()
+    assert len(dense) == 0
+    assert all(p.grad is not None for p in adapters(model))
+
+
+@pytest.mark.parametrize("case", cases(KINDS, options=False))
+def test_questions_about_the_weight_build_nothing(case: Case, dense):
+    layer = case.model(torch.bfloat16).get_base_model().layer
+    stored = layer.base_layer.weight
+    weight = layer.weight
+    assert (weight.dtype, weight.shape, weight.device) == (stored.dtype, stored.shape, stored.device)
+    assert (weight.ndim, weight.dim(), weight.numel(), len(weight)) == (
+        *(stored.ndim, stored.dim(), stored.numel(), len(stored)),
+    )
+    assert weight.size(0) == stored.size(0) and weight.is_floating_point() and weight.stride() == stored.stride()
+    assert isinstance(weight, nn.Parameter) and "shape" in repr(weight)
+    assert dense == []
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.values[0].mergeable])
+def test_using_the_weight_gives_the_adapted_values_with_their_gradient(case: Case, dense):
+    model = case.model()
+    layer = model.get_base_model().layer
+    expected = layer.stored_weight(["default"])
+    dense.clear()
+    used = layer.weight + 0
+    assert len(dense) == 1
+    assert type(used) is torch.Tensor and used.shape == layer.base_layer.weight.shape
+    assert_close(used, expected)
+    assert not torch.allclose(used, layer.base_layer.weight)
+    used.square().sum().backward()
+    weights = [p for name, p in layer.adapters.named_parameters() if not name.endswith("bias")]
+    assert weights and all(p.grad is not None and p.grad.abs().max() > 0 for p in weights)
+
+
+@pytest.mark.parametrize("case", cases(("linear",), options=False))
+def test_many_ways_of_using_it(case: Case):
+    layer = case.model().get_base_model().layer
+    expected = layer.stored_weight(["default"])
+    x = torch.randn(3, 12)
+    assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-5)
+    assert_close(x @ layer.weight.T, x @ expected.T)
+    assert_close(layer.weight.t().contiguous(), expected.T)
+    assert_close(layer.weight[2:4], expected[2:4])
+    assert_close(torch.cat([layer.weight, layer.weight]), torch.cat([expected, expected]))
+    assert_close(layer.weight.to(torch.float64), expected.double())
+    assert_close(layer.weight.detach(), expected.detach())
+    assert_close(layer.weight.float().norm(), expected.norm())
+    assert_close(layer.weight.data + 0, expected.detach())
+    assert layer.weight.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("case", cases(KINDS, options=False))
+def test_writing_into_it_is_refused(case: Case):
+    layer = case.model().get_base_model().layer
+    kept = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        for write in (
+            lambda: layer.weight.add_(1),
+            lambda: layer.weight.zero_(),
+            lambda: layer.weight.copy_(kept + 1),
+            lambda: nn.init.normal_(layer.weight),
+            lambda: layer.weight.__setitem__(0, 0.0),
+            lambda: layer.weight.data.mul_(2),
+            lambda: torch.add(kept, 1, out=layer.weight),
+        ):
+            with pytest.raises(StateError, match="base_layer"):
+                write()
+    assert torch.equal(layer.base_layer.weight, kept)
+
+
+@pytest.mark.parametrize("case", cases(KINDS, options=False))
+def test_without_active_adapters_it_is_the_stored_parameter(case: Case):
+    model = case.model()
+    layer = model.get_base_model().layer
+    stored = layer.base_layer.weight
+    assert layer.weight is not stored
+    with model.disable_adapter():
+        assert layer.weight is stored
+    model.base_model.merge_adapter()
+    assert layer.weight is layer.base_layer.weight
+    model.base_model.unmerge_adapter()
+    model.disable_adapter_layers()
+    assert layer.weight is stored
+
+
+@pytest.mark.parametrize("case", cases(("linear",), options=False))
+def test_assigning_a_weight_reaches_the_base_layer(case: Case):
+    """As tying and resizing do."""
+    layer = case.model().get_base_model().layer
+    new = nn.Parameter(torch.randn(8, 12))
+    layer.weight = new
+    assert layer.base_layer.weight is new
+
+
+@pytest.mark.parametrize("case", cases(("linear",), options=False))
+def test_a_tied_reader_sees_the_adapted_weight(case: Case):
+    """A head that reads the weight of an adapted layer, as some models tie their heads."""
+    model = case.model()
+    layer, x = model.get_base_model().layer, torch.randn(3, 12)
+    head = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+    assert_close(head(x), layer(x), rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(head(x), layer(x))

@@ -1,0 +1,46 @@
+"""Guards: a method is one file that registers itself once, and the laws see all of its options."""
+
+import importlib
+import pkgutil
+
+import pytest
+
+import deltatune.methods
+from deltatune.adapter import Method
+from deltatune.registry import METHODS
+from tests.laws.examples import LAYER_METHODS, variants
+
+FILES = sorted(file.name for file in pkgutil.iter_modules(deltatune.methods.__path__) if file.name != "common")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_method_file_registers_exactly_one_method(file):
+    module = importlib.import_module(f"deltatune.methods.{file}")
+    defined = [value for value in vars(module).values() if isinstance(value, Method)]
+    assert defined == [module.METHOD]
+    assert METHODS[module.METHOD.peft_type] is module.METHOD
+    assert module.METHOD.adapter.__module__ == module.METHOD.config.__module__ == module.__name__
+
+
+def test_every_registered_layer_method_has_a_file():
+    assert {method.adapter.__module__.rpartition(".")[2] for method in LAYER_METHODS.values()} == set(FILES)
+
+
+@pytest.mark.parametrize("name", LAYER_METHODS)
+def test_a_config_names_its_method(name):
+    method = LAYER_METHODS[name]
+    assert method.config().peft_type is method.peft_type
+
+
+@pytest.mark.parametrize("name", LAYER_METHODS)
+def test_tensors_in_files_begin_with_the_prefix_of_the_method(name):
+    from tests.laws.examples import Case
+
+    model = Case(name, "default", "linear").model()
+    assert all(key.split(".")[-2 if key.endswith("weight") else -1].startswith(LAYER_METHODS[name].key_prefix)
+               for key in model.adapter_tensors("default"))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYER_METHODS)
+def test_the_laws_see_options_of_every_method(name):
+    assert len(variants(name)) > 1
