@@ -35,13 +35,14 @@ _NAMES = {
     ),
     "deltatune.prompts.config": ("PromptLearningConfig",),
     "deltatune.prompts.prefix": ("PrefixEncoder", "PrefixTuningConfig"),
+    "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS",),
     "deltatune.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

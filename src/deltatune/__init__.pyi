@@ -37,6 +37,7 @@ from deltatune.model import get_peft_model as get_peft_model
 from deltatune.prompts.config import PromptLearningConfig as PromptLearningConfig
 from deltatune.prompts.prefix import PrefixEncoder as PrefixEncoder
 from deltatune.prompts.prefix import PrefixTuningConfig as PrefixTuningConfig
+from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
 from deltatune.state_dict import set_peft_model_state_dict as set_peft_model_state_dict

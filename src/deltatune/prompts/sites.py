@@ -134,7 +134,8 @@ def _calling_modules(frame: Any) -> Iterator[nn.Module]:
 def survey(model: PreTrainedModel) -> Survey:
     """Run one small forward pass and report every attention in it; the model is left as it was."""
     failure = None
-    for part in dict.fromkeys((model, model.base_model)):  # a head that wants inputs of its own has no attention
+    parts: dict[Any, None] = dict.fromkeys((model, model.base_model))
+    for part in parts:  # a head that wants inputs of its own has no attention
         for inputs in example_inputs(part):
             watch = _Watch(model)
             try:

@@ -1,0 +1,147 @@
+"""The verbs and their options. Each hands over to a function in a file of its own, imported when it is called."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from deltatune.cli.failures import Verbs
+from deltatune.cli.show import warnings_as_lines
+
+app = typer.Typer(
+    cls=Verbs,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: folder, hub name or demo.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"deltatune {version('deltatune')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def verbs(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure (with any verb).")] = False,
+) -> None:
+    """Parameter-efficient fine-tuning: train small adapters on a frozen model, use them, look inside."""
+    warnings_as_lines()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        str, typer.Option("--output", "-o", "--output_dir", "--output-dir", help="Folder for everything.")
+    ] = "outputs/demo",
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that all parts work.")] = False,
+) -> None:
+    """Prefix tuning, LoRA and full fine-tuning of the embedded model, side by side."""
+    from deltatune.cli.demo import demo as run
+
+    run(output, quick)
+
+
+@app.command(context_settings=SETTINGS)
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [--NAME VALUE | NAME=VALUE]...", help="Settings file and settings."),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Settings file, YAML or JSON.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything; train nothing.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", "--print_config", help="Print all settings as YAML.")
+    ] = False,
+) -> None:
+    """Train an adapter on a data file. Settings and their names: docs/cli.md or --print-config."""
+    from deltatune.cli.train import train as run
+
+    run(words or [], config, dry_run, print_config)
+
+
+@app.command()
+def generate(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or a model without adapter (folder, hub name).")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Inputs; without any, lines of stdin.")] = None,
+    model: Model = None,
+    separator: Annotated[str | None, typer.Option(help="Between input and answer; default: as trained.")] = None,
+    file: Annotated[str | None, typer.Option("--file", "-f", help="Inputs from a jsonl, csv or txt file.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the file that holds the input.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write jsonl here.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer too.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Default: as trained.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option("--num-beams", "--num_beams", min=1)] = 1,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", "--top_p", min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", "--top_k", min=0, help="0: no limit.")] = 0,
+    seed: Annotated[int, typer.Option()] = 42,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Answer inputs with an adapter on its base model; classifiers give their label."""
+    from deltatune.cli.generate import generate as run
+    from deltatune.generate.decoding import Decoding
+
+    decoding = Decoding(max_new_tokens, num_beams, sample, temperature, top_p, top_k, seed, batch_size)
+    run(adapter, prompts or [], model, separator, file, column, output, compare, decoding, as_json)
+
+
+app.command(name="infer", hidden=True)(generate)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="Adapter folder or model folder.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What an adapter folder or a model folder holds. An adapter needs no base model for it."""
+    from deltatune.cli.inspect import inspect as run
+
+    run(folder, tensors, as_json)
+
+
+@app.command(context_settings=SETTINGS)
+def trace(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ADAPTER] [--NAME VALUE]...", help="Adapter folder; or options of a fresh adapter."),
+    ] = None,
+    model: Model = None,
+    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="An input; may be repeated.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", help="What is to be answered; as many.")] = None,
+    method: Annotated[str, typer.Option(help="Method of a fresh adapter.")] = "prefix_tuning",
+    html: Annotated[str | None, typer.Option("--html", help="Write the page here as well.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show all layers, not the first and last only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One batch through an adapted model, stop by stop, with shapes and gradients."""
+    from deltatune.cli.trace import trace as run
+
+    run(words or [], model, text or [], target or [], method, html, every, as_json)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions, devices, threads and memory."""
+    from deltatune.cli.env import env as run
+
+    run(as_json)

@@ -1,0 +1,106 @@
+"""`deltatune generate`: answers to inputs from the command line, a file or stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltatune.cli.show import console, facts, quiet_libraries
+from deltatune.errors import ConfigError, DataError
+from deltatune.generate.decoding import Decoding
+from deltatune.storage.files import write_files
+
+COLUMNS = ("input", "prompt", "instruction", "source", "mr", "question", "text", "sentence", "document", "content")
+
+
+def generate(
+    adapter: str,
+    prompts: list[str],
+    model: str | None,
+    separator: str | None,
+    file: str | None,
+    column: str | None,
+    output: str | None,
+    compare: bool,
+    decoding: Decoding,
+    as_json: bool,
+) -> None:
+    inputs = _inputs(prompts, file, column)
+    quiet_libraries()
+    from deltatune.generate import answers, load_ready
+
+    ready = load_ready(adapter, model, separator, compare)
+    found = answers(ready, inputs, decoding)
+    base = answers(ready, inputs, decoding, base=True) if compare else [None] * len(inputs)
+    rows: list[dict[str, Any]] = []
+    for text, answer, before in zip(inputs, found, base):
+        row: dict[str, Any] = {"input": text, "output": answer.text}
+        if answer.probability is not None:
+            row["probability"] = round(answer.probability, 4)
+        if before is not None:
+            row["base"] = before.text
+        rows.append(row)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is not None:
+        path = Path(output)
+        write_files(path.parent, {path.name: lines.encode()})
+    elif as_json:
+        print(lines, end="")
+    else:
+        _show(rows)
+
+
+def _inputs(prompts: list[str], file: str | None, column: str | None) -> list[str]:
+    if prompts and file is not None:
+        raise ConfigError("inputs are given both as arguments and with --file; keep one", field="file", found=file)
+    if prompts:
+        return prompts
+    if file is not None:
+        return list(_rows(file, column))
+    lines = [line.rstrip("\n") for line in sys.stdin]
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise DataError("no input: give it as an argument, with --file, or on stdin, one a line")
+    return found
+
+
+def _rows(file: str, column: str | None) -> Iterator[str]:
+    from deltatune.data import read_table
+
+    table = read_table(file)
+    present: Sequence[str] = list(table.rows[0])
+    name = column or next((known for known in COLUMNS if known in present), None)
+    if name is None:
+        raise DataError(
+            f"{file}: none of its columns {list(present)} is known as an input; name it with --column",
+            path=file,
+            field="column",
+        )
+    for index, row in enumerate(table.rows):
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            fault = "is not text" if value else "is missing or empty"
+            raise DataError(
+                f"{table.where(index)}: field {name!r} {fault}; expected text",
+                path=file,
+                field=name,
+                found=value,
+            )
+        yield value
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """Answers alone, one a line, for pipes; with their inputs where a person reads."""
+    if not sys.stdout.isatty() and not any("base" in row for row in rows):
+        for row in rows:
+            print(" ".join(row["output"].split()))
+        return
+    out = console()
+    for row in rows:
+        answer = row["output"] + (f"  ({row['probability']:.1%})" if "probability" in row else "")
+        pairs = [("input", row["input"]), *([("base", row["base"])] if "base" in row else []), ("answer", answer)]
+        out.print(facts(pairs))
+        out.print()

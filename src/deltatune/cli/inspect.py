@@ -1,0 +1,124 @@
+"""`deltatune inspect`: what an adapter folder or a model folder holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from deltatune.cli.failures import FILE
+from deltatune.cli.show import console, facts, quiet_libraries, table
+from deltatune.config import CONFIG_NAME
+from deltatune.errors import FormatError
+from deltatune.inspect.adapter import AdapterFacts
+from deltatune.report.words import size
+
+
+def inspect(folder: str, tensors: bool, as_json: bool) -> None:
+    from deltatune.inspect import inspect_adapter
+
+    if _is_model(folder):
+        _model(folder, as_json)
+        return
+    found = inspect_adapter(folder)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2, default=str))
+    else:
+        _show(found, tensors)
+    if found.problems:
+        raise typer.Exit(FILE)
+
+
+def _is_model(folder: str) -> bool:
+    path = Path(folder)
+    if path.is_dir():
+        return not (path / CONFIG_NAME).is_file() and (path / "config.json").is_file()
+    if path.is_file():
+        raise FormatError(f"{folder} is a file; give the folder that holds {CONFIG_NAME} or config.json", path=folder)
+    return folder == "demo"
+
+
+def _show(found: AdapterFacts, tensors: bool) -> None:
+    out = console()
+    base = found.base or "not named"
+    if found.base_facts:
+        base += f" ({found.base_facts['class']}, {found.base_facts['parameters']:,} parameters)"
+    lines: list[tuple[str, Any]] = [
+        ("method", found.method),
+        ("task", found.task or "none"),
+        ("base model", base),
+        ("parameters", f"{found.parameters:,} in {len(found.tensors)} tensors, {size(found.file_bytes)}"),
+    ]
+    if found.virtual_tokens is not None:
+        lines.append(("virtual tokens", found.virtual_tokens))
+    if found.ranks:
+        lines.append(("rank", ", ".join(map(str, found.ranks))))
+    lines.append(("written by", "deltatune" if found.base_facts else "another tool (no fingerprint of the base)"))
+    out.print(facts(lines))
+    out.print()
+    out.print(facts((key, json.dumps(value)) for key, value in found.config.items()))
+    out.print()
+    if tensors:
+        rows = [
+            (t.name.removesuffix(".weight"), " x ".join(map(str, t.shape)), t.dtype, f"{t.norm:.4g}")
+            for t in found.tensors
+        ]
+        out.print(table(("tensor", "shape", "dtype", "norm"), rows, numbers="lrlr"))
+    else:
+        rows = [
+            (
+                group.name.removesuffix(".weight"),
+                group.count,
+                "; ".join(" x ".join(map(str, shape)) for shape in group.shapes[:3]),
+                f"{group.norm_least:.3g}"
+                + (f" - {group.norm_most:.3g}" if f"{group.norm_least:.3g}" != f"{group.norm_most:.3g}" else ""),
+            )
+            for group in found.groups
+        ]
+        out.print(table(("tensors", "count", "shape", "norm"), rows, numbers="lrrr"))
+    out.print()
+    for problem in found.problems:
+        out.print(f"[red]problem[/red]: {problem}", soft_wrap=True)
+    if not found.problems:
+        out.print("no problems found")
+
+
+def _model(folder: str, as_json: bool) -> None:
+    from deltatune.inspect import inspect_model
+
+    quiet_libraries()
+    if folder == "demo":
+        from deltatune.demo.base import FOLDER
+
+        folder = str(FOLDER)
+    found = inspect_model(folder)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2, default=str))
+        return
+    out = console()
+    out.print(facts([("class", f"{found.class_name} ({found.model_type})"), ("parameters", f"{found.parameters:,}")]))
+    out.print()
+    rows = [
+        (
+            layer.name if layer.kind == "Linear" else f"{layer.name} ({layer.kind})",
+            " x ".join(map(str, layer.shape)),
+            layer.count,
+            f"{layer.parameters:,}",
+        )
+        for layer in found.layers
+    ]
+    out.print(table(("layers", "weight", "count", "parameters"), rows, numbers="lrrr"))
+    out.print()
+    usual = [
+        (method, json.dumps(value) if value else "none known; name them") for method, value in found.defaults.items()
+    ]
+    out.print(facts([("usual targets", ""), *usual]))
+    out.print()
+    kinds = {site["kind"] for site in found.sites}
+    counts = ", ".join(f"{sum(s['kind'] == kind for s in found.sites)} {kind}" for kind in sorted(kinds))
+    out.print(f"attentions a prefix can go to: {counts or 'none'}", soft_wrap=True)
+    if found.sites_note:
+        out.print(found.sites_note, soft_wrap=True)

@@ -1,0 +1,151 @@
+"""An adapter folder: method, config, tensors, norms, sizes, and what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.config import CONFIG_NAME, PeftConfig
+from deltatune.errors import IntegrityError
+from deltatune.inspect.problems import find_problems
+from deltatune.prompts.config import PromptLearningConfig
+from deltatune.storage.locate import locate
+from deltatune.storage.tensors import PICKLE_NAME, WEIGHTS_NAME, read_file
+
+ROOT = re.compile(r"^(base_model\.)?(model\.)?")
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """All tensors whose names differ in layer numbers only: `encoder.block.*.layer.0.SelfAttention.q.lora_A.weight`."""
+
+    name: str
+    count: int
+    shapes: list[tuple[int, ...]]
+    parameters: int
+    norm_least: float
+    norm_most: float
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """`config` holds what differs from the method's defaults; `base_facts` is there in files that deltatune wrote."""
+
+    folder: str
+    method: str
+    task: str | None
+    base: str | None
+    base_facts: dict[str, Any] | None
+    config: dict[str, Any]
+    parameters: int
+    file_bytes: int
+    virtual_tokens: int | None
+    ranks: list[int]
+    tensors: list[TensorFacts]
+    groups: list[GroupFacts]
+    problems: list[str]
+
+
+def inspect_adapter(name_or_path: str | Path) -> AdapterFacts:
+    """Read an adapter folder (or a hub repository).
+
+    Raises:
+        FormatError: It has no config or no whole tensor file. Lesser faults are listed in `problems`.
+    """
+    config_file = locate(name_or_path, CONFIG_NAME)
+    problems: list[str] = []
+    if (config_file.parent / PICKLE_NAME).exists():
+        problems.append(f"{PICKLE_NAME} is a pickle, which can run code; deltatune never opens it")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = PeftConfig.from_file_dict(PeftConfig.from_json_file(config_file), str(config_file))
+    problems += [str(warning.message) for warning in caught]
+    weights = locate(name_or_path, WEIGHTS_NAME)
+    try:
+        tensors, facts = read_file(weights)
+    except IntegrityError as error:
+        from safetensors.torch import load_file
+
+        problems.append(str(error))
+        tensors, facts = load_file(weights), None
+    problems += find_problems(config, tensors, facts)
+    method = getattr(config.peft_type, "value", None)
+    return AdapterFacts(
+        folder=str(name_or_path),
+        method=str(method),
+        task=config.task_type.value if config.task_type is not None else None,  # type: ignore[union-attr]
+        base=config.base_model_name_or_path,
+        base_facts=(facts or {}).get("base"),
+        config=_differing(config),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        file_bytes=weights.stat().st_size,
+        virtual_tokens=config.num_virtual_tokens if isinstance(config, PromptLearningConfig) else None,
+        ranks=sorted({tensor.shape[0] for key, tensor in tensors.items() if ".lora_A" in key}),
+        tensors=[_tensor(name, tensors[name]) for name in sorted(tensors, key=natural)],
+        groups=_groups(tensors),
+        problems=problems,
+    )
+
+
+def natural(name: str) -> list[Any]:
+    """Sorts layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def pattern(name: str) -> str:
+    """A tensor's name without PEFT's root, layer numbers as stars."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", "." + ROOT.sub("", name)).removeprefix(".")
+
+
+def norm(tensor: Tensor) -> float:
+    return tensor.to(torch.float64).norm().item() if tensor.numel() else 0.0
+
+
+def _tensor(name: str, tensor: Tensor) -> TensorFacts:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorFacts(name, tuple(tensor.shape), dtype, tensor.numel(), norm(tensor))
+
+
+def _groups(tensors: dict[str, Tensor]) -> list[GroupFacts]:
+    members: dict[str, list[Tensor]] = defaultdict(list)
+    for name in sorted(tensors, key=natural):
+        members[pattern(name)].append(tensors[name])
+    made = []
+    for name, group in members.items():
+        norms = [norm(tensor) for tensor in group]
+        shapes = sorted({tuple(tensor.shape) for tensor in group})
+        total = sum(tensor.numel() for tensor in group)
+        made.append(GroupFacts(name, len(group), shapes, total, min(norms), max(norms)))
+    return made
+
+
+def _differing(config: PeftConfig) -> dict[str, Any]:
+    """Fields whose value is not the default, as JSON holds them."""
+    defaults = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    told = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "peft_version"}
+    values = config.to_file_dict()
+    return {
+        key: value for key, value in sorted(values.items()) if key not in told and value != defaults.get(key, object())
+    }

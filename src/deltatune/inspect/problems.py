@@ -1,0 +1,116 @@
+"""What can be told to be wrong with an adapter's tensors without its base model."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.config import PeftConfig, PeftType
+from deltatune.errors import PeftError
+from deltatune.prompts.files import ENCODER, NAMES
+from deltatune.prompts.prefix import PrefixTuningConfig
+from deltatune.registry import METHODS
+from deltatune.storage.folder import EDITABLE
+from deltatune.targets import pattern_value
+
+
+def find_problems(config: PeftConfig, tensors: dict[str, Tensor], facts: dict[str, Any] | None) -> list[str]:
+    """Each problem in one line; empty when nothing is wrong."""
+    found = [*_values(tensors), *_header(config, facts)]
+    if not tensors:
+        return ["the file holds no tensors"]
+    if isinstance(config, PrefixTuningConfig):
+        return [*found, *_prefix(config, tensors)]
+    found += [*_surplus(config, tensors), *_gaps(config, tensors)]
+    if config.peft_type is PeftType.LORA:
+        found += _pairs(config, tensors)
+    return found
+
+
+def _values(tensors: dict[str, Tensor]) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            yield f"{name} holds {count} values that are not finite"
+
+
+def _header(config: PeftConfig, facts: dict[str, Any] | None) -> Iterator[str]:
+    saved = (facts or {}).get("config")
+    if isinstance(saved, dict):
+        present = config.to_file_dict()
+        differing = sorted(k for k in saved if k not in EDITABLE and k in present and present[k] != saved[k])
+        if differing:
+            yield f"adapter_config.json was changed after saving: {', '.join(differing)} (the saved values are used)"
+
+
+def _surplus(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Tensors that belong neither to the method nor to modules that were trained whole."""
+    method = METHODS[config.peft_type]  # type: ignore[index]
+    whole = set(getattr(config, "modules_to_save", None) or ())
+    for name in tensors:
+        parts = name.split(".")
+        own = any(part.startswith(method.key_prefix) for part in parts)
+        if not own and not whole & set(parts) and ".base_layer." not in name:
+            yield f"{name} belongs neither to {method.peft_type.name} nor to modules_to_save"
+
+
+def _gaps(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Layers in which a tensor is missing that all others have. With chosen layers nothing can be told."""
+    if getattr(config, "layers_to_transform", None) is not None:
+        return
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for name in tensors:
+        first = re.search(r"\.(\d+)\.", name)
+        if first:
+            numbers[f"{name[: first.start()]}.*.{name[first.end() :]}"].add(int(first[1]))
+    for name, present in numbers.items():
+        missing = sorted(set(range(max(present) + 1)) - present)
+        if missing and len(missing) < len(present):  # an attention in every fourth layer is a model's design
+            yield f"{name} is missing in layer {', '.join(map(str, missing))}"
+
+
+def _pairs(config: Any, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """LoRA's factors come in pairs of one rank, the config's; a B of zeros was never trained."""
+    zeros = 0
+    pairs = [name for name in tensors if re.search(r"\.lora_A\b", name)]
+    for name in pairs:
+        other = re.sub(r"\.lora_A\b", ".lora_B", name)
+        path = re.sub(r"^(base_model\.)?(model\.)?", "", name.split(".lora_A")[0])
+        if other not in tensors:
+            yield f"{name} has no {other.rpartition('.lora_')[2]} beside it"
+            continue
+        rank = pattern_value(config.rank_pattern, path, config.r)
+        if tensors[name].shape[0] != rank:
+            yield f"{name} has rank {tensors[name].shape[0]}, the config says {rank}"
+        zeros += not tensors[other].any()
+    for name in tensors:
+        if re.search(r"\.lora_B\b", name) and re.sub(r"\.lora_B\b", ".lora_A", name) not in tensors:
+            yield f"{name} has no lora_A beside it"
+    if pairs and zeros == len(pairs):
+        yield "every lora_B is zero: the adapter changes nothing, it was never trained"
+
+
+def _prefix(config: PrefixTuningConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
+    name = NAMES[config.layout]
+    rows = tensors.get(name)
+    whole = set(config.modules_to_save or ())
+    rest = [k for k in tensors if k != name and not k.startswith(ENCODER) and not whole & set(k.split("."))]
+    for key in rest:
+        yield f"{key} is not a tensor of a prefix with layout={config.layout!r}"
+    if rows is None:
+        yield f"{name} is missing"
+        return
+    try:
+        width = sum(h * d + hv * dv for h, d, hv, dv in config.shapes)
+    except PeftError as error:
+        yield str(error)
+        return
+    if tuple(rows.shape) != (config.num_virtual_tokens, width):
+        yield f"{name} has shape {tuple(rows.shape)}, the config says {(config.num_virtual_tokens, width)}"
+    elif not torch.any(rows):
+        yield f"{name} is zero everywhere"

@@ -1,0 +1,20 @@
+"""What all tests share: one thread, no network, and the place of the data sets that stand beside the project."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # results do not depend on the machine, and two test processes share two cores
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data sets and small real models, which a user does not have."""
+    folder = Path(os.environ.get("DELTATUNE_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip("the shared data is not here; set DELTATUNE_SHARED to its folder")
+    return folder
