@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("same", derandomize=True, deadline=None)  # a failure is there every time, or never
+settings.load_profile("same")
 torch.set_num_threads(1)  # results do not depend on the machine, and two test processes share two cores
 
 

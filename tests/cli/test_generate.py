@@ -107,3 +107,13 @@ def test_bad_requests_are_refused(refused, lora, tmp_path):
 def _write(path, text):
     path.write_text(text)
     return path
+
+
+def test_brackets_of_the_data_are_shown_and_not_read_as_markup(capsys):
+    from deltatune.cli.show import console, facts, table
+
+    out = console()
+    out.print(facts([("input", "name[The Mill], eatType[pub]")]))
+    out.print(table(("a",), [("area[riverside]",)]))
+    shown = capsys.readouterr().out
+    assert "eatType[pub]" in shown and "area[riverside]" in shown

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.text import Text
 
 from deltatune.cli.failures import FILE
 from deltatune.cli.show import console, facts, quiet_libraries, table
@@ -81,7 +82,7 @@ def _show(found: AdapterFacts, tensors: bool) -> None:
         out.print(table(("tensors", "count", "shape", "norm"), rows, numbers="lrrr"))
     out.print()
     for problem in found.problems:
-        out.print(f"[red]problem[/red]: {problem}", soft_wrap=True)
+        out.print(Text.assemble(("problem", "red"), f": {problem}"), soft_wrap=True)
     if not found.problems:
         out.print("no problems found")
 
@@ -121,4 +122,4 @@ def _model(folder: str, as_json: bool) -> None:
     counts = ", ".join(f"{sum(s['kind'] == kind for s in found.sites)} {kind}" for kind in sorted(kinds))
     out.print(f"attentions a prefix can go to: {counts or 'none'}", soft_wrap=True)
     if found.sites_note:
-        out.print(found.sites_note, soft_wrap=True)
+        out.print(found.sites_note, soft_wrap=True, markup=False)

@@ -46,7 +46,7 @@ class ProgressBar(Listener):
         self.bar.stop()
 
     def line(self, text: str) -> None:
-        self.out.print(text, soft_wrap=True)
+        self.out.print(text, soft_wrap=True, markup=False)
 
     def on_notice(self, text: str) -> None:
         self.line(f"note: {text}")

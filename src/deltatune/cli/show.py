@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deltatune.errors import PeftWarning
 
@@ -25,7 +26,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
     for index, name in enumerate(columns):
         made.add_column(name, justify="right" if numbers[index : index + 1] == "r" else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*(Text(str(cell)) for cell in row))  # never markup: data holds brackets
     return made
 
 
@@ -35,7 +36,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> Table:
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in pairs:
-        made.add_row(name, str(value))
+        made.add_row(name, Text(str(value)))
     return made
 
 

@@ -61,7 +61,7 @@ def load_dataset(name: str, config: str | None = None) -> tuple[Table, Table | N
     if Path(name).is_file():
         return read_table(name), None
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError as error:
         raise DataError(
             f"dataset {name!r} is no local file, and the package datasets is not installed; pip install datasets",

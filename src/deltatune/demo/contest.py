@@ -90,6 +90,7 @@ def _trained(
         "trainable": metrics["trainable_parameters"],
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         "bytes": sum(path.stat().st_size for path in weights),
+        "steps": result.steps,
         "seconds": metrics["train_seconds"],
         "peak_memory": metrics["peak_memory_bytes"],
         "dev_loss": metrics["after"]["eval"]["loss"],
@@ -107,7 +108,15 @@ def _untouched(dev: Sequence[grammar.Row]) -> tuple[dict[str, Any], nn.Module, A
     model, tokenizer = load_base()
     loss = mean_loss(model, tokenizer, [row.input for row in dev], dev)
     total = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"trainable": 0, "parameters": total, "bytes": 0, "seconds": 0.0, "peak_memory": None, "dev_loss": loss}
+    facts = {
+        "trainable": 0,
+        "parameters": total,
+        "bytes": 0,
+        "steps": 0,
+        "seconds": 0.0,
+        "peak_memory": None,
+        "dev_loss": loss,
+    }
     return {**facts, "history": []}, model, tokenizer
 
 

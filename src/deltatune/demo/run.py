@@ -24,7 +24,8 @@ RELOADED = 32  # test records answered again in a new process
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run found. `outcomes` are in the order of the table; `reloaded_equal`: see `check_reload`."""
+    """What a run found. `outcomes` are in the order of the table; `reloaded_equal`: whether the
+    saved prefix, in a new process, answers exactly as the model that was trained."""
 
     output: Path
     outcomes: list[dict[str, Any]]
@@ -50,22 +51,22 @@ def run_demo(output: Path, *, quick: bool = False, console: Console | None = Non
     _introduce(out, sizes, test[0])
     outcomes = [_run_contestant(contestant, sizes, output, out) for contestant in CONTESTANTS]
     prefix = next(outcome for outcome in outcomes if outcome["key"] == "prefix")
-    equal = check_reload(output / "prefix", [row.input for row in test[:RELOADED]], prefix["outputs"][:RELOADED], out)
+    again = reloaded_answers(output / "prefix", [row.input for row in test[:RELOADED]], out)
     from deltatune.demo.picture import draw
 
     picture = draw(outcomes, output / "curves.png")
-    result = DemoResult(output, outcomes, picture, equal, time.monotonic() - started)
+    result = DemoResult(output, outcomes, picture, again == prefix["outputs"][:RELOADED], time.monotonic() - started)
     (output / "demo.json").write_text(json.dumps(_facts(result), indent=2, ensure_ascii=False), encoding="utf-8")
     _conclude(out, result, test)
     return result
 
 
-def check_reload(adapter: Path, inputs: Sequence[str], expected: Sequence[str], out: Console) -> bool:
-    """Whether the saved adapter, loaded by a new process, answers exactly as the model that was trained."""
+def reloaded_answers(adapter: Path, inputs: Sequence[str], out: Console) -> list[str]:
+    """What the saved adapter answers in a new process, which knows nothing but its folder."""
     asked, answered = adapter / "reload-inputs.json", adapter / "reload-outputs.json"
     asked.write_text(json.dumps(list(inputs), ensure_ascii=False), encoding="utf-8")
     _process(["deltatune.demo.reload", str(adapter), str(asked), str(answered)], adapter / "reload.log", out)
-    return json.loads(answered.read_text(encoding="utf-8")) == list(expected)
+    return json.loads(answered.read_text(encoding="utf-8"))
 
 
 def _run_contestant(contestant: Contestant, sizes: Sizes, output: Path, out: Console) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _process(command: list[str], log: Path, out: Console) -> None:
 def _introduce(out: Console, sizes: Sizes, row: grammar.Row) -> None:
     out.print(
         f"A beekeeper's records, to be written up in the style of a log. {sizes.train} records to learn from, "
-        f"{sizes.steps} steps of {sizes.batch}; in the test all names and combinations are new. For example:"
+        f"{sizes.batch} in a batch; in the test all names and combinations are new. For example:"
     )
     out.print(f"  [dim]{row.input}[/dim]", soft_wrap=True)
     out.print(f"  {row.target}", soft_wrap=True)

@@ -7,30 +7,38 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deltatune.demo.grammar import Row
-from deltatune.report.words import duration, share, size
+from deltatune.report.words import share
 
 
 def table(outcomes: Sequence[dict[str, Any]]) -> Table:
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     made.add_column("", no_wrap=True)
-    for name in ("trains", "on disk", "time", "memory", "loss", "BLEU", "swapped", "names"):
+    for name in ("trains", "steps", "time", "memory", "on disk", "loss", "BLEU", "swapped", "names"):
         made.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
-        scores, trained = outcome["scores"], bool(outcome["history"])
-        made.add_row(
-            outcome["title"],
-            share(outcome["trainable"], outcome["parameters"]),
-            size(outcome["bytes"]) if trained else "-",
-            duration(outcome["seconds"]) if trained else "-",
-            size(outcome["peak_memory"]) if trained else "-",
-            f"{outcome['dev_loss']:.3f}",
-            f"{scores['bleu']:.1f}",
-            f"{scores['swapped_bleu']:.1f}",
-            f"{100 * scores['names']:.0f} %",
-        )
+        scores = outcome["scores"]
+        cost = ("0 %", *"----")
+        if outcome["history"]:
+            memory, disk = (_size(outcome[key]) for key in ("peak_memory", "bytes"))
+            trains = share(outcome["trainable"], outcome["parameters"])
+            cost = (trains, str(outcome["steps"]), f"{outcome['seconds']:.0f} s", memory, disk)
+        quality = (f"{outcome['dev_loss']:.3f}", f"{scores['bleu']:.1f}", f"{scores['swapped_bleu']:.1f}")
+        made.add_row(outcome["title"], *cost, *quality, f"{100 * scores['names']:.0f} %")
     return made
+
+
+def _size(count: float) -> str:
+    """Whole megabytes or kilobytes: the table has eighty columns to fit in."""
+    return (
+        f"{count / 1e6:.0f} MB"
+        if count >= 1e7
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.0f} KB"
+    )
 
 
 def explain(out: Console) -> None:
@@ -43,7 +51,7 @@ def explain(out: Console) -> None:
 def samples(out: Console, outcomes: Sequence[dict[str, Any]], rows: Sequence[Row], count: int) -> None:
     for index in range(count):
         out.print()
-        out.print(f"[dim]record [/dim] {rows[index].input}", soft_wrap=True)
-        out.print(f"[dim]entry  [/dim] {rows[index].target}", soft_wrap=True)
+        out.print(Text.assemble(("record  ", "dim"), rows[index].input), soft_wrap=True)
+        out.print(Text.assemble(("entry   ", "dim"), rows[index].target), soft_wrap=True)
         for outcome in outcomes:
-            out.print(f"[dim]{outcome['key']:<7}[/dim] {outcome['outputs'][index]}", soft_wrap=True, markup=True)
+            out.print(Text.assemble((f"{outcome['key']:<8}", "dim"), outcome["outputs"][index]), soft_wrap=True)

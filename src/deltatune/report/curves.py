@@ -50,7 +50,8 @@ def loss_curves(history: Sequence[dict[str, Any]], before: float | None = None) 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers (1, 2, 5 times a power of ten) that cover low to high."""
-    largest = max(abs(low), abs(high)) or 1.0
+    largest = max(abs(low), abs(high))
+    largest = largest if largest > 1e-30 else 1.0
     spread = high - low if high - low > 1e-6 * largest else largest  # a flat curve has no scale of its own
     rough = spread / count
     power = 10 ** math.floor(math.log10(rough))

@@ -22,12 +22,13 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
         without: Names of modules that are trained whole, whose values are not the base's (a fresh classifier head).
     """
     structure, values = hashlib.sha256(), hashlib.sha256()
-    dtypes, count, skipped = set(), 0, set(without)
+    dtypes, count, skipped, seen = set(), 0, set(without), set()
     for name, tensor in sorted(base_parameters(model)):
         if skipped & set(name.split(".")):
             continue
         structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        count += tensor.numel()
+        count += tensor.numel() if id(tensor) not in seen else 0  # tied parameters once
+        seen.add(id(tensor))
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         if not tensor.is_meta and tensor.numel():
             values.update(_sample(tensor))
