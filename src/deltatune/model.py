@@ -22,7 +22,7 @@ from deltatune.notice import warn
 from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Prefix
 from deltatune.registry import METHODS
-from deltatune.selection import Call
+from deltatune.selection import Call, Recomputation
 from deltatune.tuner import Tuner
 
 
@@ -122,7 +122,7 @@ class PeftModel(Persistence, nn.Module):
         if kwargs["use_reentrant"]:
             model.activation_checkpointing_enable(kwargs, **options)
             return
-        kwargs.setdefault("context_fn", _Recomputation(self.base_model.selection))
+        kwargs.setdefault("context_fn", Recomputation(self.base_model.selection))
         model.activation_checkpointing_enable(kwargs, **options)
         if not hooked:
             model.disable_input_require_grads()
@@ -387,20 +387,6 @@ def get_peft_model(
         peft_config.revision = revision
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-class _Recomputation:
-    """`context_fn` of gradient checkpointing: a layer is recomputed with the adapters it ran with.
-
-    Called as the checkpointed layer runs forward; backward may run later, outside of the block that chose the
-    adapters, and on another thread.
-    """
-
-    def __init__(self, selection: Any) -> None:
-        self.selection = selection
-
-    def __call__(self) -> tuple[Any, Any]:
-        return nullcontext(), self.selection.use(self.selection.current())
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -75,3 +75,17 @@ class Selection:
 @torch.compiler.disable
 def _look_up(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
+
+
+class Recomputation:
+    """`context_fn` of gradient checkpointing: a layer is recomputed with the adapters it ran with.
+
+    Called as the checkpointed layer runs forward; backward may run later, outside of the block that chose the
+    adapters, and on another thread.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+
+    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self.selection.use(self.selection.current())
