@@ -22,7 +22,7 @@ _NAMES = {
     "deltatune.adapter": ("Adapter", "Applied", "LinearMap", "Method"),
     "deltatune.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "deltatune.errors": ("PeftError", "PeftWarning"),
-    "deltatune.inject": ("inject_adapter_in_model",),
+    "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
@@ -37,7 +37,6 @@ _NAMES = {
     "deltatune.prompts.prefix": ("PrefixEncoder", "PrefixTuningConfig"),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS",),
-    "deltatune.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -19,7 +19,9 @@ from deltatune.config import TaskType as TaskType
 from deltatune.config import get_peft_config as get_peft_config
 from deltatune.errors import PeftError as PeftError
 from deltatune.errors import PeftWarning as PeftWarning
-from deltatune.inject import inject_adapter_in_model as inject_adapter_in_model
+from deltatune.functional import get_peft_model_state_dict as get_peft_model_state_dict
+from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
+from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
@@ -39,8 +41,6 @@ from deltatune.prompts.prefix import PrefixEncoder as PrefixEncoder
 from deltatune.prompts.prefix import PrefixTuningConfig as PrefixTuningConfig
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
-from deltatune.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
-from deltatune.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.status import TunerLayerStatus as TunerLayerStatus
 from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status

@@ -210,40 +210,6 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> nn.Module:
-    """Graft an adapter onto a model of any kind, in place, without a `PeftModel` around it; returns the model.
-
-    With `state_dict` the adapter's tensors are filled from it at once.
-    """
-    from deltatune.names import check_name
-    from deltatune.state_dict import set_peft_model_state_dict
-
-    check_name(adapter_name)
-    method = METHODS[peft_config.peft_type]  # type: ignore[index]
-    if method.adapter is None:
-        raise ConfigError(
-            f"inject_adapter_in_model: {method.peft_type.name} acts outside of single layers; use get_peft_model",
-            field="peft_type",
-        )
-    present = [layer.selection for _, layer in adapted_layers(model)]
-    selection = present[0] if present else Selection()
-    with unchanged_on_error(model):
-        graft(model, peft_config, adapter_name, selection)
-        if not present:
-            freeze(model)
-            selection.active = (adapter_name,)
-        train_only(model, selection.active, peft_config.inference_mode)
-        if state_dict is not None:
-            set_peft_model_state_dict(model, state_dict, adapter_name)
-    return model
-
-
 def freeze(model: nn.Module) -> None:
     """Freeze everything that is not part of an adapter."""
     own = {id(parameter) for parameter in adapter_parameters(model)}

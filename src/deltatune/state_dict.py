@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.inject import adapted_layers, trained_copies
-from deltatune.notice import warn
-
-if TYPE_CHECKING:
-    from deltatune.model import PeftModel
 
 ROOT = "base_model.model."
 Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
@@ -143,59 +139,3 @@ def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source:
                 key=key,
             )
     return kept
-
-
-def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
-    """The tensors of one adapter under the keys of its file, without adapter names.
-
-    Args:
-        state_dict: Values to use instead of the model's own, under the model's keys (gathered from shards, say).
-    """
-    model = getattr(model, "_orig_mod", model)
-    wrapped = _as_peft_model(model)
-    own = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
-    if state_dict is None:
-        return {key: tensor.detach() for key, tensor in own.items()}
-    names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: state_dict.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> Any:
-    """Fill an adapter from tensors under the keys of its file; keys with and without `base_model.model.` are taken.
-
-    Returns the missing and the unexpected keys, and warns of them; shapes must fit unless told otherwise.
-    """
-    model = getattr(model, "_orig_mod", model)
-    wrapped = _as_peft_model(model)
-    expected = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
-    given = {key if wrapped else key.removeprefix(ROOT): value for key, value in peft_model_state_dict.items()}
-    if wrapped and not expected.keys() & given.keys():
-        given = {ROOT + key: value for key, value in given.items()}
-    if ignore_mismatched_sizes:
-        given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
-    missing, surplus = check(given, expected, "state dict", strict=False)
-    if missing or surplus:
-        warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}")
-    if wrapped:
-        wrapped.fill_adapter(adapter_name, given)
-    else:
-        fill(model, adapter_name, given, root="")
-    return Loaded(missing, surplus)
-
-
-def _as_peft_model(model: nn.Module) -> PeftModel | None:
-    from deltatune.model import PeftModel
-
-    return model if isinstance(model, PeftModel) else None

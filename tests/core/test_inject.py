@@ -10,7 +10,7 @@ from torch import nn
 
 import deltatune
 from deltatune import LoraConfig, inject_adapter_in_model
-from deltatune.errors import ConfigError, StateError
+from deltatune.errors import ConfigError, PeftError, StateError
 from deltatune.layer import AdaptedLayer
 from tests.laws.examples import move
 
@@ -101,3 +101,16 @@ def test_tensors_can_be_given_at_once():
 def test_a_method_of_whole_models_is_refused():
     with pytest.raises(ConfigError, match="PREFIX_TUNING acts outside of single layers"):
         inject_adapter_in_model(deltatune.PrefixTuningConfig(num_virtual_tokens=2), model())
+
+
+def test_a_state_dict_that_does_not_fit_leaves_the_model_bare():
+    bare = model()
+    flags = [parameter.requires_grad for parameter in bare.parameters()]
+    names = [name for name, _ in bare.named_modules()]
+    tensors = deltatune.get_peft_model_state_dict(
+        inject_adapter_in_model(LoraConfig(target_modules=["0"], r=2), model())
+    )
+    with pytest.raises(PeftError, match="shape"):
+        inject_adapter_in_model(LoraConfig(target_modules=["0"], r=3), bare, state_dict=tensors)
+    assert [name for name, _ in bare.named_modules()] == names
+    assert [parameter.requires_grad for parameter in bare.parameters()] == flags

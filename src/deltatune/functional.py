@@ -1,0 +1,107 @@
+"""Adapters as functions on models of any kind, for programs that bring their own wrapper: PEFT's low-level names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune import inject
+from deltatune.config import PeftConfig
+from deltatune.errors import ConfigError
+from deltatune.model import PeftModel
+from deltatune.names import check_name
+from deltatune.notice import warn
+from deltatune.registry import METHODS
+from deltatune.selection import Selection
+from deltatune.state_dict import ROOT, Loaded, check, collect, fill
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Graft an adapter onto a model of any kind, in place, without a `PeftModel` around it; returns the model.
+
+    With `state_dict` the adapter's tensors are filled from it at once.
+    """
+    check_name(adapter_name)
+    method = METHODS[peft_config.peft_type]  # type: ignore[index]
+    if method.adapter is None:
+        raise ConfigError(
+            f"inject_adapter_in_model: {method.peft_type.name} acts outside of single layers; use get_peft_model",
+            field="peft_type",
+        )
+    present = [layer.selection for _, layer in inject.adapted_layers(model)]
+    selection = present[0] if present else Selection()
+    with inject.unchanged_on_error(model):
+        inject.graft(model, peft_config, adapter_name, selection)
+        if not present:
+            inject.freeze(model)
+            selection.active = (adapter_name,)
+        inject.train_only(model, selection.active, peft_config.inference_mode)
+        try:
+            if state_dict is not None:
+                set_peft_model_state_dict(model, state_dict, adapter_name)
+        except BaseException:
+            inject.remove(model, adapter_name)
+            raise
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the keys of its file, without adapter names.
+
+    Args:
+        state_dict: Values to use instead of the model's own, under the model's keys (gathered from shards, say).
+    """
+    model = getattr(model, "_orig_mod", model)
+    wrapped = _peft_model(model)
+    own = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
+    if state_dict is None:
+        return {key: tensor.detach() for key, tensor in own.items()}
+    names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: state_dict.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Fill an adapter from tensors under the keys of its file; keys with and without `base_model.model.` are taken.
+
+    Returns the missing and the unexpected keys, and warns of them; shapes must fit unless told otherwise.
+    """
+    model = getattr(model, "_orig_mod", model)
+    wrapped = _peft_model(model)
+    expected = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
+    given = {key if wrapped else key.removeprefix(ROOT): value for key, value in peft_model_state_dict.items()}
+    if wrapped and not expected.keys() & given.keys():
+        given = {ROOT + key: value for key, value in given.items()}
+    if ignore_mismatched_sizes:
+        given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
+    missing, surplus = check(given, expected, "state dict", strict=False)
+    if missing or surplus:
+        warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}")
+    if wrapped:
+        wrapped.fill_adapter(adapter_name, given)
+    else:
+        fill(model, adapter_name, given, root="")
+    return Loaded(missing, surplus)
+
+
+def _peft_model(model: nn.Module) -> PeftModel | None:
+    return model if isinstance(model, PeftModel) else None
