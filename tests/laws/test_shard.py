@@ -27,8 +27,9 @@ class Stack(nn.Module):
 def adapted(method: str) -> nn.Module:
     from deltatune import get_peft_model
 
+    config = config_of(method)  # finds legal values once, drawing random numbers: before the seed
     torch.manual_seed(0)
-    model = get_peft_model(Stack(), config_of(method))
+    model = get_peft_model(Stack(), config)
     move(model, 0.3)
     return model
 
