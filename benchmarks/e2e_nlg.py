@@ -42,7 +42,7 @@ SCHEDULE = {"lr_scheduler_type": "linear", "warmup_ratio": 0.06, "weight_decay":
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "fixed": ({"candidates": 100}, ()),
     "base": ({}, ()),
-    "prefix": ({"method": "prefix_tuning", "num_virtual_tokens": 20, "sites": "all"}, (3e-2, 1e-2, 1e-1)),
+    "prefix": ({"method": "prefix_tuning", "num_virtual_tokens": 20, "sites": "all"}, (1e-1, 3e-2, 3e-1)),
     "lora": ({"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, (3e-3, 1e-3, 1e-2)),
     "full": ({"method": "full"}, (1e-3, 3e-4, 3e-3)),
     "human": ({}, ()),

@@ -132,6 +132,8 @@ class Method:
 
     Attributes:
         adapter: What is grafted onto a layer; None where a method acts elsewhere (prefix tuning at the attention).
+        graft: What connects such a method with the model (`deltatune.prompts.graft`).
+        encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
     """
@@ -141,3 +143,5 @@ class Method:
     adapter: type[Adapter] | None
     key_prefix: str
     default_targets: Callable[[str], Any] | None = None
+    graft: type[Any] | None = None
+    encoder: type[nn.Module] | None = None

@@ -20,7 +20,8 @@ from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
 from deltatune.persistence import Persistence
-from deltatune.prompts.graft import Prefix
+from deltatune.prompts.graft import Graft
+from deltatune.prompts.key_values import Prefix
 from deltatune.registry import METHODS
 from deltatune.selection import Call, Recomputation
 from deltatune.tuner import Tuner
@@ -56,7 +57,7 @@ class PeftModel(Persistence, nn.Module):
         super().__init__()
         _refuse_wrapped(model)
         self.peft_config: dict[str, PeftConfig] = {}
-        self.prefixes: dict[str, Prefix] = {}
+        self.prompts: dict[str, Graft] = {}
         self.base_model = Tuner(model, self.peft_config)
         self.prompt_encoder = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
@@ -80,11 +81,11 @@ class PeftModel(Persistence, nn.Module):
             return nullcontext()
         rows = tuple(None if name in (BASE, None) else name for name in names for _ in range(repeat))
         self._known([name for name in rows if name is not None])
-        prompts = sorted({name for name in rows if name in self.prefixes})
+        prompts = sorted({name for name in rows if name in self.prompts})
         if prompts:
             raise StateError(
-                f"adapter_names: {prompts[0]!r} is a prefix, and rows with different prefixes are not supported yet; "
-                "run the rows in one batch per prefix",
+                f"adapter_names: {prompts[0]!r} is a prompt, and rows with different prompts are not supported yet; "
+                "run the rows in one batch per prompt",
                 field="adapter_names",
                 found=prompts,
             )
@@ -192,9 +193,11 @@ class PeftModel(Persistence, nn.Module):
     def _add_prompt(self, name: str, config: Any) -> None:
         model, selection = self.base_model.model, self.base_model.selection
         saved = inject.find_saved(model, config)
-        prefix = Prefix.attach(model, config, name, selection)
-        self.prefixes[name] = prefix
-        self.prompt_encoder[name] = prefix.encoder
+        method = METHODS[config.peft_type]
+        assert method.graft is not None
+        graft = method.graft.attach(model, config, name, selection, method.encoder)
+        self.prompts[name] = graft
+        self.prompt_encoder[name] = graft.encoder
         inject.add_copies(model, saved, name, selection)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -202,8 +205,8 @@ class PeftModel(Persistence, nn.Module):
         if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.base_model.model)):
             raise StateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it")
         inject.remove(self.base_model.model, adapter_name)
-        if adapter_name in self.prefixes:
-            self.prefixes.pop(adapter_name).detach()
+        if adapter_name in self.prompts:
+            self.prompts.pop(adapter_name).detach()
             self.prompt_encoder.pop(adapter_name)
         del self.peft_config[adapter_name]
         left = tuple(name for name in self.base_model.selection.active if name != adapter_name)
@@ -273,6 +276,11 @@ class PeftModel(Persistence, nn.Module):
         return bool(self.base_model.selection.names())
 
     @property
+    def prefixes(self) -> dict[str, Prefix]:
+        """The adapters that hand keys and values to attentions."""
+        return {name: graft for name, graft in self.prompts.items() if isinstance(graft, Prefix)}
+
+    @property
     def config(self) -> Any:
         return getattr(self.base_model.model, "config", {"model_type": "custom"})
 
@@ -312,8 +320,8 @@ class PeftModel(Persistence, nn.Module):
 
     def unload(self) -> nn.Module:
         """The base model as it was before; its parameters stay frozen."""
-        for name in list(self.prefixes):
-            self.prefixes.pop(name).detach()
+        for name in list(self.prompts):
+            self.prompts.pop(name).detach()
             self.prompt_encoder.pop(name)
         return self.base_model.unload()
 

@@ -26,22 +26,22 @@ class Persistence:
     def adapter_tensors(self: Any, name: str, format: str | None = None) -> dict[str, Tensor]:
         """File key -> tensor of one adapter."""
         self._known([name])
-        if name not in self.prefixes:
+        if name not in self.prompts:
             return collect(self.base_model.model, name)
         copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
-        return {**self.prefixes[name].file_tensors(format), **copies}
+        return {**self.prompts[name].file_tensors(format), **copies}
 
     def _has_copies(self: Any, name: str) -> bool:
         return any(name in copies.modules_to_save for _, copies in inject.trained_copies(self.base_model.model))
 
     def fill_adapter(self: Any, name: str, tensors: dict[str, Tensor]) -> None:
         """Put checked tensors into one adapter."""
-        if name not in self.prefixes:
+        if name not in self.prompts:
             fill(self.base_model.model, name, tensors)
             return
-        of_prompt = {key: value for key, value in tensors.items() if not key.startswith(PROMPT_ROOT)}
+        of_prompt = {key: value for key, value in tensors.items() if self.prompts[name].owns(key)}
         if of_prompt:
-            self.prefixes[name].load_file_tensors(of_prompt)
+            self.prompts[name].load_file_tensors(of_prompt)
         fill(self.base_model.model, name, tensors, PROMPT_ROOT)
 
     def save_pretrained(
@@ -144,12 +144,12 @@ class Persistence:
 
     def _load(self: Any, name: str, saved: storage.Saved) -> None:
         """Check the tensors of a folder against an adapter of this model, then fill it."""
-        if name in self.prefixes:
+        if name in self.prompts:
             copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
-            heads = {key: value for key, value in saved.tensors.items() if key.startswith(PROMPT_ROOT)}
+            heads = {key: value for key, value in saved.tensors.items() if not self.prompts[name].owns(key)}
             check(heads, copies, saved.source)
             if len(heads) == len(saved.tensors):
-                raise MismatchError(f"{saved.source}: no prefix in the file", path=saved.source)
+                raise MismatchError(f"{saved.source}: the file holds no tensor of its prompt", path=saved.source)
         else:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
             if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel

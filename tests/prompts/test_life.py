@@ -8,7 +8,8 @@ import torch
 from deltatune import LoraConfig, PrefixTuningConfig
 from deltatune.errors import AdapterNameError, StateError
 from deltatune.prompts import attention
-from deltatune.prompts.graft import Prefix
+from deltatune.prompts.key_values import Prefix
+from deltatune.prompts.prefix import PrefixEncoder
 from deltatune.selection import Selection
 from tests.prompts.models import KINDS, bare, batch, gradients, prefixed
 
@@ -34,7 +35,7 @@ def test_detached_leaves_the_model_as_it_was(name, layout):
     model.activation_checkpointing_enable()
     before = state(model)
     config = PrefixTuningConfig(task_type=KINDS[name][1], num_virtual_tokens=3, layout=layout)
-    prefix = Prefix.attach(model, config, "a", Selection(active=("a",)))
+    prefix = Prefix.attach(model, config, "a", Selection(active=("a",)), PrefixEncoder)
     model.train()(**inputs).logits.sum().backward()
     prefix.detach()
     model.eval()
@@ -45,10 +46,10 @@ def test_detached_leaves_the_model_as_it_was(name, layout):
 
 def test_one_name_is_one_prefix():
     model, selection = bare("llama"), Selection()
-    Prefix.attach(model, PrefixTuningConfig(num_virtual_tokens=3), "a", selection)
+    Prefix.attach(model, PrefixTuningConfig(num_virtual_tokens=3), "a", selection, PrefixEncoder)
     before = state(model)
     with pytest.raises(AdapterNameError, match="'a'"):
-        Prefix.attach(model, PrefixTuningConfig(num_virtual_tokens=3), "a", selection)
+        Prefix.attach(model, PrefixTuningConfig(num_virtual_tokens=3), "a", selection, PrefixEncoder)
     assert state(model) == before
 
 

@@ -1,9 +1,15 @@
-"""`PromptLearningConfig`: the fields that all methods with virtual tokens share."""
+"""What configs of virtual tokens share: `PromptLearningConfig`, and `KeyValueConfig` for keys and values."""
 
 from __future__ import annotations
 
+import re
+from typing import Any, ClassVar, Literal
+
 from deltatune import checks
 from deltatune.config import PeftConfig, config
+from deltatune.errors import ConfigError
+
+SITE_KINDS = ("default", "self", "encoder", "cross", "all")
 
 
 @config
@@ -12,10 +18,10 @@ class PromptLearningConfig(PeftConfig):
 
     Attributes:
         num_virtual_tokens: Number of virtual tokens P.
-        token_dim: Width of the keys of one layer (key heads * head dim).
+        token_dim: Width of the keys of one layer (key heads * head dim); of an embedding where rows are put in front.
         num_transformer_submodules: 2 in encoder-decoders, else 1.
         num_attention_heads: Number of key heads of one layer.
-        num_layers: Number of attentions that get a prefix.
+        num_layers: Number of attentions that get keys and values.
         modules_to_save: Modules of the base that are trained and saved beside the prompt, such as a classifier.
     """
 
@@ -35,3 +41,83 @@ class PromptLearningConfig(PeftConfig):
     @property
     def is_prompt_learning(self) -> bool:
         return True
+
+    @property
+    def length(self) -> int:
+        """The number of virtual tokens, which must be given."""
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                f"{type(self).__name__}: num_virtual_tokens is not set; 20 is a usual start", field="num_virtual_tokens"
+            )
+        return self.num_virtual_tokens
+
+
+@config
+class KeyValueConfig(PromptLearningConfig):
+    """What methods share that hand learned keys and values to attentions.
+
+    Attributes:
+        layout: "native": every site has its own live prefix, which uses up no position. "peft": PEFT's numbers, with
+            its position shift and its order of layers; files without our marker are read so.
+        sites: Attentions that get a prefix: "default" (self-attention, in encoder-decoders the decoder's), "self" (the
+            same), "encoder", "cross", "all", a regular expression for module paths, or a list of kinds and paths.
+        init_text: Start from the keys and values of this text; needs `tokenizer_name_or_path`.
+        init_token_ids: The same, as token ids.
+        tokenizer_name_or_path: Tokenizer for `init_text`.
+        site_names: Module paths of the sites, filled in from the model.
+        site_shapes: [key heads, key dim, value heads, value dim] of each site, filled in from the model.
+    """
+
+    # How to start is not saved: a file holds the result, and is read without a tokenizer.
+    unsaved: ClassVar[frozenset[str]] = frozenset({"init_text", "init_token_ids", "tokenizer_name_or_path"})
+    # A file that PEFT wrote says nothing of a layout, and its numbers mean PEFT's.
+    file_defaults: ClassVar[dict[str, str]] = {"layout": "peft"}
+
+    layout: Literal["native", "peft"] = "native"
+    sites: str | list[str] = "default"
+    init_text: str | None = None
+    init_token_ids: list[int] | None = None
+    tokenizer_name_or_path: str | None = None
+    site_names: list[str] | None = None
+    site_shapes: list[list[int]] | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        wanted = [self.sites] if isinstance(self.sites, str) else self.sites
+        if not wanted:
+            checks.refuse(type(self).__name__, "sites", self.sites, "a kind, a regular expression or names")
+        for pattern in wanted if isinstance(self.sites, str) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                checks.refuse(type(self).__name__, "sites", pattern, f"a regular expression ({error})")
+        if self.layout == "peft" and self.sites != "default":
+            checks.refuse(type(self).__name__, "sites", self.sites, "'default' with layout='peft': PEFT knows no other")
+        starts = [name for name in self.starts if getattr(self, name) is not None]
+        if len(starts) > 1:
+            raise ConfigError(
+                f"{type(self).__name__}: {' and '.join(starts)} exclude each other; keep one", field=starts[0]
+            )
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Fields that each say how to start."""
+        return ("init_text", "init_token_ids")
+
+    def derived(self, width: int) -> dict[str, Any]:
+        """Further fields that follow from the width of the keys of one layer."""
+        return {}
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """[key heads, key dim, value heads, value dim] of every site; from PEFT's fields when no model was seen yet."""
+        if self.site_shapes is not None:
+            return self.site_shapes
+        if self.num_layers is None or self.token_dim is None or self.num_attention_heads is None:
+            raise ConfigError(
+                f"{type(self).__name__}: num_layers, token_dim and num_attention_heads are needed; get_peft_model "
+                "fills them in",
+                field="num_layers",
+            )
+        shape = [self.num_attention_heads, self.token_dim // self.num_attention_heads]
+        return [shape * 2] * self.num_layers

@@ -19,7 +19,7 @@ from deltatune.prompts.rotation import rotations
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from deltatune.prompts.graft import Prefix
+    from deltatune.prompts.key_values import Prefix
 
 
 def convert(prefix: Prefix, rows: Tensor, target: str) -> Tensor:

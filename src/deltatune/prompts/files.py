@@ -17,7 +17,7 @@ from torch import Tensor
 from deltatune.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
-    from deltatune.prompts.graft import Prefix
+    from deltatune.prompts.key_values import Prefix
 
 NAMES = {"native": "prefix_embeddings", "peft": "prompt_embeddings"}
 ENCODER = "prefix_encoder."
@@ -59,7 +59,7 @@ def load(prefix: Prefix, found: dict[str, Tensor]) -> None:
             expected=NAMES[layout],
         )
     encoder = prefix.encoder
-    expected_rows = (encoder.embedding.num_embeddings, sum(encoder.part_sizes))
+    expected_rows = (prefix.config.length, sum(encoder.part_sizes))
     _check_shape(prefix, NAMES[layout], rows, expected_rows)
     own = {name: rest.pop(ENCODER + name) for name in list(encoder.state_dict()) if ENCODER + name in rest}
     if rest:

@@ -1,202 +1,61 @@
-"""`Prefix`: everything that prefix tuning has grafted onto one model for one adapter."""
+"""`Graft`: what a `PeftModel` needs of a method that acts outside of single layers, at the attention or the input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from deltatune.config import TaskType
-from deltatune.errors import AdapterNameError, ConfigError, TargetError
-from deltatune.prompts import files
-from deltatune.prompts.attention import SLOT, Slot
-from deltatune.prompts.positions import PositionShift, position_modules
-from deltatune.prompts.prefix import PrefixEncoder, PrefixTuningConfig
-from deltatune.prompts.sites import Site, choose_sites
-from deltatune.prompts.stage import STAGE, Stage
+from deltatune.prompts.config import PromptLearningConfig
 from deltatune.selection import Selection
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-class Prefix:
-    """One adapter's prefix on one model.
+class Graft:
+    """One adapter of such a method on one model.
 
     Attributes:
-        encoder: The trainable part; whoever owns the adapter registers it as a module.
-        sites: The attentions that get a prefix, in the order of the encoder's rows.
-        biased: With PEFT's layout, the module that holds the relative position bias of each site.
+        encoder: The trainable part; the `PeftModel` registers it as a module, frees and freezes it.
     """
 
-    def __init__(
-        self, name: str, config: PrefixTuningConfig, encoder: PrefixEncoder, sites: list[Site], stage: Stage
-    ) -> None:
-        self.name = name
-        self.config = config
-        self.encoder = encoder
-        self.sites = sites
-        self.stage = stage
-        self.biased: dict[str, nn.Module] = {}
-        self._folded: tuple[Any, dict[str, tuple[Tensor, Tensor]]] | None = None
+    name: str
+    config: Any
+    encoder: nn.Module
 
     @classmethod
-    def attach(cls, model: nn.Module, config: PrefixTuningConfig, name: str, selection: Selection) -> Prefix:
-        """Find the sites, fill in the config, build the encoder and put the hooks on; raises before any change."""
-        config.validate()
-        _ = config.length
-        from transformers import PreTrainedModel
+    def attach(
+        cls,
+        model: nn.Module,
+        config: PromptLearningConfig,
+        name: str,
+        selection: Selection,
+        encoder: type[nn.Module],
+    ) -> Graft:
+        """Graft an adapter onto `model`, fill in the config from it; raises before any change.
 
-        if not isinstance(model, PreTrainedModel):
-            raise TargetError(
-                f"{type(model).__name__}: prefix tuning needs a model of transformers, whose attention it can reach; "
-                "use LoRA"
-            )
-        stage = vars(model).get(STAGE)
-        if stage is not None and name in stage.prefixes:
-            raise AdapterNameError(f"adapter {name!r} already has a prefix on this {type(model).__name__}", found=name)
-        sites = choose_sites(model, config.sites)
-        values = _filled_in(model, config, sites)
-        shifted = config.layout == "peft" and _check_layout(model, sites)
-        start = None
-        if config.init_text is not None or config.init_token_ids is not None:
-            from deltatune.prompts.text import rows_of_config
-
-            start = rows_of_config(model, config, sites)
-        for field, value in values.items():
-            setattr(config, field, value)
-
-        encoder = PrefixEncoder(config).to(model.device)
-        if start is not None:
-            encoder.fill(start)
-        if stage is None:
-            stage = vars(model)[STAGE] = Stage(model, selection)
-        prefix = cls(name, config, encoder, sites, stage)
-        modules = dict(model.named_modules())
-        for site in sites:
-            vars(modules[site.name]).setdefault(SLOT, Slot(stage, site.name))
-        if shifted:
-            prefix.biased = _bias_tables(modules, sites)
-            if stage.shifting is None:
-                stage.shifting = PositionShift(stage)
-                stage.shifting.attach(model, [site.name for site in sites])
-        stage.prefixes[name] = prefix
-        return prefix
+        Args:
+            selection: Says in every pass which adapters are active.
+            encoder: Class of the trainable part, built from the filled-in config.
+        """
+        raise NotImplementedError
 
     def detach(self) -> None:
-        """Take this prefix off; with the last one go all hooks and slots."""
-        stage, model = self.stage, self.stage.model
-        stage.prefixes.pop(self.name, None)
-        still = {site.name for prefix in stage.prefixes.values() for site in prefix.sites}
-        modules = dict(model.named_modules())
-        for site in self.sites:
-            if site.name not in still:
-                vars(modules[site.name]).pop(SLOT, None)
-        if stage.shifting is not None and all(prefix.config.layout != "peft" for prefix in stage.prefixes.values()):
-            stage.shifting.detach()
-            stage.shifting = None
-        if not stage.prefixes:
-            stage.close()
-            vars(model).pop(STAGE, None)
-
-    def keys_values(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Keys and values by site. Without gradients they are kept for as long as the encoder's parameters stay."""
-        parameters = list(self.encoder.parameters())
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-            self._folded = None
-            return self._by_site()
-        if any(p.is_inference() for p in parameters):  # they count no versions
-            return self._by_site()
-        state = [(id(p), p.data_ptr(), p._version) for p in parameters]
-        if self._folded is None or self._folded[0] != state:
-            self._folded = (state, self._by_site())
-        return self._folded[1]
-
-    def _by_site(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {site.name: pair for site, pair in zip(self.sites, self.encoder.keys_values())}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_folded": None}
+        """Leave the model as it was before `attach`."""
+        raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------------- files
 
+    def owns(self, key: str) -> bool:
+        """Whether a key of a file is this adapter's, and not that of a module which is trained whole beside it."""
+        return not key.startswith("base_model.")
+
     def file_tensors(self, format: str | None = None) -> dict[str, Tensor]:
-        """What is saved. `format`: None for that of the layout, "native", or "peft" for files that PEFT reads."""
-        return files.tensors(self, format)
+        """What is saved; TargetError where it cannot be said in `format` (None: the adapter's own)."""
+        raise NotImplementedError
 
     def file_config(self, format: str | None = None) -> dict[str, Any]:
         """Config entries that belong beside those tensors; an entry of `...` is left out of the file."""
-        return files.config_entries(self, format)
+        return {}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the content of a file; MismatchError, before anything changes, where it does not fit."""
-        files.load(self, tensors)
-        self._folded = None
-
-
-def _filled_in(model: PreTrainedModel, config: PrefixTuningConfig, sites: list[Site]) -> dict[str, Any]:
-    """The config's fields that follow from the sites; those that a user or a file set must agree."""
-    width = max(site.shape[0] * site.shape[1] for site in sites)
-    is_seq2seq = config.task_type == TaskType.SEQ_2_SEQ_LM
-    values: dict[str, Any] = {
-        "num_layers": len(sites),
-        "token_dim": width,
-        "num_attention_heads": sites[0].shape[0],
-        "num_transformer_submodules": 2 if is_seq2seq else 1,
-        "encoder_hidden_size": config.encoder_hidden_size or width,
-        "site_names": [site.name for site in sites],
-        "site_shapes": [list(site.shape) for site in sites],
-    }
-    for field in ("num_layers", "token_dim", "num_attention_heads", "site_shapes"):
-        given = getattr(config, field)
-        if given is not None and given != values[field]:
-            raise ConfigError(
-                f"PrefixTuningConfig: {field}={given!r} does not fit {type(model).__name__}, which has "
-                f"{values[field]!r} (leave it out to have it filled in; a file that says so was made for another base)",
-                field=field,
-                found=given,
-                expected=values[field],
-            )
-    if config.num_transformer_submodules is not None:
-        values["num_transformer_submodules"] = config.num_transformer_submodules
-    return values
-
-
-def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
-    """Raise TargetError where PEFT's numbers cannot be reproduced; True otherwise."""
-    position_modules(model, [site.name for site in sites])
-    text = model.config.get_text_config(decoder=True)
-    reason = None
-    if len({site.shape for site in sites}) > 1 or any(site.shape[:2] != site.shape[2:] for site in sites):
-        reason = "its attentions differ in shape"
-    elif any(site.calls > 1 for site in sites):
-        reason = "its attention modules are called several times in a pass"
-    elif getattr(text, "attention_chunk_size", None):
-        reason = "its attention works in chunks, whose borders PEFT moves"
-    elif getattr(text, "num_kv_shared_layers", 0):
-        reason = "some of its layers share keys and values"
-    elif getattr(model, "main_input_name", "input_ids") not in ("input_ids", "input_features"):
-        reason = "PEFT has no prefix for models without text"
-    if reason is not None:
-        raise TargetError(
-            f"{type(model).__name__}: PEFT's layout is not available, because {reason}; use layout='native'",
-            field="layout",
-            found="peft",
-            expected="native",
-        )
-    return True
-
-
-def _bias_tables(modules: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, nn.Module]:
-    """T5's first layer holds the relative bias of all; in UMT5 each layer has its own."""
-    tables: dict[str, nn.Module] = {}
-    latest = None
-    for site in sites:
-        module = modules[site.name]
-        if getattr(module, "has_relative_attention_bias", False):
-            latest = module
-        if latest is not None:
-            tables[site.name] = latest
-    return tables
+        raise NotImplementedError

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from deltatune.errors import StateError, TargetError
 from deltatune.prompts.attention import Recorder
+from deltatune.prompts.config import SITE_KINDS
 from deltatune.prompts.example import example_inputs
-from deltatune.prompts.prefix import SITE_KINDS
 from deltatune.suggest import did_you_mean
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from deltatune.selection import Call, Selection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from deltatune.prompts.graft import Prefix
+    from deltatune.prompts.key_values import Prefix
 
 STAGE = "_deltatune_stage"  # key in the __dict__ of the model's root
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")  # of transformers, of torch's wrapper

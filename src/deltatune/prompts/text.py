@@ -19,8 +19,8 @@ from deltatune.prompts.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from deltatune.prompts.graft import Prefix
-    from deltatune.prompts.prefix import PrefixTuningConfig
+    from deltatune.prompts.config import KeyValueConfig
+    from deltatune.prompts.key_values import Prefix
 
 
 def initialize_kv_prefix_from_text(
@@ -84,13 +84,13 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool = False) -> lis
     return list(tokenizer(text)["input_ids"])
 
 
-def rows_of_config(model: PreTrainedModel, config: PrefixTuningConfig, sites: list[Site]) -> Tensor:
+def rows_of_config(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site]) -> Tensor:
     """Rows of a prefix that is to start as `init_text` or `init_token_ids`."""
     ids = config.init_token_ids
     if ids is None:
         if config.tokenizer_name_or_path is None:
             raise ConfigError(
-                "PrefixTuningConfig: init_text needs tokenizer_name_or_path (or give init_token_ids)",
+                f"{type(config).__name__}: init_text needs tokenizer_name_or_path (or give init_token_ids)",
                 field="tokenizer_name_or_path",
             )
         from transformers import AutoTokenizer
@@ -99,7 +99,7 @@ def rows_of_config(model: PreTrainedModel, config: PrefixTuningConfig, sites: li
     return text_rows(model, config, sites, ids)
 
 
-def text_rows(model: PreTrainedModel, config: PrefixTuningConfig, sites: list[Site], ids: list[int]) -> Tensor:
+def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site], ids: list[int]) -> Tensor:
     """Rows (P, width) from the first P of the tokens `ids`."""
     count = config.length
     if len(ids) < count:

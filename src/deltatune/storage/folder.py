@@ -52,8 +52,8 @@ def save(model: PeftModel, folder: Path, names: list[str], format: str | None) -
 def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     config = model.peft_config[name]
     values = {**_file_dict(model, config), "peft_version": PEER_VERSION}
-    if name in model.prefixes:
-        values |= model.prefixes[name].file_config(format)
+    if name in model.prompts:
+        values |= model.prompts[name].file_config(format)
     values = {key: value for key, value in values.items() if value is not ...}
     trained = getattr(config, "modules_to_save", None) or ()
     facts = {"config": values, "base": fingerprint(model.get_base_model(), trained)}

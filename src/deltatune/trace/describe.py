@@ -17,8 +17,8 @@ from deltatune import inject, registry
 from deltatune.adapter import Adapter
 from deltatune.layer import AdaptedLayer
 from deltatune.model import PeftModel
-from deltatune.prompts.graft import Prefix
-from deltatune.prompts.prefix import PrefixEncoder
+from deltatune.prompts.encoder import KeyValueEncoder
+from deltatune.prompts.key_values import Prefix
 from deltatune.prompts.stage import Stage
 from deltatune.trace.gradients import Gradients
 from deltatune.trace.report import (
@@ -113,7 +113,7 @@ def _method(name: str, config: Any) -> MethodStop:
         adapter=name,
         method=entry.peft_type.value,
         config_class=where(entry.config),
-        trained_class=where(entry.adapter if entry.adapter is not None else PrefixEncoder),
+        trained_class=where(entry.adapter or entry.encoder),
         formula=" ".join(
             (home.__doc__ or "").strip().partition("\n")[0].split()
         ),  # every method's file begins with its formula and paper
@@ -139,14 +139,15 @@ def _task(model: PeftModel, base: nn.Module) -> TaskStop:
 
 def _prefix(prefix: Prefix, watch: Watch, gradients: Gradients) -> PrefixStop:
     encoder, rows = prefix.encoder, watch.rows[prefix.name]
-    count = encoder.embedding.num_embeddings
-    steps = [("virtual tokens", [count]), ("embedding", [count, encoder.embedding.embedding_dim])]
+    count = len(rows)
+    narrow = rows.shape[1] if encoder.transform is None else encoder.transform[0].in_features
+    steps = [("virtual tokens", [count]), ("embedding", [count, narrow])]
     for layer in encoder.transform or ():
         width = layer.out_features if isinstance(layer, nn.Linear) else steps[-1][1][1]
         steps.append((type(layer).__name__, [count, width]))
     return PrefixStop(
-        where=where(PrefixEncoder.forward),
-        where_cut=where(PrefixEncoder.keys_values),
+        where=where(type(encoder).forward),
+        where_cut=where(KeyValueEncoder.keys_values),
         where_bound=where(Stage.bind),
         adapter=prefix.name,
         virtual_tokens=count,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltatune.errors import DataError, StateError
 from deltatune.inject import adapted_layers
 from deltatune.model import PeftModel
-from deltatune.prompts.graft import Prefix
+from deltatune.prompts.key_values import Prefix
 from deltatune.trace import describe
 from deltatune.trace.gradients import Gradients
 from deltatune.trace.report import LossStop, TraceReport
