@@ -105,7 +105,7 @@ def _sites(model: Any) -> tuple[list[dict[str, Any]], str | None]:
     except PeftError:  # a forward pass without values does not get through every architecture
         return [], "the attentions could not be found without the model's weights"
     sites = [{"name": site.name, "kind": site.kind, "shape": list(site.shape)} for site in found.sites]
-    note = f"{len(found.own)} attentions compute in code of their own, which takes no prefix" if found.own else None
+    note = f"{len(found.unreached)} attentions are out of reach of a prefix" if found.unreached else None
     return sites, note
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deltatune.prompts import masks
 
 if TYPE_CHECKING:
+    from deltatune.prompts.own import Mount
     from deltatune.prompts.stage import Stage
 
 SLOT = "_deltatune_prefix"  # key in a module's __dict__: not an nn.Module attribute, so no state_dict entry
@@ -32,11 +33,16 @@ observers: list[Callable[..., Attention]] = []  # each may put itself around `in
 
 
 class Slot:
-    """Marks an attention module as a site: the stage that knows what to hand over, and the site's name there."""
+    """Marks an attention module as a site: the stage that knows what to hand over, and the site's name there.
+
+    Attributes:
+        mount: What adds the prefix where the module does not ask the interface.
+    """
 
     def __init__(self, stage: Stage, site: str) -> None:
         self.stage = stage
         self.site = site
+        self.mount: Mount | None = None
 
 
 class Recorder:
@@ -62,6 +68,11 @@ class Recorder:
         _recorders.remove(self)
 
 
+def recorders_here() -> list[Recorder]:
+    """Those that listen to the thread that asks."""
+    return [recorder for recorder in _recorders if recorder.thread == threading.get_ident()] if _recorders else []
+
+
 def attend(
     inner: Attention,
     backend: str,
@@ -77,7 +88,8 @@ def attend(
 
     Where it returns attention weights, their first P columns are those of the prefix, as with PEFT.
     """
-    if _recorders and (listening := [r for r in _recorders if r.thread == threading.get_ident()]):
+    listening = recorders_here()
+    if listening:
         return _recorded(listening, inner, module, query, key, value, attention_mask, *args, **kwargs)
     for observe in observers:
         inner = observe(inner, backend, module, key, attention_mask, kwargs)

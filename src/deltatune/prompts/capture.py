@@ -7,24 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.prompts.attention import Recorder
 from deltatune.prompts.example import call_with_tokens
+from deltatune.prompts.follow import Trail
+from deltatune.prompts.listen import Listener
 from deltatune.prompts.positions import PositionShift
+from deltatune.prompts.product import Roles, canonical
 from deltatune.prompts.sites import Site, undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Capture(Recorder):
+class _Capture(Listener):
     def __init__(self, model: nn.Module) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
+        super().__init__(model)
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         name = self.names.get(id(module))
         if name is not None:  # the first call of a module that is called several times
             self.found.setdefault(name, (key.detach(), value.detach()))
+
+    def record_own(
+        self, module: nn.Module, queries: int, keys: Tensor, values: Tensor, trail: Trail | None, how: dict[str, Roles]
+    ) -> None:
+        self.record(module, keys, canonical(keys, how["keys"]), canonical(values, how["values"]))
 
 
 class _Constant:

@@ -15,6 +15,7 @@ from deltatune.prompts.attention import SLOT, Slot
 from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
+from deltatune.prompts.own import Mount
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
 from deltatune.prompts.stage import STAGE, Stage
@@ -80,7 +81,10 @@ class Prefix(Graft):
         prefix = cls(name, config, built, sites, stage)
         modules = dict(model.named_modules())
         for site in sites:
-            vars(modules[site.name]).setdefault(SLOT, Slot(stage, site.name))
+            if SLOT not in vars(modules[site.name]):
+                vars(modules[site.name])[SLOT] = slot = Slot(stage, site.name)
+                if site.layout is not None:
+                    slot.mount = Mount(slot, site.layout).put_on(modules[site.name])
         if shifted:
             prefix.biased = _bias_tables(modules, sites)
             if stage.shifting is None:
@@ -96,8 +100,9 @@ class Prefix(Graft):
         still = {site.name for prefix in stage.prefixes.values() for site in prefix.sites}
         modules = dict(model.named_modules())
         for site in self.sites:
-            if site.name not in still:
-                vars(modules[site.name]).pop(SLOT, None)
+            slot = None if site.name in still else vars(modules[site.name]).pop(SLOT, None)
+            if slot is not None and slot.mount is not None:
+                slot.mount.take_off()
         if stage.shifting is not None and all(prefix.config.layout != "peft" for prefix in stage.prefixes.values()):
             stage.shifting.detach()
             stage.shifting = None
