@@ -204,7 +204,10 @@ class Follower(TorchFunctionMode):
             made = replace(trail, tensor=result, axis=axis, hidden=hidden)
         else:
             made = replace(trail, tensor=result, axis=axis, steps=(*trail.steps, step))
-        del self.trails[id(trail.tensor)]
+        if (
+            func in ELEMENTWISE
+        ):  # a view may have been made to look at only; anything else is kept no longer than needed
+            del self.trails[id(trail.tensor)]
         self._keep(made)
 
     def _added(

@@ -132,6 +132,8 @@ class _Watch(Listener):
         outer = {
             name for name in self.layouts if any(other != name and _within(other, name) for other in self.calls)
         }  # a prefix for the whole would meet those of its parts
+        # Attentions of different forms in one module are different streams, which want a prefix each.
+        doubted = doubted | {name for name, layout in self.layouts.items() if len(layout.keys) > 1}
         out_of_reach = [*doubted, *outer]
         out_of_reach += [
             name for name in self.lost if not any(_within(other, name) for other in self.calls if other != name)

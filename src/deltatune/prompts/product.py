@@ -95,8 +95,8 @@ class Product:
             several = [letter for letter in shared[1:] if sizes[letter] > 1] or shared[1:2]
             if len(several) > 1:
                 several = [letter for letter in several if sizes[letter] == heads]
-            if len(several) > 1:
-                return None
+                if len(several) != 1:
+                    return None
             roles |= dict.fromkeys(several, "h")
         return "".join(roles[letter] for letter in own)
 
