@@ -151,7 +151,7 @@ class Listener(Recorder, Follower):
             if trail.is_probability:
                 self._lose(self.born[id(trail.product)][1])
 
-    # ------------------------------------------------------------------------------------------------------------- where
+    # ---------------------------------------------------------------------------------------------------------- where
 
     def _lose(self, stack: Stack) -> None:
         if stack:

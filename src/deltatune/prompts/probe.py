@@ -247,7 +247,7 @@ def encoder_modules(model: PreTrainedModel) -> set[int]:
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Run something in eval mode and put everything back: modes, buffers, what layers remember, the random state."""
     modules = list(model.modules())
-    kept = [(dict(vars(module)), dict(module._buffers)) for module in modules]
+    kept = [(dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in modules]
     copies = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -256,11 +256,13 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 module.training = False
             yield
         finally:
-            for module, (attributes, buffers) in zip(modules, kept):
+            for module, (attributes, buffers, children) in zip(modules, kept):
                 vars(module).clear()
                 vars(module).update(attributes)
                 module._buffers.clear()
                 module._buffers.update(buffers)
+                module._modules.clear()
+                module._modules.update(children)
             for buffer, copy in copies:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)

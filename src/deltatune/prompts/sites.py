@@ -39,8 +39,8 @@ def choose_sites(model: PreTrainedModel, wanted: str | list[str]) -> list[Site]:
         )
     if missed:
         warn(
-            f"{title}: {_described(missed)} attention in a way that a prefix cannot be added to; the prefix acts at the "
-            f"other {len(chosen)} sites only (deltatune inspect lists both)"
+            f"{title}: {_described(missed)} attention in a way that a prefix cannot be added to; the prefix acts on "
+            f"the rest, at {len(chosen)} sites (deltatune inspect lists both)"
         )
     return chosen
 
