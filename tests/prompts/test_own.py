@@ -336,3 +336,11 @@ def test_a_prefix_of_text_is_what_the_attention_computes_for_it(name):
         key, value = (projection(seen[0]).unflatten(-1, (4, 8)) for projection in projections)
     found = model.prefixes["default"].keys_values()[first]
     torch.testing.assert_close(found, (key[0].transpose(0, 1), value[0].transpose(0, 1)))
+
+
+def test_numbers_of_peft_are_refused_where_its_shift_is_not_known(tmp_path):
+    with pytest.raises(TargetError, match="code of its own.*layout='native'"):
+        prefixed("gptj", layout="peft")
+    with pytest.raises(TargetError, match="code of its own"):
+        prefixed("gptj").save_pretrained(tmp_path, format="peft")
+    assert not list(tmp_path.iterdir())

@@ -54,6 +54,8 @@ def _obstacle(prefix: Prefix, model: PreTrainedModel) -> str | None:
         return "PEFT gives the layers of an encoder-decoder each other's parts of the prefix"
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return "PEFT has no prefix for models without text"
+    if any(site.layout is not None for site in prefix.sites):
+        return "its attention is code of its own, in which the shift of PEFT's positions is not known"
     if any(site.calls > 1 for site in prefix.sites):
         return "its attention modules are called several times in a pass, which PEFT counts as several layers"
     if len(shapes) > 1 or any(shape[:2] != shape[2:] for shape in shapes):

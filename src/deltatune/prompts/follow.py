@@ -109,8 +109,8 @@ class Follower(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trails: dict[int, Trail] = {}
-        self.scaled: dict[int, tuple[Tensor, tuple[Step, ...]]] = {}
+        self.trails: list[Trail] = []  # searched by identity, which torch.compile can trace; ids it cannot
+        self.scaled: list[tuple[Tensor, tuple[Step, ...]]] = []
 
     # ----------------------------------------------------------------------------------- what subclasses make of it
 
@@ -148,10 +148,17 @@ class Follower(TorchFunctionMode):
         return result
 
     def trail(self, tensor: Any) -> Trail | None:
-        return self.trails.get(id(tensor))
+        for trail in self.trails:
+            if trail.tensor is tensor:
+                return trail
+        return None
 
     def _keep(self, trail: Trail) -> None:
-        self.trails[id(trail.tensor)] = trail
+        self._drop(trail.tensor)
+        self.trails.append(trail)
+
+    def _drop(self, tensor: Tensor) -> None:
+        self.trails = [trail for trail in self.trails if trail.tensor is not tensor]
 
     def _product(self, product: Product, result: Tensor) -> Tensor:
         for index, operand in enumerate(product.operands):
@@ -197,7 +204,7 @@ class Follower(TorchFunctionMode):
                 step = self._added(func, args, kwargs, place, trail, result)
         if step is None or (result is not trail.tensor and any(result is arg for arg in args)):
             if result is trail.tensor:
-                del self.trails[id(result)]
+                self._drop(result)
             return
         if trail.is_probability:
             hidden = trail.hidden if trail.hidden is None or step.per_key else step(trail.hidden)
@@ -207,7 +214,7 @@ class Follower(TorchFunctionMode):
         if (
             func in ELEMENTWISE
         ):  # a view may have been made to look at only; anything else is kept no longer than needed
-            del self.trails[id(trail.tensor)]
+            self._drop(trail.tensor)
         self._keep(made)
 
     def _added(
@@ -227,15 +234,18 @@ class Follower(TorchFunctionMode):
     def _scale(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         """Remembers what a tensor was multiplied by: some models scale their keys instead of the logits."""
         first = args[0] if args else None
-        before = self.scaled.get(id(first), (None, ()))[1]
+        before = self.key_steps(first)
         if func in SCALE and isinstance(first, Tensor) and all(other.ndim == 0 for other in _others(args, kwargs, 0)):
-            self.scaled[id(result)] = (result, (*before, Step(func, (None, *args[1:]), kwargs)))
+            self.scaled.append((result, (*before, Step(func, (None, *args[1:]), kwargs))))
         elif before and (func in VIEW or func in MOVE):
-            self.scaled[id(result)] = (result, before)
+            self.scaled.append((result, before))
 
-    def key_steps(self, key: Tensor) -> tuple[Step, ...]:
+    def key_steps(self, key: Any) -> tuple[Step, ...]:
         """What a model multiplied its keys by before the product."""
-        return self.scaled.get(id(key), (None, ()))[1]
+        for tensor, steps in reversed(self.scaled):  # the last one, where it was multiplied in place
+            if tensor is key:
+                return steps
+        return ()
 
     def _softmax(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         logits = args[0] if args else kwargs["input"]
@@ -250,7 +260,7 @@ class Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         hidden = self.hidden_logits(trail, logits)
         anchored = any(step.anchor is not None for step in trail.steps)
-        del self.trails[id(logits)]
+        self._drop(logits)
         if hidden is None:
             result = func(*args, **kwargs)
         else:

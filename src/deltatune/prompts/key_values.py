@@ -178,6 +178,8 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
     reason = None
     if len({site.shape for site in sites}) > 1 or any(site.shape[:2] != site.shape[2:] for site in sites):
         reason = "its attentions differ in shape"
+    elif any(site.layout is not None for site in sites):
+        reason = "its attention is code of its own, in which the shift of PEFT's positions is not known"
     elif any(site.calls > 1 for site in sites):
         reason = "its attention modules are called several times in a pass"
     elif getattr(text, "attention_chunk_size", None):

@@ -17,8 +17,7 @@ from deltatune.prompts.product import Product, Roles, as_product
 # torch's own attention module runs in one piece: seen from outside, it cannot be followed.
 _IN_ONE_PIECE = {
     functional.multi_head_attention_forward,
-    torch._native_multi_head_attention,
-    torch._transformer_encoder_layer_fwd,
+    *(getattr(torch, name) for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")),
 }
 _FORGETTING = {functional.linear, functional.layer_norm, functional.conv1d, functional.conv2d}
 FUSED_SIGNATURE = "fused"
@@ -131,7 +130,7 @@ class Listener(Recorder, Follower):
             "key product": trail.product.signature, "value product": product.signature,
         }  # fmt: skip
         self.record_own(module, trail.product.queries(1 - which), keys / factor, values, trail, how)
-        self.trails = {key: kept for key, kept in self.trails.items() if kept.product is not trail.product}
+        self.trails = [kept for kept in self.trails if kept.product is not trail.product]
 
     def fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         given = {**dict(zip(("query", "key", "value"), args)), **kwargs}
@@ -147,7 +146,7 @@ class Listener(Recorder, Follower):
 
     def unmet(self) -> None:
         """Count what went through a softmax and never met values as lost."""
-        for trail in self.trails.values():
+        for trail in self.trails:
             if trail.is_probability:
                 self._lose(self.born[id(trail.product)][1])
 

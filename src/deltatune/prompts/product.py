@@ -85,6 +85,7 @@ class Product:
         if len(rest) != 1 or len(set(own)) != len(own):
             return None
         sizes = dict(zip(own, self.operands[index].shape))
+        queries = dict(zip(other, self.operands[1 - index].shape))
         roles = dict.fromkeys(shared, "b") | {counting: "t", rest[0]: "d"}
         explicit = [letter for letter in shared if letter.islower()]
         if len(explicit) == 1 and len(shared) > 1:  # "...hqk": the dots are rows and blocks
@@ -92,7 +93,8 @@ class Product:
         elif len(shared) == 1:
             roles[shared[0]] = "f"
         else:
-            several = [letter for letter in shared[1:] if sizes[letter] > 1] or shared[1:2]
+            # Keys that several heads share are broadcast over an axis of the queries: no heads of their own.
+            several = [letter for letter in shared[1:] if not sizes[letter] == 1 < queries[letter]] or shared[1:2]
             if len(several) > 1:
                 several = [letter for letter in several if sizes[letter] == heads]
                 if len(several) != 1:
