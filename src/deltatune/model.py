@@ -79,9 +79,9 @@ class PeftModel(Persistence, nn.Module):
     def _rows(self, names: list[str] | None, repeat: int = 1) -> Any:
         if names is None:
             return nullcontext()
-        rows = tuple(None if name in (BASE, None) else name for name in names for _ in range(repeat))
+        rows = tuple(None if name in (BASE, None) else name for name in names)
         self._known([name for name in rows if name is not None])
-        prompts = sorted({name for name in rows if name in self.prompts})
+        prompts = sorted({name for name in rows if name in self.prompts and name not in self.prefixes})
         if prompts:
             raise StateError(
                 f"adapter_names: {prompts[0]!r} is a prompt, and rows with different prompts are not supported yet; "
@@ -89,7 +89,7 @@ class PeftModel(Persistence, nn.Module):
                 field="adapter_names",
                 found=prompts,
             )
-        return self.base_model.selection.use(Call(rows=rows))
+        return self.base_model.selection.use(Call(rows=rows, copies=repeat))
 
     def _copies_per_row(self, kwargs: dict[str, Any]) -> int:
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)

@@ -82,14 +82,14 @@ def attend(
     for observe in observers:
         inner = observe(inner, backend, module, key, attention_mask, kwargs)
     slot = module.__dict__.get(SLOT)
-    prefix = None if slot is None else slot.stage.prefix_of(slot.site)
+    prefix = None if slot is None else slot.stage.prefix_of(slot.site, key.shape[0])
     if slot is None or prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
-    prefix_key, prefix_value = prefix[0].to(key), prefix[1].to(value)
+    past = slot.stage.past(slot.site)
     key, value, attention_mask, kwargs = masks.extend(
-        backend, module, query, key, value, attention_mask, kwargs, prefix_key.shape[1], slot.stage.past(slot.site)
+        backend, module, query, key, value, attention_mask, kwargs, prefix.count, past, prefix.visible
     )
-    key, value = masks.prepend(prefix_key, key), masks.prepend(prefix_value, value)
+    key, value = masks.prepend(prefix.key.to(key), key), masks.prepend(prefix.value.to(value), value)
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
 
 
