@@ -55,24 +55,40 @@ def extend(
     if type(mask).__name__ == "BlockMask":
         mask = _block_mask(mask, count, visible)
     else:
-        if mask is None and backend != "eager" and backend != "flex_attention" and _is_causal(module, query, kwargs):
+        if mask is None and backend != "eager" and backend != "flex_attention" and is_causal(module, query, kwargs):
             # sdpa reads None as "query i sees keys 0..i", and drops what a static cache holds beyond them.
             queries = query.shape[2]
             key, value = key[:, :, :queries], value[:, :, :queries]
-            bias = None if bias is None else bias[..., :queries]
+            bias = cut(bias, queries)
             mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
         if mask is None and visible is not None:
             mask = _all_seen(backend, query, key)
+        mask = cut(mask, key.shape[2])
         if mask is not None:
-            mask = mask[..., : key.shape[2]] if mask.shape[-1] != 1 else mask.expand(*mask.shape[:-1], key.shape[2])
             mask = _pad(mask, count, None if visible is None else visible[:, None, None])
             if past is not None and kwargs.get("sliding_window"):
                 mask = _hide_beyond_window(mask, query, count, kwargs["sliding_window"], past)
+    bias = cut(bias, key.shape[2])
     if bias is not None:
-        bias = bias[..., : key.shape[2]] if bias.shape[-1] != 1 else bias.expand(*bias.shape[:-1], key.shape[2])
         bias = _pad(bias, count) if past is None else torch.cat([past.bias(module, query, count), bias], dim=-1)
         kwargs = {**kwargs, "position_bias": bias}
     return key, value, mask, kwargs
+
+
+def cut(mask: Tensor | None, keys: int) -> Tensor | None:
+    """A mask or bias for as many keys as there are, (..., 1 or more) -> (..., keys)."""
+    if mask is None or mask.shape[-1] == keys:
+        return mask
+    return mask[..., :keys] if mask.shape[-1] != 1 else mask.expand(*mask.shape[:-1], keys)
+
+
+def with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Mask and position bias as one additive mask."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias
 
 
 def prepend(prefix: Tensor, tokens: Tensor) -> Tensor:
@@ -99,7 +115,7 @@ def _all_seen(backend: str, query: Tensor, key: Tensor) -> Tensor:
     return query.new_zeros(1, 1, query.shape[2], key.shape[2])
 
 
-def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+def is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
     given = kwargs.get("is_causal")
     causal = given if given is not None else getattr(module, "is_causal", True)  # as sdpa_attention_forward decides
     return query.shape[2] > 1 and bool(causal)
