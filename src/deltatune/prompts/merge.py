@@ -114,17 +114,17 @@ class _Merged(torch.autograd.Function):
         rows, _, queries, _ = query.shape
         shared = key.shape[1]
         output, lse, extra = _attention(query, key, value, mask, is_causal, scale)
-        scores = _scores(query, prefix_key, scale)  # (heads, B * Q * groups, P)
-        token_lse = _stacked(lse[..., :queries, None], shared)
-        total = torch.logaddexp(token_lse, scores.logsumexp(-1, keepdim=True))
-        weights, share = scores.sub_(total).exp_(), (token_lse - total).exp_()
+        scores = _scores(query, prefix_key, scale)  # (heads, P, B * Q * groups): P in rows is easier on the kernels
+        token_lse = _stacked(lse[..., :queries, None], shared).mT
+        total = torch.logaddexp(token_lse, scores.logsumexp(1, keepdim=True))
+        weights, share = scores.sub_(total).exp_(), (token_lse - total).exp_().mT
         stacked = _stacked(output, shared)
         if stacked.dtype == weights.dtype:
-            stacked = stacked.mul_(share).baddbmm_(weights, prefix_value)
+            stacked = stacked.mul_(share).baddbmm_(weights.mT, prefix_value)
         else:  # half precision: added in float32
-            wide = torch.baddbmm(stacked.to(weights.dtype) * share, weights, prefix_value.to(weights.dtype))
+            wide = torch.baddbmm(stacked.to(weights.dtype) * share, weights.mT, prefix_value.to(weights.dtype))
             stacked = wide.to(output.dtype)
-        output, total = _split(stacked, rows, queries), _split(total, rows, queries).squeeze(-1)
+        output, total = _split(stacked, rows, queries), _split(total.mT, rows, queries).squeeze(-1)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, mask, output, total)
         ctx.is_causal, ctx.scale, ctx.extra = is_causal, scale, extra
         return output
@@ -139,22 +139,22 @@ class _Merged(torch.autograd.Function):
             to_query, to_key, to_value = _attention_backward(
                 gradient, query, key, value, output, total, mask, ctx.is_causal, ctx.scale, ctx.extra
             )
-        weights = _scores(query, prefix_key, ctx.scale).sub_(_stacked(total[..., None], shared)).exp_()
+        weights = _scores(query, prefix_key, ctx.scale).sub_(_stacked(total[..., None], shared).mT).exp_()
         wide = weights.dtype
         outer = _stacked(gradient, shared).to(wide)
-        to_prefix_value = torch.bmm(weights.mT, outer).to(prefix_value.dtype)
-        mean = (outer * _stacked(output, shared)).sum(-1, keepdim=True)
-        to_scores = torch.bmm(outer, prefix_value.mT.to(wide)).sub_(mean).mul_(weights).mul_(ctx.scale)
-        to_prefix_key = torch.bmm(to_scores.mT, _stacked(query, shared).to(wide)).to(prefix_key.dtype)
+        to_prefix_value = torch.bmm(weights, outer).to(prefix_value.dtype)
+        mean = (outer * _stacked(output, shared)).sum(-1)[:, None]
+        to_scores = torch.bmm(prefix_value.to(wide), outer.mT).sub_(mean).mul_(weights).mul_(ctx.scale)
+        to_prefix_key = torch.bmm(to_scores, _stacked(query, shared).to(wide)).to(prefix_key.dtype)
         if to_query is not None and ctx.needs_input_grad[0]:
-            to_query = to_query + _split(torch.bmm(to_scores, prefix_key.to(wide)), rows, queries).to(to_query.dtype)
+            to_query.add_(_split(torch.bmm(to_scores.mT, prefix_key.to(wide)), rows, queries))
         return to_query, to_key, to_value, to_prefix_key, to_prefix_value, None, None, None
 
 
 def _scores(query: Tensor, prefix_key: Tensor, scale: float) -> Tensor:
-    """scale * q P_K^T in at least float32, (heads, B * Q * groups, P)."""
+    """scale * P_K q^T in at least float32, (heads, P, B * Q * groups)."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.bmm(_stacked(query, prefix_key.shape[0]).to(wide), prefix_key.mT.to(wide)).mul_(scale)
+    return torch.bmm(prefix_key.to(wide), _stacked(query, prefix_key.shape[0]).mT.to(wide)).mul_(scale)
 
 
 def _stacked(tensor: Tensor, shared: int) -> Tensor:
