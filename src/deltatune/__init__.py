@@ -33,8 +33,13 @@ _NAMES = {
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
         *("PeftModelForTokenClassification", "get_peft_model"),
     ),
+    "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
+    "deltatune.prompts.compose": ("compose_cartridge_adapters", "compose_prefix_folders", "compose_prefixes"),
     "deltatune.prompts.config": ("PromptLearningConfig",),
     "deltatune.prompts.prefix": ("PrefixEncoder", "PrefixTuningConfig"),
+    "deltatune.prompts.serve": (
+        *("initialize_kv_prefix_from_past_key_values", "prompt_embeddings_from_past_key_values", "to_cache"),
+    ),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),

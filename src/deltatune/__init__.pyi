@@ -36,9 +36,19 @@ from deltatune.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from deltatune.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from deltatune.model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from deltatune.model import get_peft_model as get_peft_model
+from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
+from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
+from deltatune.prompts.compose import compose_cartridge_adapters as compose_cartridge_adapters
+from deltatune.prompts.compose import compose_prefix_folders as compose_prefix_folders
+from deltatune.prompts.compose import compose_prefixes as compose_prefixes
 from deltatune.prompts.config import PromptLearningConfig as PromptLearningConfig
 from deltatune.prompts.prefix import PrefixEncoder as PrefixEncoder
 from deltatune.prompts.prefix import PrefixTuningConfig as PrefixTuningConfig
+from deltatune.prompts.serve import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from deltatune.prompts.serve import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from deltatune.prompts.serve import to_cache as to_cache
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.status import TunerLayerStatus as TunerLayerStatus

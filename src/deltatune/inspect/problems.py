@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deltatune.config import PeftConfig, PeftType
 from deltatune.errors import PeftError
+from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.files import ENCODER, NAMES
-from deltatune.prompts.prefix import PrefixTuningConfig
 from deltatune.registry import METHODS
 from deltatune.storage.folder import EDITABLE
 from deltatune.targets import pattern_value
@@ -24,7 +24,7 @@ def find_problems(config: PeftConfig, tensors: dict[str, Tensor], facts: dict[st
     found = [*_values(tensors), *_header(config, facts)]
     if not tensors:
         return ["the file holds no tensors"]
-    if isinstance(config, PrefixTuningConfig):
+    if isinstance(config, KeyValueConfig):
         return [*found, *_prefix(config, tensors)]
     found += [*_surplus(config, tensors), *_gaps(config, tensors)]
     if config.peft_type is PeftType.LORA:
@@ -95,7 +95,7 @@ def _pairs(config: Any, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "every lora_B is zero: the adapter changes nothing, it was never trained"
 
 
-def _prefix(config: PrefixTuningConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
+def _prefix(config: KeyValueConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
     name = NAMES[config.layout]
     rows = tensors.get(name)
     whole = set(config.modules_to_save or ())

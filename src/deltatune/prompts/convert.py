@@ -35,7 +35,12 @@ def convert(prefix: Prefix, rows: Tensor, target: str) -> Tensor:
             expected=prefix.config.layout,
         )
     count = prefix.config.length
-    turn = count if target == "peft" else -count
+    return turned(prefix, rows, count if target == "peft" else -count)
+
+
+def turned(prefix: Prefix, rows: Tensor, turn: int) -> Tensor:
+    """Rows (P, width) with the keys of every site moved on by `turn` positions, P or -P, where they are rotary."""
+    model, count = prefix.stage.model, prefix.config.length
     parts = list(rows.split(prefix.encoder.part_sizes, dim=1))
     for site, (shape, rotation) in enumerate(zip(prefix.encoder.shapes, rotations(model, prefix.sites, count))):
         keys = parts[2 * site].unflatten(1, shape[:2])  # (P, heads, dim)

@@ -18,6 +18,7 @@ from deltatune.prompts.graft import Graft
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
 from deltatune.prompts.stage import STAGE, Stage
+from deltatune.prompts.starts import start_rows
 from deltatune.selection import Selection
 
 if TYPE_CHECKING:
@@ -64,11 +65,7 @@ class Prefix(Graft):
         sites = choose_sites(model, config.sites)
         values = _filled_in(model, config, sites)
         shifted = config.layout == "peft" and _check_layout(model, sites)
-        start = None
-        if config.init_text is not None or config.init_token_ids is not None:
-            from deltatune.prompts.text import rows_of_config
-
-            start = rows_of_config(model, config, sites)
+        start = start_rows(model, config, sites, {} if stage is None else stage.prefixes)
         for field, value in values.items():
             setattr(config, field, value)
 
@@ -107,16 +104,22 @@ class Prefix(Graft):
 
     def keys_values(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Keys and values by site. Without gradients they are kept for as long as the encoder's parameters stay."""
-        parameters = list(self.encoder.parameters())
+        parameters, buffers = list(self.encoder.parameters()), list(self.encoder.buffers())
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             self._folded = None
             return self._by_site()
-        if any(p.is_inference() for p in parameters):  # they count no versions
+        if any(p.is_inference() for p in (*parameters, *buffers)):  # they count no versions
             return self._by_site()
-        state = [(id(p), p.data_ptr(), p._version) for p in parameters]
+        state = [(id(p), p.data_ptr(), p._version) for p in (*parameters, *buffers)]
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, self._by_site())
         return self._folded[1]
+
+    def to_cache(self, batch_size: int = 1) -> Any:
+        """An ordinary cache of transformers that holds this prefix (`deltatune.prompts.serve` says how to use it)."""
+        from deltatune.prompts.serve import cache_of
+
+        return cache_of(self, batch_size)
 
     def _by_site(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {site.name: pair for site, pair in zip(self.sites, self.encoder.keys_values())}

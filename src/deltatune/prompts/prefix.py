@@ -41,12 +41,13 @@ class PrefixTuningConfig(KeyValueConfig):
     Attributes:
         encoder_hidden_size: Width of the MLP with `prefix_projection`; the width of one layer's keys when left out.
         prefix_projection: Whether the prefix comes out of a two-layer MLP.
-        init_weights: None draws the prefix at random; "zero" starts with keys and values of zero.
+        init_weights: None draws the prefix at random, as PEFT; "zero" starts with keys and values of zero; "scaled"
+            draws them of the size that the model's own have.
     """
 
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
-    init_weights: Literal["zero"] | None = None
+    init_weights: Literal["zero", "scaled"] | None = None
 
     def __post_init__(self) -> None:
         if self.peft_type is None:
@@ -57,17 +58,14 @@ class PrefixTuningConfig(KeyValueConfig):
         super().validate()
         if self.encoder_hidden_size is not None:
             checks.positive_int(type(self).__name__, "encoder_hidden_size", self.encoder_hidden_size)
-        if self.prefix_projection and (self.init_text is not None or self.init_token_ids is not None):
+        start = next((name for name in self.starts if getattr(self, name) not in (None, "zero")), None)
+        if self.prefix_projection and start is not None:
             raise ConfigError(
-                f"{type(self).__name__}: a prefix of real text is keys and values, which prefix_projection=True cannot "
+                f"{type(self).__name__}: {start} gives keys and values, which the MLP of prefix_projection=True cannot "
                 "start from; set prefix_projection=False",
                 field="prefix_projection",
                 found=True,
             )
-
-    @property
-    def starts(self) -> tuple[str, ...]:
-        return ("init_weights", *super().starts)
 
     def derived(self, width: int) -> dict[str, Any]:
         return {"encoder_hidden_size": self.encoder_hidden_size or width}

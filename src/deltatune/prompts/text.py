@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltatune.errors import AdapterNameError, ConfigError, DataError, TargetError
+from deltatune.errors import ConfigError, DataError, TargetError
 from deltatune.prompts.capture import capture, rows_of
 from deltatune.prompts.sites import Site
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from deltatune.prompts.config import KeyValueConfig
-    from deltatune.prompts.key_values import Prefix
 
 
 def initialize_kv_prefix_from_text(
@@ -41,40 +40,14 @@ def initialize_kv_prefix_from_text(
         use_chat_template: Put the text into a system message where the tokenizer has a chat template.
         max_length: Cut the text to this many tokens.
     """
-    prefix = _prefix(model, adapter_name)
-    if num_virtual_tokens not in (None, prefix.config.num_virtual_tokens):
-        raise ConfigError(
-            f"num_virtual_tokens={num_virtual_tokens}, but the prefix {prefix.name!r} has "
-            f"{prefix.config.num_virtual_tokens}; leave it out",
-            field="num_virtual_tokens",
-            found=num_virtual_tokens,
-            expected=prefix.config.num_virtual_tokens,
-        )
-    if prefix.encoder.transform is not None:
-        raise ConfigError(
-            f"the prefix {prefix.name!r} has prefix_projection=True, whose MLP cannot start from keys and values; "
-            "set prefix_projection=False",
-            field="prefix_projection",
-            found=True,
-        )
+    from deltatune.prompts.starts import fillable
+
+    prefix = fillable(model, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
     ids = token_ids(tokenizer, text, use_chat_template)[:max_length]
     with torch.no_grad():
         rows = text_rows(prefix.stage.model, prefix.config, prefix.sites, ids)
         prefix.encoder.fill(rows)
     return rows
-
-
-def _prefix(model: Any, adapter_name: str | None) -> Prefix:
-    wanted = [adapter_name] if adapter_name is not None else [n for n in model.active_adapters if n in model.prefixes]
-    if len(wanted) != 1 or wanted[0] not in model.prefixes:
-        raise AdapterNameError(
-            f"initialize_kv_prefix_from_text: adapter_name={adapter_name!r} names no single prefix; there are "
-            f"{list(model.prefixes)}",
-            field="adapter_name",
-            found=adapter_name,
-            expected=list(model.prefixes),
-        )
-    return model.prefixes[wanted[0]]
 
 
 def token_ids(tokenizer: Any, text: str, use_chat_template: bool = False) -> list[int]:
