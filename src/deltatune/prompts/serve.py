@@ -149,7 +149,8 @@ def _filled(prefix: Prefix, model: PreTrainedModel, rows: Tensor, batch_size: in
         layer = getattr(modules[site.name], "layer_idx", index)
         key = parts[2 * index].unflatten(1, (heads, dim)).transpose(0, 1)  # (heads, P, dim)
         value = parts[2 * index + 1].unflatten(1, (value_heads, value_dim)).transpose(0, 1)
-        cache.update(*(part.expand(batch_size, -1, -1, -1).contiguous() for part in (key, value)), layer)
+        key, value = (part.expand(batch_size, -1, -1, -1).contiguous() for part in (key, value))
+        cache.update(key, value, layer)
     return cache
 
 
