@@ -127,3 +127,10 @@ def test_assignment_is_checked_too():
     made = TrainSettings()
     with pytest.raises(ValueError, match="max_length"):
         made.max_length = 0
+
+
+def test_a_preset_is_its_method_with_choices_of_its_own():
+    settings = TrainSettings(method="P-Tuning-v2", task="classification", num_virtual_tokens=8)
+    assert settings.method == "p_tuning_v2"
+    assert settings.method_options == {"sites": "all", "num_virtual_tokens": 8}
+    assert settings.resolved_learning_rate == TrainSettings(method="prefix").resolved_learning_rate

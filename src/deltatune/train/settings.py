@@ -34,7 +34,7 @@ class TrainSettings(BaseModel):
 
     model_name_or_path: str = Field("demo", min_length=1, description="model folder, hub name, or demo")
     task: Task = Field("seq2seq", description="seq2seq, causal or classification")
-    method: str = Field("lora", description="lora, prefix_tuning, ia3, oft, hra, or full for no adapter")
+    method: str = Field("lora", description="name of a method, such as lora or prefix_tuning; full for no adapter")
     method_options: dict[str, Any] = Field(default_factory=dict, description="options of the method's config")
 
     train_file: str | None = Field(None, description="jsonl, json, csv, tsv or txt, also compressed")
