@@ -33,6 +33,7 @@ _NAMES = {
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
         *("PeftModelForTokenClassification", "get_peft_model"),
     ),
+    "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "deltatune.prompts.compose": ("compose_cartridge_adapters", "compose_prefix_folders", "compose_prefixes"),
     "deltatune.prompts.config": ("PromptLearningConfig",),

@@ -36,6 +36,7 @@ from deltatune.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from deltatune.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from deltatune.model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from deltatune.model import get_peft_model as get_peft_model
+from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
 from deltatune.prompts.compose import compose_cartridge_adapters as compose_cartridge_adapters

@@ -155,7 +155,7 @@ class PeftModel(Persistence, nn.Module):
         config = self._prepared(peft_config)
         autocast = self.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         with inject.unchanged_on_error(self.base_model.model):
-            if config.is_prompt_learning:
+            if METHODS[config.peft_type].graft is not None:
                 self._add_prompt(adapter_name, config)
             else:
                 inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.methods import hra, ia3, lora, oft
-from deltatune.prompts import cartridge, prefix
+from deltatune.prompts import adaption_prompt, cartridge, prefix
 
 METHODS: dict[PeftType, Method] = {
     method.peft_type: method
@@ -16,5 +16,6 @@ METHODS: dict[PeftType, Method] = {
         hra.METHOD,
         prefix.METHOD,
         cartridge.METHOD,
+        adaption_prompt.METHOD,
     )
 }

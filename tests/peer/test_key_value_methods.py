@@ -99,3 +99,64 @@ def test_cartridges_of_peft_are_composed_as_in_peft(tmp_path):
     close(logits(read_by_peft("llama", tmp_path / "ours"), inputs), expected, inputs)
     close(logits(PeftModel.from_pretrained(bare("llama"), tmp_path / "ours"), inputs), expected, inputs)
     assert PeftModel.from_pretrained(bare("llama"), tmp_path / "ours").peft_config["default"].num_frozen_tokens == 1
+
+
+# ------------------------------------------------------------------------------------------------------- LLaMA-Adapter
+
+
+def with_biased_output(name: str):
+    """A Llama whose output projection has a bias, which PEFT adds twice."""
+    import transformers
+
+    from tests.prompts.models import LLAMA
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, attention_bias=True)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+MAKERS = {"gpt2": bare, "llama": bare, "mistral": bare, "biased": with_biased_output}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", MAKERS)
+def test_prompts_of_peft_give_its_logits_and_go_back(name, layers, tmp_path):
+    make, inputs = MAKERS[name], batch("llama")
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=layers)
+    model = moved(peft.get_peft_model(make(name), config))
+    model.save_pretrained(tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(make(name), tmp_path / "theirs")
+    close(logits(ours, inputs), logits(model, inputs), inputs)
+    assert ours.get_nb_trainable_parameters()[0] == 0
+    ours.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of missing keys and of config fields that it does not know
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        back = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
+    close(logits(back, inputs), logits(model, inputs), inputs)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_native_prompts_are_read_by_peft_where_they_mean_the_same_and_raise_elsewhere(name, tmp_path):
+    make, inputs = MAKERS[name], batch("llama")
+    config = deltatune.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    model = moved(get_peft_model(make(name), config))
+    model.save_pretrained(tmp_path)
+    if name in ("llama", "mistral"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other = peft.PeftModel.from_pretrained(make(name), tmp_path).eval()
+        close(logits(other, inputs), logits(model, inputs), inputs)
+        model.save_pretrained(tmp_path / "peft", format="peft")
+        loaded = PeftModel.from_pretrained(make(name), tmp_path / "peft")
+        assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    else:
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="adaption_gate"):
+            warnings.simplefilter("ignore")
+            peft.PeftModel.from_pretrained(make(name), tmp_path)
+        with pytest.raises(deltatune.PeftError, match="PEFT adds them elsewhere"):
+            model.save_pretrained(tmp_path / "peft", format="peft")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deltatune.prompts.stage import Stage
 
 SLOT = "_deltatune_prefix"  # key in a module's __dict__: not an nn.Module attribute, so no state_dict entry
+GATES = "_deltatune_gates"  # the same for gated prompts, which act on the result (`deltatune.prompts.gates`)
 _ORIGINALS = "_deltatune_originals"  # set on AttentionInterface while the hook is on
 
 Attention = Callable[..., Any]
@@ -40,7 +41,7 @@ class Slot:
 
 
 class Recorder:
-    """Told of every attention call of its thread while it listens. Prefixes take no part in what it hears.
+    """Told of every attention call of its thread while it listens. No prefix or gate takes part in what it hears.
 
     Attributes:
         inside: Number of attention calls that are running.
@@ -62,6 +63,21 @@ class Recorder:
         _recorders.remove(self)
 
 
+def with_gates(attend: Attention) -> Attention:
+    """`attend` with what gated prompts of the module add to its result."""
+
+    @functools.wraps(attend)
+    def gated(inner: Attention, backend: str, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = attend(inner, backend, module, query, *args, **kwargs)
+        slot = module.__dict__.get(GATES)
+        if slot is None or (_recorders and _listening()):
+            return result
+        return slot.added(module, query, result, kwargs)
+
+    return gated
+
+
+@with_gates
 def attend(
     inner: Attention,
     backend: str,
@@ -77,7 +93,7 @@ def attend(
 
     Where it returns attention weights, their first P columns are those of the prefix, as with PEFT.
     """
-    if _recorders and (listening := [r for r in _recorders if r.thread == threading.get_ident()]):
+    if _recorders and (listening := _listening()):
         return _recorded(listening, inner, module, query, key, value, attention_mask, *args, **kwargs)
     for observe in observers:
         inner = observe(inner, backend, module, key, attention_mask, kwargs)
@@ -91,6 +107,10 @@ def attend(
     )
     key, value = masks.prepend(prefix_key, key), masks.prepend(prefix_value, value)
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _listening() -> list[Recorder]:
+    return [recorder for recorder in _recorders if recorder.thread == threading.get_ident()]
 
 
 def _recorded(

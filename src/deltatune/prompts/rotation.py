@@ -53,7 +53,7 @@ def rotations(model: PreTrainedModel, sites: list[Site], count: int) -> list[Rot
     ids = ordinary_tokens(model, 8)
     here = [key.float() for key, _ in capture(model, sites, ids)]
     there = [key.float() for key, _ in capture(model, sites, ids, first_position=count)]
-    tolerance = 1e3 * torch.finfo(model.dtype).eps
+    tolerance = 1e3 * max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps)
     found = []
     for site, before, after in zip(sites, here, there):
         scale = after.abs().max().clamp_min(1e-6)

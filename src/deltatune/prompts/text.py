@@ -59,6 +59,11 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool = False) -> lis
 
 def rows_of_config(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site]) -> Tensor:
     """Rows of a prefix that is to start as `init_text` or `init_token_ids`."""
+    return text_rows(model, config, sites, ids_of_config(model, config, "num_virtual_tokens"))
+
+
+def ids_of_config(model: PreTrainedModel, config: Any, field: str) -> list[int]:
+    """Tokens of `init_text` or `init_token_ids`, of which there must be `config.length`, the field `field`."""
     ids = config.init_token_ids
     if ids is None:
         if config.tokenizer_name_or_path is None:
@@ -69,27 +74,18 @@ def rows_of_config(model: PreTrainedModel, config: KeyValueConfig, sites: list[S
         from transformers import AutoTokenizer
 
         ids = token_ids(AutoTokenizer.from_pretrained(config.tokenizer_name_or_path), config.init_text or "")
-    return text_rows(model, config, sites, ids)
+    _check_ids(model, ids, config.length, field)
+    return ids
 
 
-def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site], ids: list[int]) -> Tensor:
-    """Rows (P, width) from the first P of the tokens `ids`."""
-    count = config.length
+def _check_ids(model: PreTrainedModel, ids: list[int], count: int, field: str) -> None:
     if len(ids) < count:
         raise DataError(
             f"the text has {len(ids)} tokens, the prefix {count} virtual tokens; give a longer text or set "
-            f"num_virtual_tokens={len(ids)}",
-            field="num_virtual_tokens",
+            f"{field}={len(ids)}",
+            field=field,
             found=len(ids),
             expected=count,
-        )
-    again = [site.name for site in sites if site.calls > 1]
-    if again:
-        raise TargetError(
-            f"{type(model).__name__}: {again[0]!r} attends several times in a pass, each time with other keys and "
-            "values; a prefix that they share cannot start from text",
-            field="init_text",
-            found=again,
         )
     size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     outside = [token for token in ids if not 0 <= token < size]
@@ -97,6 +93,20 @@ def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site],
         raise DataError(
             f"token ids {outside[:3]} are outside of the vocabulary of {type(model).__name__}, which has {size} tokens",
             found=outside,
+        )
+
+
+def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site], ids: list[int]) -> Tensor:
+    """Rows (P, width) from the first P of the tokens `ids`."""
+    count = config.length
+    _check_ids(model, ids, count, "num_virtual_tokens")
+    again = [site.name for site in sites if site.calls > 1]
+    if again:
+        raise TargetError(
+            f"{type(model).__name__}: {again[0]!r} attends several times in a pass, each time with other keys and "
+            "values; a prefix that they share cannot start from text",
+            field="init_text",
+            found=again,
         )
     first = -count if config.layout == "native" else 0
     pairs = capture(model, sites, torch.tensor([ids], device=model.device), first)

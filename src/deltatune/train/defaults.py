@@ -11,6 +11,7 @@ LEARNING_RATES: dict[str, float] = {
     "LORA": 2e-4,
     "PREFIX_TUNING": 1e-2,
     "CARTRIDGE": 1e-2,
+    "ADAPTION_PROMPT": 9e-3,
     "IA3": 8e-3,
     "OFT": 1e-3,
     "HRA": 1e-3,
@@ -57,6 +58,8 @@ def with_defaults(method: str, options: dict[str, object]) -> dict[str, object]:
         chosen |= {"r": rank, "lora_alpha": 2 * rank if isinstance(rank, int) else rank}
     if method in ("prefix_tuning", "cartridge"):
         chosen["num_virtual_tokens"] = 20
+    if method == "adaption_prompt":
+        chosen["adapter_len"] = 10
     if method == "p_tuning_v2":
         chosen |= p_tuning_v2_options(None)
     return chosen | options
