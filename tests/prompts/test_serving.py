@@ -67,6 +67,11 @@ def test_learned_positions_start_at_zero_beside_a_native_cache():
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
     assert (moved[real] - expected[real]).abs().max() > 0.01
+    prompt, options = batch("gpt2", left=True), {"max_new_tokens": 6, "do_sample": False}
+    positions = (prompt["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    cache = to_cache(model, batch_size=2)
+    found = bare("gpt2").generate(**served("gpt2", left=True), position_ids=positions, past_key_values=cache, **options)
+    assert torch.equal(found, model.generate(**prompt, **options))
 
 
 def test_learned_positions_start_after_a_cache_in_the_layout_of_peft():
