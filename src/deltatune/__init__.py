@@ -34,7 +34,13 @@ _NAMES = {
         *("PeftModelForTokenClassification", "get_peft_model"),
     ),
     "deltatune.prompts.config": ("PromptLearningConfig",),
+    "deltatune.prompts.cpt": ("CPTConfig", "CPTEmbedding"),
+    "deltatune.prompts.multitask": (
+        *("MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
+    ),
+    "deltatune.prompts.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "deltatune.prompts.prefix": ("PrefixEncoder", "PrefixTuningConfig"),
+    "deltatune.prompts.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),

@@ -20,7 +20,9 @@ from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
 from deltatune.persistence import Persistence
+from deltatune.prompts import input_rows
 from deltatune.prompts.graft import Graft
+from deltatune.prompts.input_stage import INPUT
 from deltatune.prompts.key_values import Prefix
 from deltatune.registry import METHODS
 from deltatune.selection import Call, Recomputation
@@ -68,13 +70,18 @@ class PeftModel(Persistence, nn.Module):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
+        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+            return input_rows.forward(self, adapter_names, args, kwargs)
         with self._rows(adapter_names):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
+        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+            return input_rows.generate(self, adapter_names, args, kwargs)
         with self._rows(adapter_names, self._copies_per_row(kwargs) if adapter_names else 1):
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+            model: Any = self.base_model.model
+            return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
     def _rows(self, names: list[str] | None, repeat: int = 1) -> Any:
         if names is None:

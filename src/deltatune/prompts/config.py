@@ -25,6 +25,9 @@ class PromptLearningConfig(PeftConfig):
         modules_to_save: Modules of the base that are trained and saved beside the prompt, such as a classifier.
     """
 
+    # Whether, of two submodules, the second is used too: rows before the decoder's tokens.
+    reaches_decoder: ClassVar[bool] = False
+
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None

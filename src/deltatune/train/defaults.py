@@ -9,6 +9,10 @@ LEARNING_RATES: dict[str, float] = {
     "full": 5e-5,
     "LORA": 2e-4,
     "PREFIX_TUNING": 1e-2,
+    "PROMPT_TUNING": 3e-2,
+    "P_TUNING": 1e-3,
+    "MULTITASK_PROMPT_TUNING": 3e-2,
+    "CPT": 1e-3,
     "IA3": 8e-3,
     "OFT": 1e-3,
     "HRA": 1e-3,
@@ -16,7 +20,16 @@ LEARNING_RATES: dict[str, float] = {
 PROJECTED_PREFIX = 1e-3  # through the MLP each step moves every virtual token
 
 FULL = "full"
-NICKNAMES = {"prefix": "prefix_tuning", "none": FULL, "full_finetuning": FULL, "finetuning": FULL, "ia_3": "ia3"}
+NICKNAMES = {
+    "prefix": "prefix_tuning",
+    "prompt": "prompt_tuning",
+    "ptuning": "p_tuning",
+    "multitask": "multitask_prompt_tuning",
+    "none": FULL,
+    "full_finetuning": FULL,
+    "finetuning": FULL,
+    "ia_3": "ia3",
+}
 
 
 def method_name(name: str) -> str:
@@ -44,6 +57,6 @@ def with_defaults(method: str, options: dict[str, object]) -> dict[str, object]:
     if method == "lora":
         rank = options.get("r", 8)
         chosen |= {"r": rank, "lora_alpha": 2 * rank if isinstance(rank, int) else rank}
-    if method == "prefix_tuning":
+    if method in ("prefix_tuning", "prompt_tuning", "p_tuning", "multitask_prompt_tuning"):
         chosen["num_virtual_tokens"] = 20
     return chosen | options
