@@ -80,7 +80,7 @@ class Input(Graft):
             return {name: tensor.clone().contiguous() for name, tensor in self.encoder.file_tensors().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        needed = self.encoder.file_tensors()
+        needed = self.file_tensors()
         plain = {name: tensor for name, tensor in needed.items() if not name.startswith(STATE)}
         whole = any(name.startswith(STATE) for name in tensors)
         wanted = needed if whole else plain
