@@ -101,8 +101,9 @@ def _lengthen_labels(named: dict[str, Any], view: View, prompts: list[Input], ba
     by_row = any(prompt.config.task_type == TaskType.SEQ_CLS for prompt in prompts)
     for name in ("labels", "shift_labels"):
         value = named.get(name)
-        by_token = isinstance(value, Tensor) and value.shape == (batch, view.tokens) and not value.is_floating_point()
-        if by_token and not by_row:
+        if not isinstance(value, Tensor) or value.is_floating_point() or by_row:
+            continue
+        if value.shape == (batch, view.tokens):
             named[name] = lengthen_labels(value, count)
 
 

@@ -18,6 +18,7 @@ from deltatune.adapter import Adapter
 from deltatune.layer import AdaptedLayer
 from deltatune.model import PeftModel
 from deltatune.prompts.encoder import KeyValueEncoder
+from deltatune.prompts.input import Input
 from deltatune.prompts.key_values import Prefix
 from deltatune.prompts.stage import Stage
 from deltatune.trace.gradients import Gradients
@@ -29,6 +30,7 @@ from deltatune.trace.report import (
     ConfigStop,
     CopyStop,
     GradientStop,
+    InputStop,
     LayerStop,
     LossStop,
     MethodStop,
@@ -77,6 +79,7 @@ def report(
         copies=copies,
         loss=loss,
         gradient=_sum(model, names, gradients, prefixes, layers, copies),
+        inputs=[_input(prompt) for name in names if isinstance(prompt := model.prompts.get(name), Input)],
     )
     made.stops = stops(made)
     return made
@@ -134,7 +137,20 @@ def _task(model: PeftModel, base: nn.Module) -> TaskStop:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- prefixes
+# -------------------------------------------------------------------------------------------------- prompts, prefixes
+
+
+def _input(prompt: Input) -> InputStop:
+    weight = prompt.encoder.embedding.weight
+    used = 2 if prompt.config.reaches_decoder and len(weight) > prompt.config.length else 1
+    paths = [path for _, path in sorted(prompt.stage.places.paths.items())][:used]  # the encoder's first
+    return InputStop(
+        where=where(type(prompt.encoder)),
+        adapter=prompt.name,
+        virtual_tokens=prompt.config.length,
+        rows=list(weight.shape),
+        sides=dict.fromkeys(paths, prompt.config.length),
+    )
 
 
 def _prefix(prefix: Prefix, watch: Watch, gradients: Gradients) -> PrefixStop:
