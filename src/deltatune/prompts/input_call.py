@@ -67,8 +67,28 @@ def past_tokens(named: dict[str, Any]) -> int | Tensor | None:
 def first_token(mask: Any, ids: Tensor | None, padding: int | None = None) -> Tensor | None:
     """Index (B,) of the first token of each row that is no padding; None where that is 0 for all."""
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return (mask != 0).int().argmax(dim=1)
-    return None if ids is None or padding is None else (ids != padding).int().argmax(dim=1)
+        first = (mask != 0).int().argmax(dim=1)
+    elif ids is None or padding is None:
+        return None
+    else:
+        first = (ids != padding).int().argmax(dim=1)
+    return first if torch.compiler.is_compiling() or bool(first.any()) else None
+
+
+def insert(values: Tensor, new: Tensor, first: Tensor | None) -> Tensor:
+    """`new` (..., B, P) into `values` (..., B, T) before each row's first token, so behind padding on the left.
+
+    A token at t stands at t + P then, wherever its row begins; what stands before that is padding and virtual tokens.
+    """
+    if first is None:
+        return torch.cat([new, values], dim=-1)
+    count, length = new.shape[-1], values.shape[-1] + new.shape[-1]
+    place = torch.arange(length, device=values.device)
+    start = first[:, None].to(values.device)
+    number = place - start  # which virtual token; below 0 padding, from P on a token
+    source = torch.where(number < 0, place, (place - count).clamp(min=0)).expand(*values.shape[:-1], -1)
+    picked = new.gather(-1, number.clamp(0, count - 1).expand(*new.shape[:-1], -1))
+    return torch.where((number >= 0) & (number < count), picked, values.gather(-1, source))
 
 
 def lengthen_ids(ids: Tensor, count: int, first: Tensor | None) -> Tensor:
@@ -76,15 +96,15 @@ def lengthen_ids(ids: Tensor, count: int, first: Tensor | None) -> Tensor:
     if ids.ndim != 2:
         raise DataError(f"input_ids has shape {tuple(ids.shape)}; a prompt needs (batch, tokens)", field="input_ids")
     own = ids[:, :1] if first is None else ids.gather(1, first[:, None].to(ids.device))
-    return torch.cat([own.expand(-1, count), ids], dim=1)
+    return insert(ids, own.expand(-1, count), first)
 
 
-def lengthen_mask(name: str, mask: Any, count: int, tokens: int, causal: bool) -> Any:
+def lengthen_mask(name: str, mask: Any, count: int, tokens: int, causal: bool, first: Tensor | None = None) -> Any:
     """Ones before a mask (B, T) of padding; a mask (B, 1, T, T) is lengthened on both sides where order is causal."""
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
+        return insert(mask, mask.new_ones(len(mask), count), first)
     if isinstance(mask, Tensor) and mask.ndim == 4 and causal and mask.shape[2] == mask.shape[3] == tokens:
         return _square(mask, count)
     shape = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"given as {type(mask).__name__}"
@@ -107,19 +127,17 @@ def _square(mask: Tensor, count: int) -> Tensor:
 
 def lengthen_positions(positions: Tensor, count: int, first: Tensor | None) -> Tensor:
     """The virtual tokens take the positions (..., T) from the row's first on, and the tokens follow."""
+    numbers = torch.arange(count, device=positions.device)
     if first is None:
-        start = positions[..., :1]
-    else:
-        index = first[:, None].to(positions.device).expand(*positions.shape[:-2], -1, -1)
-        rows = index.shape[-2] if positions.shape[-2] == 1 else positions.shape[-2]
-        positions = positions.expand(*positions.shape[:-2], rows, -1)
-        start = positions.gather(-1, index)
-    return torch.cat([start + torch.arange(count, device=positions.device), positions + count], dim=-1)
+        return torch.cat([positions[..., :1] + numbers, positions + count], dim=-1)
+    index = first[:, None].to(positions.device).expand(*positions.shape[:-2], -1, -1)
+    positions = positions.expand(*positions.shape[:-2], len(first), -1)
+    return insert(positions + count, positions.gather(-1, index) + numbers, first)
 
 
 def lengthen(
     named: dict[str, Any], side: str, rows: Tensor, causal: bool, padding: int | None = None
-) -> tuple[int, bool]:
+) -> tuple[int, bool, Any]:
     """Put virtual tokens before the inputs of one side, in place.
 
     Args:
@@ -128,7 +146,8 @@ def lengthen(
         causal: Whether tokens see earlier ones only.
         padding: Id of padding, where no mask tells it.
 
-    Returns: The number of tokens there were, and whether they came as ids.
+    Returns: The number of tokens there were, whether they came as ids, and which virtual token the first position is:
+    0, or for each row minus the padding on its left.
     """
     ids, embeds, mask = (named.get(side + name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     count = rows.shape[-2]
@@ -141,9 +160,12 @@ def lengthen(
     if ids is not None:
         named[side + "input_ids"] = lengthen_ids(ids, count, first)
     if embeds is not None:
-        named[side + "inputs_embeds"] = torch.cat([for_rows(rows, batch).to(embeds), embeds], dim=1)
+        new = for_rows(rows, batch).to(embeds).transpose(1, 2)
+        along = None if first is None else first.repeat_interleave(embeds.shape[2])
+        flat = insert(embeds.transpose(1, 2).flatten(0, 1), new.flatten(0, 1), along)
+        named[side + "inputs_embeds"] = flat.unflatten(0, (batch, embeds.shape[2])).transpose(1, 2)
     if mask is not None:
-        named[side + "attention_mask"] = lengthen_mask(side + "attention_mask", mask, count, tokens, causal)
+        named[side + "attention_mask"] = lengthen_mask(side + "attention_mask", mask, count, tokens, causal, first)
     if (positions := named.get(side + "position_ids")) is not None:
         if mask is None and not torch.compiler.is_compiling() and (positions.diff(dim=-1) < 0).any():
             raise StateError(
@@ -155,7 +177,7 @@ def lengthen(
     for name in ZERO:
         if side == ENCODER and isinstance(named.get(name), Tensor):
             named[name] = functional.pad(named[name], (count, 0))
-    return tokens, ids is not None
+    return tokens, ids is not None, 0 if first is None else -first
 
 
 _KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")

@@ -30,6 +30,8 @@ class Generation:
         rows: What stands before the tokens of each side.
         count: Placeholders at the front of the sequences that are generated.
         source: Placeholders before the ids that the model is asked with.
+        first: Which virtual token each side begins with (`deltatune.prompts.input_call.lengthen`).
+        original: The caller's ids (B, T) at the front of what is generated.
         fed: Tokens that went into a cache which does not count them.
     """
 
@@ -37,6 +39,8 @@ class Generation:
     two_sided: bool
     count: int
     source: int
+    first: dict[str, Any]
+    original: Tensor | None = None
     fed: int = 0
 
     def starts(self, named: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +51,18 @@ class Generation:
             self.fed = ids.shape[1] if isinstance(seen, int) and seen == 0 else self.fed + ids.shape[1]
         if seen is None:
             seen = self.fed - (ids.shape[1] if isinstance(ids, Tensor) else 0)
-        return {ENCODER: 0, DECODER: seen} if self.two_sided else {ENCODER: seen}
+        side = DECODER if self.two_sided else ENCODER
+        tokens = 0 if self.original is None else self.original.shape[1]
+        past = isinstance(seen, int) and seen >= self.source + tokens  # all virtual tokens
+        return {**self.first, side: seen if past else seen + self.first.get(side, 0)}
+
+    def shown(self, sequences: Tensor) -> Tensor:
+        """Sequences as the caller knows them: without virtual tokens, with padding where the caller had it."""
+        if self.original is None:
+            return sequences[:, self.count :]
+        tokens = self.original.shape[1]
+        front = self.original.repeat_interleave(len(sequences) // len(self.original), dim=0)
+        return torch.cat([front.to(sequences), sequences[:, self.count + tokens :]], dim=1)
 
 
 def generate(stage: InputStage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,7 +85,7 @@ def generate(stage: InputStage, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     rows = stage.rows(prompts, task_ids, len(given))
     generation = _prepare(stage, named, rows, setting)
     _shift_lengths(named, setting, generation.count if not _embeds_only(named, stage) else rows[ENCODER].shape[-2])
-    _wrap_callers(named, generation.count)
+    _wrap_callers(named, generation)
     before, stage.local.generation = stage.local.generation, generation
     try:
         output = model.generate(**named)
@@ -116,21 +131,19 @@ def _prepare(stage: InputStage, named: dict[str, Any], rows: dict[str, Tensor], 
     goes_on = seen is None or bool(seen > 0)
     if goes_on and ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
         input_call.continue_side(named, ENCODER, source)  # new tokens only, after those of the cache
-        return Generation({}, two_sided, 0, 0)
+        return Generation({}, two_sided, 0, 0, {})
     padding = setting("pad_token_id")
-    _, as_ids = input_call.lengthen(named, ENCODER, rows[ENCODER], stage.causal, padding)
+    _, as_ids, start = input_call.lengthen(named, ENCODER, rows[ENCODER], stage.causal, padding)
     rows = dict(rows) if as_ids else {side: part for side, part in rows.items() if side != ENCODER}
     if not two_sided:
-        return Generation(rows, False, source if as_ids else 0, source)
+        return Generation(rows, False, source if as_ids else 0, source, {ENCODER: start}, ids if as_ids else None)
     if DECODER not in rows:
-        return Generation(rows, True, 0, source)
-    _lengthen_targets(named, rows[DECODER], setting, len(rows[DECODER]) if rows[DECODER].ndim == 3 else None, stage)
-    return Generation(rows, True, rows[DECODER].shape[-2], source)
+        return Generation(rows, True, 0, source, {ENCODER: start})
+    first = {ENCODER: start, DECODER: _lengthen_targets(named, rows[DECODER], setting)}
+    return Generation(rows, True, rows[DECODER].shape[-2], source, first)
 
 
-def _lengthen_targets(
-    named: dict[str, Any], rows: Tensor, setting: _Settings, batch: int | None, stage: InputStage
-) -> None:
+def _lengthen_targets(named: dict[str, Any], rows: Tensor, setting: _Settings) -> Any:
     given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
     start = setting("decoder_start_token_id")
     start = setting("bos_token_id") if start is None else start
@@ -144,7 +157,7 @@ def _lengthen_targets(
             mask = named["decoder_attention_mask"]
             named["decoder_attention_mask"] = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
     named["decoder_input_ids"] = ids
-    input_call.lengthen(named, DECODER, rows, True)
+    return input_call.lengthen(named, DECODER, rows, True)[2]
 
 
 def _shift_lengths(named: dict[str, Any], setting: _Settings, count: int) -> None:
@@ -176,29 +189,29 @@ def build_processors(stage: InputStage, *args: Any, **kwargs: Any) -> Any:
     if isinstance(source, Tensor) and source.ndim == 2:
         named["encoder_input_ids"] = source[:, generation.source :]
     built = build(stage.model, **named)
-    return LogitsProcessorList([_Processor(one, generation.count) for one in built]) if generation.count else built
+    return LogitsProcessorList([_Processor(one, generation) for one in built]) if generation.count else built
 
 
 class _Shorter:
     """Stands in for a callable that is shown sequences; everything else is the original's."""
 
-    def __init__(self, inner: Any, count: int) -> None:
-        self.inner, self.count = inner, count
+    def __init__(self, inner: Any, generation: Generation) -> None:
+        self.inner, self.generation = inner, generation
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "count"):
+        if name in ("inner", "generation"):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
 class _Processor(_Shorter):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.inner(input_ids[:, self.count :], scores)
+        return self.inner(self.generation.shown(input_ids), scores)
 
 
 class _Criterion(_Shorter):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self.inner(input_ids[:, self.count :], scores, **kwargs)
+        return self.inner(self.generation.shown(input_ids), scores, **kwargs)
 
 
 class _Streamer(_Shorter):
@@ -207,29 +220,31 @@ class _Streamer(_Shorter):
     started = False
 
     def put(self, value: Tensor) -> None:
-        self.inner.put(value if self.started else value[..., self.count :])
+        self.inner.put(value if self.started else self.generation.shown(value))
         self.started = True
 
     def end(self) -> None:
         self.inner.end()
 
 
-def _wrap_callers(named: dict[str, Any], count: int) -> None:
-    if not count:
+def _wrap_callers(named: dict[str, Any], generation: Generation) -> None:
+    if not generation.count:
         return
     if named.get("streamer") is not None:
-        named["streamer"] = _Streamer(named["streamer"], count)
+        named["streamer"] = _Streamer(named["streamer"], generation)
     if named.get("stopping_criteria") is not None:
         from transformers import StoppingCriteriaList
 
-        named["stopping_criteria"] = StoppingCriteriaList([_Criterion(c, count) for c in named["stopping_criteria"]])
+        named["stopping_criteria"] = StoppingCriteriaList(
+            [_Criterion(criterion, generation) for criterion in named["stopping_criteria"]]
+        )
 
 
 def _shortened(output: Any, generation: Generation, tokens: int) -> Any:
     """Sequences and hidden states without the virtual tokens; attention weights keep their columns."""
     if isinstance(output, Tensor):
-        return output[:, generation.count :]
-    output.sequences = output.sequences[:, generation.count :]
+        return generation.shown(output)
+    output.sequences = generation.shown(output.sequences)
     for name in ("hidden_states", "attentions", "decoder_hidden_states", "decoder_attentions", "cross_attentions"):
         steps = output.get(name)
         if steps is not None:

@@ -24,7 +24,8 @@ class Pass:
 
     Attributes:
         rows: What the embedding is to put before the tokens of each side, (P, width) or (B, P, width).
-        starts: Which virtual token the first position of each side is; below 0 where tokens stand before them.
+        starts: Which virtual token the first position of each side is, for all or for each row (B,); below 0 where
+            tokens or padding stand before them.
         view: What the caller sees; None where nothing is cut off.
         met: Sides whose embedding ran.
     """
@@ -53,7 +54,7 @@ def lengthened(stage: InputStage, named: dict[str, Any], prompts: list[Input], t
         running.rows = {side: part for side, part in rows.items() if side != ENCODER}
     else:
         _check_length(stage, count + given.shape[1])
-        view.tokens, as_ids = lengthen(named, ENCODER, rows[ENCODER], stage.causal)
+        view.tokens, as_ids, running.starts[ENCODER] = lengthen(named, ENCODER, rows[ENCODER], stage.causal)
         if not as_ids:  # they stand before `inputs_embeds` already
             running.rows = {side: part for side, part in rows.items() if side != ENCODER}
     if stage.places.stacks:
@@ -125,7 +126,7 @@ def _lengthen_targets(
         if own is not None:
             continue_side(named, DECODER, own.shape[-2])
     elif targets is None and not sequence:  # a classifier: its decoder reads the encoder's ids, shifted by one
-        view.targets, running.starts[DECODER] = view.tokens, -1
+        view.targets, running.starts[DECODER] = view.tokens, running.starts[ENCODER] - 1
         if ENCODER in running.rows:
             running.rows[DECODER] = rows[ENCODER]
     elif own is None:
@@ -133,7 +134,7 @@ def _lengthen_targets(
     else:
         if targets is None:
             named["decoder_input_ids"] = _targets_of(stage, labels)
-        view.targets, as_ids = lengthen(named, DECODER, own, True)
+        view.targets, as_ids, running.starts[DECODER] = lengthen(named, DECODER, own, True)
         if not as_ids:
             running.rows = {side: part for side, part in running.rows.items() if side != DECODER}
         if sequence:

@@ -136,7 +136,7 @@ class InputStage:
         """After the embedding: replace what the placeholders became."""
         running, side = self.local.running, self.local.side
         if running is None and self.local.generation is not None:  # generate() runs the encoder on its own
-            running = Pass(self.local.generation.rows, {ENCODER: 0})
+            running = Pass(self.local.generation.rows, {ENCODER: self.local.generation.first[ENCODER]})
         if running is None or side not in running.rows or not isinstance(output, Tensor) or output.ndim != 3:
             return None
         running.met.append(side)
@@ -173,10 +173,13 @@ class InputStage:
 def _placed(output: Tensor, rows: Tensor, start: Any) -> Tensor:
     """`rows` in place of the virtual tokens in `output` (B, S, width), whose first position is number `start`."""
     count, length = rows.shape[-2], output.shape[1]
-    if isinstance(start, Tensor):  # a static cache counts on the device
-        number = start + torch.arange(length, device=output.device)
-        picked = for_rows(rows, len(output))[:, number.clamp(max=count - 1)].to(output)
-        return torch.where((number < count)[:, None], picked, output)
+    if isinstance(start, Tensor):  # rows differ, or a static cache counts on the device
+        if start.ndim == 1 and len(start) != len(output):  # beams
+            start = start.repeat_interleave(len(output) // len(start))
+        number = start.to(output.device).reshape(-1, 1) + torch.arange(length, device=output.device)
+        index = number.clamp(0, count - 1).expand(len(output), -1)[..., None].expand(-1, -1, rows.shape[-1])
+        picked = for_rows(rows, len(output)).to(output).gather(1, index)
+        return torch.where(((number >= 0) & (number < count))[..., None], picked, output)
     before, first = max(-start, 0), max(start, 0)
     shown = min(count - first, length - before)
     if shown <= 0:

@@ -149,7 +149,7 @@ def _input(prompt: Input) -> InputStop:
         adapter=prompt.name,
         virtual_tokens=prompt.config.length,
         rows=list(weight.shape),
-        sides={path: prompt.config.length for path in paths},
+        sides=dict.fromkeys(paths, int(prompt.config.length)),
     )
 
 
