@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -42,6 +43,7 @@ class PeftModel(Persistence, nn.Module):
     """
 
     heads: ClassVar[tuple[str, ...]] = ()  # modules that a task trains whole besides the adapter
+    columns: ClassVar[tuple[str, ...]] = ()  # what its models read of a data set
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
@@ -65,6 +67,22 @@ class PeftModel(Persistence, nn.Module):
         self.training = model.training
 
     # ------------------------------------------------------------------------------------------------------- calling
+
+    def __init_subclass__(cls) -> None:
+        """Let the signature of `forward` name the columns: transformers' Trainer drops all others of a data set."""
+        super().__init_subclass__()
+        if "columns" not in vars(cls) or "forward" in vars(cls):
+            return
+
+        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            return PeftModel.forward(self, *args, **kwargs)
+
+        own = inspect.signature(PeftModel.forward)
+        first, *rest = own.parameters.values()
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in cls.columns]
+        forward.__signature__ = own.replace(parameters=[first, rest[0], *named, *rest[1:]])  # type: ignore[attr-defined]
+        forward.__doc__ = PeftModel.forward.__doc__
+        cls.forward = forward
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
@@ -336,30 +354,40 @@ class PeftModel(Persistence, nn.Module):
         return getattr(self._modules["base_model"], name)
 
 
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
 class PeftModelForSequenceClassification(PeftModel):
     heads = ("classifier", "score", "classification_head")
+    columns = (*_TEXT, "labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
     heads = ("classifier", "score")
+    columns = (*_TEXT, "labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     heads = ("qa_outputs",)
+    columns = (*_TEXT, "start_positions", "end_positions")
 
 
 class PeftModelForCausalLM(PeftModel):
+    columns = (*_TEXT, "labels")
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
+    columns = (*_TEXT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels")
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    pass
+    columns = _TEXT
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
