@@ -334,14 +334,20 @@ class PeftModel(Persistence, nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> nn.Module:
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        """The plain model with adapters in its weights, prompts that were left out of them gone."""
+        model = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        self._detach_prompts()
+        return model
 
     def unload(self) -> nn.Module:
         """The base model as it was before; its parameters stay frozen."""
+        self._detach_prompts()
+        return self.base_model.unload()
+
+    def _detach_prompts(self) -> None:
         for name in list(self.prompts):
             self.prompts.pop(name).detach()
             self.prompt_encoder.pop(name)
-        return self.base_model.unload()
 
     # ------------------------------------------------------------------------------------------- like the base model
 
