@@ -20,7 +20,7 @@ from torch import nn
 
 from deltatune import PrefixTuningConfig, get_peft_model
 from deltatune.errors import TargetError
-from tests.prompts.models import KINDS, LATENT, LLAMA, bare
+from tests.prompts.models import KINDS, LATENT, LLAMA, TOKENS, bare
 
 TEXT = [9, 33, 12]
 INPUT = torch.tensor([[5, 21, 7, 50, 11]])
@@ -124,6 +124,16 @@ def test_a_prefix_of_text_is_the_text_whatever_the_positions_are(kind, monkeypat
     model_type, settings = _SMALL[kind]
     monkeypatch.setitem(KINDS, "small", ("AutoModelForCausalLM", "CAUSAL_LM", model_type, {**LLAMA, **settings}))
     _assert_oracle(lambda: bare("small"))
+
+
+def test_positions_that_no_hook_moves_are_no_place_for_the_layout_of_peft(monkeypatch, tmp_path):
+    """CTRL adds rows of a tensor that is no module's: PEFT's numbers would silently be read at the wrong positions."""
+    settings = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 64}
+    monkeypatch.setitem(KINDS, "small", ("AutoModelForCausalLM", "CAUSAL_LM", "ctrl", settings))
+    with pytest.raises(TargetError, match="enter where they cannot be moved"):
+        _with_prefix(bare("small"), "peft")
+    with pytest.raises(TargetError, match="enter where they cannot be moved"):
+        _with_prefix(bare("small"), "native").save_pretrained(tmp_path, format="peft")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "latent", "gpt2"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from deltatune.errors import TargetError
 from deltatune.prompts.attention import Recorder
-from deltatune.prompts.example import call_with_tokens
+from deltatune.prompts.example import call_with_tokens, ordinary_tokens
 from deltatune.prompts.positions import PositionShift
 from deltatune.prompts.sites import Site, undisturbed
 
@@ -55,6 +57,42 @@ def capture(
         finally:
             shifting.detach()
     return [watch.found[site.name] for site in sites]
+
+
+def check_shift(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Raise TargetError where the hooks of `PositionShift` do not move what `position_ids` move.
+
+    A table that the model indexes by itself is no module; moving nothing there would give numbers that mean nothing.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return
+    ids, start = ordinary_tokens(model, 4), 4  # beyond the row of padding
+    told = [_at(model, sites, ids, start, 0), _at(model, sites, ids, start + 3, 0), _at(model, sites, ids, start, 3)]
+    for site, before, after, hooked in zip(sites, *told):
+        moved, rounding = (after - before).abs().max(), 1e-3 * after.abs().max()
+        if (hooked - after).abs().max() > 0.1 * moved + rounding:
+            raise TargetError(
+                f"{type(model).__name__}: PEFT's layout is not available, because the positions of {site.name!r} enter "
+                "where they cannot be moved; use layout='native'",
+                field="layout",
+                found="peft",
+                expected="native",
+            )
+
+
+def _at(model: PreTrainedModel, sites: list[Site], token_ids: Tensor, start: int, shift: int) -> list[Tensor]:
+    """Keys of every site for tokens that are told to stand at `start`, with positions moved by hooks."""
+    watch, shifting = _Capture(model), PositionShift(_Constant(shift))
+    with undisturbed(model), torch.no_grad():
+        shifting.attach(model, [site.name for site in sites])
+        try:
+            with watch:
+                call_with_tokens(
+                    model, token_ids, position_ids=(start + torch.arange(token_ids.shape[1], device=model.device))[None]
+                )
+        finally:
+            shifting.detach()
+    return [watch.found[site.name][0].float() for site in sites]
 
 
 def rows_of(pairs: list[tuple[Tensor, Tensor]], count: int) -> Tensor:

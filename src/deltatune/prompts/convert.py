@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import TargetError
+from deltatune.prompts.capture import check_shift
 from deltatune.prompts.positions import position_modules
 from deltatune.prompts.rotation import rotations
 
@@ -34,6 +35,7 @@ def convert(prefix: Prefix, rows: Tensor, target: str) -> Tensor:
             found=target,
             expected=prefix.config.layout,
         )
+    check_shift(model, prefix.sites)
     count = prefix.config.length
     turn = count if target == "peft" else -count
     parts = list(rows.split(prefix.encoder.part_sizes, dim=1))

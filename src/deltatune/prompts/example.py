@@ -36,10 +36,10 @@ def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             yield {main: tensor, **fixed, "decoder_input_ids": _tokens(model, SOURCE)}
 
 
-def call_with_tokens(model: PreTrainedModel, token_ids: Tensor) -> Any:
+def call_with_tokens(model: PreTrainedModel, token_ids: Tensor, **more: Any) -> Any:
     """Run a text model on tokens; an encoder-decoder reads them on both sides."""
     accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+    inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), **more}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = token_ids
     if "use_cache" in accepted:

@@ -12,6 +12,7 @@ from deltatune.config import TaskType
 from deltatune.errors import AdapterNameError, ConfigError, TargetError
 from deltatune.prompts import files
 from deltatune.prompts.attention import SLOT, Slot
+from deltatune.prompts.capture import check_shift
 from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
@@ -188,6 +189,7 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
             found="peft",
             expected="native",
         )
+    check_shift(model, sites)
     return True
 
 
