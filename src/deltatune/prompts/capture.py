@@ -83,13 +83,12 @@ def check_shift(model: PreTrainedModel, sites: list[Site]) -> None:
 def _at(model: PreTrainedModel, sites: list[Site], token_ids: Tensor, start: int, shift: int) -> list[Tensor]:
     """Keys of every site for tokens that are told to stand at `start`, with positions moved by hooks."""
     watch, shifting = _Capture(model), PositionShift(_Constant(shift))
+    positions = start + torch.arange(token_ids.shape[1], device=model.device)[None]
     with undisturbed(model), torch.no_grad():
         shifting.attach(model, [site.name for site in sites])
         try:
             with watch:
-                call_with_tokens(
-                    model, token_ids, position_ids=(start + torch.arange(token_ids.shape[1], device=model.device))[None]
-                )
+                call_with_tokens(model, token_ids, position_ids=positions)
         finally:
             shifting.detach()
     return [watch.found[site.name][0].float() for site in sites]
