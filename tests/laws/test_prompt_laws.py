@@ -183,7 +183,7 @@ def test_a_clone_is_equal_and_independent(case: Case, clone):
 # ------------------------------------------------------------------------------------------------------------- compile
 
 
-@pytest.mark.parametrize("case", cases(options=False, bases=("llama", "t5")))
+@pytest.mark.parametrize("case", cases(options=False, bases=("llama",)))
 def test_a_compiled_model_is_one_graph_and_follows_what_is_active(case: Case):
     model = case.model()
     model.add_adapter("other", case.config())
