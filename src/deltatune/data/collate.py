@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltatune.data.encode import IGNORE, Features
+from deltatune.data.features import IGNORE, Features
+from deltatune.data.passages import Window
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Collator:
         batch = self.inputs([row.input_ids for row in rows])
         if self.task == "classification":
             batch["labels"] = torch.tensor([row.labels[0] for row in rows])
+        elif self.task == "question_answering":
+            batch["start_positions"], batch["end_positions"] = torch.tensor([row.labels for row in rows]).unbind(1)
+            types = [row.types for row in rows if isinstance(row, Window) and row.types is not None]
+            if types:
+                batch["token_type_ids"] = _padded(types, 0)
         else:
             batch["labels"] = _padded([row.labels for row in rows], IGNORE)
         return batch

@@ -17,6 +17,8 @@ TASK_TYPES = {
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "causal": TaskType.CAUSAL_LM,
     "classification": TaskType.SEQ_CLS,
+    "token_classification": TaskType.TOKEN_CLS,
+    "question_answering": TaskType.QUESTION_ANS,
 }
 # set by us or by loading, never by a user of `train`
 _FIXED = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}

@@ -233,8 +233,19 @@ def _train(
 
 def _tell_lengths(corpus: Corpus, listener: Listener) -> None:
     for part in (corpus.train, corpus.eval, corpus.test):
-        if part is not None and part.lengths is not None and part.lengths.truncated:
-            lengths = part.lengths
+        if part is None or part.lengths is None:
+            continue
+        lengths = part.lengths
+        if lengths.truncated and corpus.columns.form == "passages":
+            listener.on_notice(
+                f"{part.source}: {lengths.truncated} of {lengths.rows} contexts are longer than a window of max_length"
+            )
+        elif lengths.truncated:
             listener.on_notice(
                 f"{part.source}: {lengths.truncated} of {lengths.rows} rows were cut to max_length or max_target_length"
+            )
+        if lengths.dropped:
+            listener.on_notice(
+                f"{part.source}: {lengths.dropped} of {lengths.rows} rows are left out, because their answers fit into "
+                "no window of max_length"
             )
