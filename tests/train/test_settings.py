@@ -76,6 +76,7 @@ def test_no_alias_hides_a_setting_or_an_option_of_a_method():
         ({"eval_steps": 2.5}, "eval_steps=2.5 is not allowed, expected a whole number of steps"),
         ({"task": "translate"}, "task='translate' is not known"),
         ({"eval_file": "a", "eval_split": 0.5}, "eval_split=0.5 is not allowed, expected 0 beside an eval_file"),
+        ({"task_column": "t"}, "task_column='t' is not allowed, expected a method with num_tasks"),
         ({"dtype": "float16"}, "dtype='float16' is not allowed"),
         ({"batch_size": 0, "max_length": 1}, "per_device_train_batch_size=0"),
     ],

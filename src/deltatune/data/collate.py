@@ -15,6 +15,7 @@ class Collator:
 
     pad_token_id: int
     task: str
+    task_ids: bool = True  # whether the model takes them
 
     def __call__(self, rows: list[Features]) -> dict[str, Tensor]:
         batch = self.inputs([row.input_ids for row in rows])
@@ -27,6 +28,8 @@ class Collator:
                 batch["token_type_ids"] = _padded(types, 0)
         else:
             batch["labels"] = _padded([row.labels for row in rows], IGNORE)
+        if self.task_ids and rows[0].task_id is not None:
+            batch["task_ids"] = torch.tensor([row.task_id for row in rows])
         return batch
 
     def inputs(self, ids: list[list[int]], left: bool = False) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Examples as token numbers. Labels cover the answer only: -100 stands wherever nothing is to be learnt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltatune.data.example import TEXT_TASKS, Example
@@ -140,6 +140,8 @@ def encode(
         else:
             features, truncated = encoder(example, source)
             found = [features]
+        if example.task_id is not None:
+            found = [replace(row, task_id=example.task_id) for row in found]
         cut += truncated
         dropped += not found
         made += found

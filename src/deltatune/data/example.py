@@ -1,6 +1,6 @@
 """A checked row of a table, and the fault of one that is not as it should be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # tasks whose answer is text that the model writes; the others have a head on top of the model
@@ -15,15 +15,20 @@ class Columns:
     inputs: tuple[str, ...]
     target: str | None = None
     label_names: str | None = None
+    task_id: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One checked row: `text` in, `target` out (None for plain text), `line` to name it by."""
+    """One checked row: `text` in, `target` out (None for plain text), `line` to name it by.
+
+    `task_id` is for prompts that several tasks share.
+    """
 
     text: str
     target: str | None
     line: int
+    task_id: int | None = field(default=None, kw_only=True)
 
 
 class Fault(Exception):

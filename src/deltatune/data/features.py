@@ -1,6 +1,6 @@
 """An example as numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 IGNORE = -100  # the index that torch's cross entropy leaves out
 
@@ -12,6 +12,7 @@ class Features:
     input_ids: list[int]
     labels: list[int]  # tokens, one class number, a class number at each token, or the first and last token of a span
     targets: int
+    task_id: int | None = field(default=None, kw_only=True)
 
     @property
     def length(self) -> int:

@@ -1,9 +1,10 @@
 """From the columns of a table to checked examples: pairs, plain text, text with a label, tagged words, passages."""
 
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from deltatune.data.example import Columns, Example, Fault, name_of_class, short, string
+from deltatune.data.example import Columns, Example, Fault, kind, name_of_class, short, string
 from deltatune.data.passages import passage
 from deltatune.data.read import Table
 from deltatune.data.tagging import TAGS, WORDS, tagged
@@ -96,7 +97,10 @@ def examples(table: Table, columns: Columns) -> list[Example]:
     faults: list[tuple[str, int, str, str]] = []
     for index, row in enumerate(table.rows):
         try:
-            made.append(_example(table, index, row, columns))
+            example = _example(table, index, row, columns)
+            made.append(
+                example if columns.task_id is None else replace(example, task_id=_task_id(row, columns.task_id))
+            )
         except Fault as fault:
             faults.append((fault.field, index, fault.problem, fault.expected))
     if not faults:
@@ -130,6 +134,15 @@ def _example(table: Table, index: int, row: dict[str, Any], columns: Columns) ->
     first, *rest = columns.inputs
     parts = [string(row, first), *(string(row, name, blank=True, missing=True) for name in rest)]
     return Example("\n".join(part for part in parts if part.strip()), string(row, columns.target), line)
+
+
+def _task_id(row: dict[str, Any], name: str) -> int:
+    value = row.get(name)
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)  # as csv has it
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise Fault(name, f"is {kind(value)}", "the number of a task, 0 or above")
+    return value
 
 
 def _label(row: dict[str, Any], name: str) -> str:

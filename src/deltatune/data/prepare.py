@@ -1,7 +1,7 @@
 """Tables to a corpus: columns found, rows checked, tokens made. All of it before the model is loaded or trained."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltatune.data.collate import Collator
@@ -44,6 +44,10 @@ class Corpus:
         named = f"{self.train.digest} {self.columns}"
         return hashlib.sha256(named.encode()).hexdigest()
 
+    def without_task_ids(self) -> "Corpus":
+        """The same rows for a model that knows of no tasks, such as the base."""
+        return self if self.collator is None else replace(self, collator=replace(self.collator, task_ids=False))
+
     def encode(
         self,
         tokenizer: Any,
@@ -83,9 +87,11 @@ def prepare(
     target_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    task_column: str | None = None,
 ) -> Corpus:
     """Check every row of every table; the training file decides which columns are read."""
     columns = detect(train, task, input_column, target_column, text_column, label_column)
+    columns = replace(columns, task_id=task_column)
     if task == "seq2seq" and columns.form != "pairs":
         raise DataError(
             f"{train.source}: task seq2seq needs an input and a target, the file has text only; use task: causal",

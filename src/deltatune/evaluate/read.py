@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,19 +25,22 @@ def read(
     encoder: Encoder,
     texts: Sequence[str],
     *,
+    task_ids: Sequence[int] | None = None,
     batch_size: int = 16,
     device: torch.device | None = None,
     after_batch: Callable[[int], Any] = lambda done: None,
 ) -> list[str]:
     """One line for each text, for people to read. Texts of passages are a question, a line break, and the context."""
+    ids = list(task_ids or [None] * len(texts))
     if encoder.task == "question_answering":
         passages = [Passage.of(text) for text in texts]
         rows = [window for row, passage in enumerate(passages) for window in windows(encoder, passage, row)]
+        rows = [replace(window, task_id=ids[window.row]) for window in rows]
         found = _predicted(model, encoder, rows, batch_size, device, after_batch)
         return read_spans(rows, found, [passage.context for passage in passages], encoder.max_target_length)
     assert encoder.labels is not None
     examples = [Tagged.of(text) for text in texts]
-    tagged = [features(encoder, example, "input")[0] for example in examples]
+    tagged = [replace(features(encoder, example, "input")[0], task_id=id) for example, id in zip(examples, ids)]
     found = _predicted(model, encoder, tagged, batch_size, device, after_batch)
     names = encoder.labels.names
     return [

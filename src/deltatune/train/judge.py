@@ -70,11 +70,12 @@ class Judge:
         assert self.corpus.encoder is not None
         if self.corpus.columns.form == "text":
             return [_continuation(self.corpus.encoder, e.text) for e in _spread(part.examples, count)]
-        answers: dict[str, list[str]] = {}
+        answers: dict[tuple[str, int | None], list[str]] = {}
         for example in part.examples:
-            answers.setdefault(example.text, []).extend(self._references(example))
+            answers.setdefault((example.text, example.task_id), []).extend(self._references(example))
         chosen = _spread(list(answers.items()), count)
-        return [Question(text, self.corpus.encoder.prompt(text), tuple(refs)) for text, refs in chosen]
+        prompt = self.corpus.encoder.prompt
+        return [Question(text, prompt(text), tuple(refs), task_id) for (text, task_id), refs in chosen]
 
     def answers(self, model: nn.Module, questions: list[Question]) -> list[str]:
         if not questions:
@@ -84,11 +85,13 @@ class Judge:
         with randomness.untouched(), autocast(self.settings, self.device):
             if self.settings.task == "classification":
                 return self._classes(model, questions)
+            task_ids = self._task_ids(questions)
             if self.settings.task not in TEXT_TASKS:
                 return read(
                     model,
                     self.corpus.encoder,
                     [question.text for question in questions],
+                    task_ids=task_ids,
                     batch_size=self.settings.per_device_eval_batch_size,
                     device=self.device,
                     after_batch=self._done,
@@ -98,6 +101,7 @@ class Judge:
                 self.tokenizer,
                 [question.prompt for question in questions],
                 causal=self.settings.task == "causal",
+                task_ids=task_ids,
                 max_new_tokens=self.corpus.encoder.max_target_length,
                 max_length=self.corpus.encoder.max_length,
                 num_beams=self.settings.num_beams,
@@ -122,10 +126,18 @@ class Judge:
         was_training = model.training
         model.eval()
         inputs = self.corpus.collator.inputs([question.prompt for question in questions])
+        task_ids = self._task_ids(questions)
+        if task_ids is not None:
+            inputs["task_ids"] = torch.tensor(task_ids)
         with torch.no_grad():
             logits = model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
         model.train(was_training)
         return [self.corpus.labels.names[i] for i in logits.argmax(-1).tolist()]
+
+    def _task_ids(self, questions: list[Question]) -> list[int] | None:
+        assert self.corpus.collator is not None
+        ids = [question.task_id for question in questions if question.task_id is not None]
+        return ids if ids and self.corpus.collator.task_ids else None
 
     def _references(self, example: Example) -> list[str]:
         """Every answer that is right, as people read it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def load_corpus(
         target_column=settings.target_column,
         text_column=settings.text_column,
         label_column=settings.label_column,
+        task_column=settings.task_column,
     )
 
 
@@ -156,7 +158,8 @@ def _train(
 
     base.model.to(device)
     judge = Judge(settings, corpus, base.tokenizer, device, listener)
-    before = before_training(judge, base.model, corpus) if kept is None else kept.state["progress"]["before"]
+    untrained = replace(judge, corpus=corpus.without_task_ids())
+    before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]
 
     randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
     bare = adapt(base.model, settings.method, settings.task, settings.method_options)

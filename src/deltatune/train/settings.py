@@ -51,6 +51,7 @@ class TrainSettings(BaseModel):
     target_column: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    task_column: str | None = Field(None, description="number of the task of a row, for methods with num_tasks")
     max_train_samples: int | None = Field(None, ge=1)
     max_eval_samples: int | None = Field(None, ge=1)
     max_length: int = Field(
@@ -114,6 +115,8 @@ class TrainSettings(BaseModel):
             raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
         if self.eval_file is not None and self.eval_split:
             raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
+        if self.task_column is not None and "num_tasks" not in method_fields(self.method):
+            raise _refused("task_column", self.task_column, f"a method with num_tasks beside it, not {self.method}")
         for name, value in (("num_train_epochs", self.num_train_epochs), ("learning_rate", self.learning_rate)):
             if value is not None and not math.isfinite(value):
                 raise _refused(name, value, "a finite number")
