@@ -36,6 +36,20 @@ def exists(study):
     return study.spec.hyper.get("method", "full") in method_names()
 
 
+# each way through a cell once, those of methods that are not there yet left out
+CELLS = [
+    (task, method)
+    for task, methods in {
+        "sentence_polarity": ("prefix_text", "floor", "prompt_text", "multitask"),
+        "wnut17": ("lora", "floor", "p_tuning"),
+        "squad_newwiki": ("prefix", "floor", "prompt"),
+        "e2e": ("prefix_text", "multitask", "floor"),
+    }.items()
+    for method in methods
+    if exists(study_of(f"{task}/{method}"))
+]
+
+
 def test_every_trained_method_gets_four_values_and_three_seeds_and_prompts_the_same_four():
     for study in prompt_methods.studies():
         if "method" in study.spec.hyper:
@@ -82,7 +96,7 @@ def test_a_shared_prompt_sees_both_tasks_and_is_scored_on_one(shared_data):
     assert (back["input"], back["target"], back["task"]) == ("Zizzi serves.", "name: Zizzi", 1)
 
 
-@pytest.mark.parametrize("label", [s.label for s in STUDIES if exists(s) and s.spec.task != "e2e"])
+@pytest.mark.parametrize("label", ["/".join(cell) for cell in CELLS if cell[0] != "e2e"])
 def test_a_cell_is_trained_scored_and_drawn(label, tmp_path, shared_data, monkeypatch):
     if label == "sentence_polarity/floor":
         pytest.importorskip("sklearn", reason="the linear probe needs scikit-learn; pip install 'deltatune[bench]'")
@@ -102,10 +116,7 @@ def test_a_cell_is_trained_scored_and_drawn(label, tmp_path, shared_data, monkey
     assert f"| {prompt_methods.NAMES[spec.method]} |" in page
 
 
-GENERATING = ("prefix", "prefix_text", "prompt_text", "multitask", "floor")
-
-
-@pytest.mark.parametrize("method", [name for name in GENERATING if exists(study_of(f"e2e/{name}"))])
+@pytest.mark.parametrize("method", [name for task, name in CELLS if task == "e2e"])
 def test_a_generation_cell_is_trained_scored_and_drawn(method, tmp_path, shared_data):
     study = tiny(study_of(f"e2e/{method}"))
     (spec,) = study.tries()
