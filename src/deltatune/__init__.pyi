@@ -36,9 +36,31 @@ from deltatune.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from deltatune.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from deltatune.model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from deltatune.model import get_peft_model as get_peft_model
+from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
+from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
+from deltatune.prompts.compose import compose_cartridge_adapters as compose_cartridge_adapters
+from deltatune.prompts.compose import compose_prefix_folders as compose_prefix_folders
+from deltatune.prompts.compose import compose_prefixes as compose_prefixes
 from deltatune.prompts.config import PromptLearningConfig as PromptLearningConfig
+from deltatune.prompts.cpt import CPTConfig as CPTConfig
+from deltatune.prompts.cpt import CPTEmbedding as CPTEmbedding
+from deltatune.prompts.multitask import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+from deltatune.prompts.multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from deltatune.prompts.multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+from deltatune.prompts.p_tuning import PromptEncoder as PromptEncoder
+from deltatune.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from deltatune.prompts.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
 from deltatune.prompts.prefix import PrefixEncoder as PrefixEncoder
 from deltatune.prompts.prefix import PrefixTuningConfig as PrefixTuningConfig
+from deltatune.prompts.prompt_tuning import PromptEmbedding as PromptEmbedding
+from deltatune.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from deltatune.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
+from deltatune.prompts.serve import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from deltatune.prompts.serve import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from deltatune.prompts.serve import to_cache as to_cache
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.status import TunerLayerStatus as TunerLayerStatus

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.selection import Selection
+from deltatune.selection import Selection, by_adapter
 
 
 class TrainedCopies(nn.Module):
@@ -36,7 +36,16 @@ class TrainedCopies(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current(*args, **kwargs)
+        call = self.selection.current()
+        if call.rows is None or not args:
+            return self.current(*args, **kwargs)
+        copies = self.modules_to_save
+        rows = tuple(name if name and name in copies else None for name in call.rows_of(len(args[0])))
+        return by_adapter(
+            rows,
+            args[0],
+            lambda name, x: (self.original_module if name is None else copies[name])(x, *args[1:], **kwargs),
+        )
 
     @property
     def weight(self) -> Tensor:

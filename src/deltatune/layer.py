@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
-from deltatune.selection import Selection
+from deltatune.selection import Selection, by_adapter
 from deltatune.weight import LazyWeight
 
 
@@ -63,21 +63,13 @@ class AdaptedLayer(LayerViews, nn.Module):
         if self.stash is not None:
             return self._merged_forward(x, args, kwargs)
         if call.rows is not None:
-            return self._mixed_forward(x, call.rows, args, kwargs)
+            return self._mixed_forward(x, call.rows_of(len(x)), args, kwargs)
         return self.as_map(call.names, args, kwargs)(x)
 
-    def _mixed_forward(self, x: Tensor, rows: Sequence[str | None], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """Row i of the batch through adapter rows[i], or the base where that is None."""
-        if len(rows) != len(x):
-            raise StateError(
-                f"adapter_names: {len(rows)} names for a batch of {len(x)} rows", field="adapter_names", found=len(rows)
-            )
-        groups: dict[str | None, list[int]] = {}
-        for index, name in enumerate(rows):
-            groups.setdefault(name if name and name in self.adapters else None, []).append(index)
-        outputs = [self.as_map([name] if name else [], args, kwargs)(x[index]) for name, index in groups.items()]
-        order = torch.tensor([row for index in groups.values() for row in index], device=x.device)
-        return torch.cat(outputs)[order.argsort()]
+    def _mixed_forward(self, x: Tensor, rows: tuple[str | None, ...], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Row i of the batch through adapter rows[i], or the base where that has nothing here."""
+        here = tuple(name if name and name in self.adapters else None for name in rows)
+        return by_adapter(here, x, lambda name, part: self.as_map([name] if name else [], args, kwargs)(part))
 
     # -------------------------------------------------------------------------------------- for those who read weights
 

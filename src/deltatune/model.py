@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from torch import nn
 from deltatune import inject
 from deltatune.config import PeftConfig, TaskType
 from deltatune.errors import AdapterNameError, ConfigError, StateError
+from deltatune.inputs import rows as input_rows
+from deltatune.inputs.stage import INPUT
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
 from deltatune.persistence import Persistence
@@ -42,6 +45,7 @@ class PeftModel(Persistence, nn.Module):
     """
 
     heads: ClassVar[tuple[str, ...]] = ()  # modules that a task trains whole besides the adapter
+    columns: ClassVar[tuple[str, ...]] = ()  # what its models read of a data set
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
@@ -66,30 +70,43 @@ class PeftModel(Persistence, nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- calling
 
+    def __init_subclass__(cls) -> None:
+        """Let the signature of `forward` name the columns: transformers' Trainer drops all others of a data set."""
+        super().__init_subclass__()
+        if "columns" not in vars(cls) or "forward" in vars(cls):
+            return
+
+        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            return PeftModel.forward(self, *args, **kwargs)
+
+        own = inspect.signature(PeftModel.forward)
+        first, *rest = own.parameters.values()
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in cls.columns]
+        forward.__signature__ = own.replace(parameters=[first, rest[0], *named, *rest[1:]])  # type: ignore[attr-defined]
+        forward.__doc__ = PeftModel.forward.__doc__
+        cls.forward = forward
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
+        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+            return input_rows.forward(self, adapter_names, args, kwargs)
         with self._rows(adapter_names):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
+        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+            return input_rows.generate(self, adapter_names, args, kwargs)
         with self._rows(adapter_names, self._copies_per_row(kwargs) if adapter_names else 1):
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+            model: Any = self.base_model.model
+            return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
     def _rows(self, names: list[str] | None, repeat: int = 1) -> Any:
         if names is None:
             return nullcontext()
-        rows = tuple(None if name in (BASE, None) else name for name in names for _ in range(repeat))
+        rows = tuple(None if name in (BASE, None) else name for name in names)
         self._known([name for name in rows if name is not None])
-        prompts = sorted({name for name in rows if name in self.prompts})
-        if prompts:
-            raise StateError(
-                f"adapter_names: {prompts[0]!r} is a prompt, and rows with different prompts are not supported yet; "
-                "run the rows in one batch per prompt",
-                field="adapter_names",
-                found=prompts,
-            )
-        return self.base_model.selection.use(Call(rows=rows))
+        return self.base_model.selection.use(Call(rows=rows, copies=repeat))
 
     def _copies_per_row(self, kwargs: dict[str, Any]) -> int:
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
@@ -155,7 +172,7 @@ class PeftModel(Persistence, nn.Module):
         config = self._prepared(peft_config)
         autocast = self.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         with inject.unchanged_on_error(self.base_model.model):
-            if config.is_prompt_learning:
+            if METHODS[config.peft_type].graft is not None:
                 self._add_prompt(adapter_name, config)
             else:
                 inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
@@ -316,14 +333,20 @@ class PeftModel(Persistence, nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> nn.Module:
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        """The plain model with adapters in its weights, prompts that were left out of them gone."""
+        model = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        self._detach_prompts()
+        return model
 
     def unload(self) -> nn.Module:
         """The base model as it was before; its parameters stay frozen."""
+        self._detach_prompts()
+        return self.base_model.unload()
+
+    def _detach_prompts(self) -> None:
         for name in list(self.prompts):
             self.prompts.pop(name).detach()
             self.prompt_encoder.pop(name)
-        return self.base_model.unload()
 
     # ------------------------------------------------------------------------------------------- like the base model
 
@@ -336,30 +359,40 @@ class PeftModel(Persistence, nn.Module):
         return getattr(self._modules["base_model"], name)
 
 
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
 class PeftModelForSequenceClassification(PeftModel):
     heads = ("classifier", "score", "classification_head")
+    columns = (*_TEXT, "labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
     heads = ("classifier", "score")
+    columns = (*_TEXT, "labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     heads = ("qa_outputs",)
+    columns = (*_TEXT, "start_positions", "end_positions")
 
 
 class PeftModelForCausalLM(PeftModel):
+    columns = (*_TEXT, "labels")
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
+    columns = (*_TEXT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels")
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    pass
+    columns = _TEXT
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {

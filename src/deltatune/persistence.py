@@ -11,7 +11,7 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
-from deltatune.state_dict import ROOT, Loaded, check, collect, fill, without_base_copies
+from deltatune.state_dict import ROOT, Loaded, check, check_finite, collect, fill, without_base_copies
 from deltatune.storage import folder as storage
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class Persistence:
             check(heads, copies, saved.source)
             if len(heads) == len(saved.tensors):
                 raise MismatchError(f"{saved.source}: the file holds no tensor of its prompt", path=saved.source)
+            for key, tensor in saved.tensors.items():
+                check_finite(saved.source, key, tensor)
         else:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
             if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel

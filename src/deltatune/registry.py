@@ -5,7 +5,7 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.methods import hra, ia3, lora, oft
-from deltatune.prompts import prefix
+from deltatune.prompts import adaption_prompt, cartridge, cpt, multitask, p_tuning, prefix, prompt_tuning
 
 METHODS: dict[PeftType, Method] = {
     method.peft_type: method
@@ -15,5 +15,11 @@ METHODS: dict[PeftType, Method] = {
         oft.METHOD,
         hra.METHOD,
         prefix.METHOD,
+        cartridge.METHOD,
+        adaption_prompt.METHOD,
+        prompt_tuning.METHOD,
+        p_tuning.METHOD,
+        multitask.METHOD,
+        cpt.METHOD,
     )
 }

@@ -7,7 +7,7 @@ batch with different adapters) is bound to the thread or task that makes it, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from deltatune.errors import StateError
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
 _counting = threading.Lock()
@@ -22,10 +25,28 @@ _counting = threading.Lock()
 
 @dataclass(frozen=True)
 class Call:
-    """What one forward pass uses: the active adapters in order, or one adapter name (None: the base) per row."""
+    """What one forward pass uses: the active adapters in order, or one adapter name (None: the base) per row.
+
+    Attributes:
+        copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
+    """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
+    copies: int = 1
+
+    def rows_of(self, batch: int) -> tuple[str | None, ...]:
+        """One name per row of a batch of this size."""
+        assert self.rows is not None
+        if batch == len(self.rows):
+            return self.rows
+        if batch == len(self.rows) * self.copies:
+            return tuple(name for name in self.rows for _ in range(self.copies))
+        raise StateError(
+            f"adapter_names: {len(self.rows)} names for a batch of {batch} rows",
+            field="adapter_names",
+            found=len(self.rows),
+        )
 
 
 @dataclass(eq=False)
@@ -75,6 +96,16 @@ class Selection:
 @torch.compiler.disable
 def _look_up(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
+
+
+def by_adapter(rows: tuple[str | None, ...], x: Tensor, run: Callable[[str | None, Tensor], Tensor]) -> Tensor:
+    """Each row of `x` through `run` with its name: one run per name, and the rows back in their order."""
+    groups: dict[str | None, list[int]] = {}
+    for index, name in enumerate(rows):
+        groups.setdefault(name, []).append(index)
+    outputs = [run(name, x[index]) for name, index in groups.items()]
+    order = torch.tensor([row for index in groups.values() for row in index], device=x.device)
+    return torch.cat(outputs)[order.argsort()]
 
 
 class Recomputation:

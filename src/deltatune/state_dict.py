@@ -98,13 +98,17 @@ def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> Non
         )
     if given.is_floating_point() != expected.is_floating_point():
         raise MismatchError(f"{source}: {key} is {given.dtype}, expected {expected.dtype}", path=source, key=key)
-    if given.is_floating_point() and not given.isfinite().all():
-        count = int((~given.isfinite()).sum())
-        raise MismatchError(f"{source}: {key} holds {count} values that are not finite", path=source, key=key)
+    check_finite(source, key, given)
     if given.is_floating_point() and expected.dtype == torch.float16:
         largest = given.abs().max().item() if given.numel() else 0.0
         if largest > torch.finfo(torch.float16).max:
             raise MismatchError(f"{source}: {key} reaches {largest:g}, too large for float16", path=source, key=key)
+
+
+def check_finite(source: str, key: str, given: Tensor) -> None:
+    if given.is_floating_point() and not given.isfinite().all():
+        count = int((~given.isfinite()).sum())
+        raise MismatchError(f"{source}: {key} holds {count} values that are not finite", path=source, key=key)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ class Tuner(nn.Module):
         prompts = [name for name in names if self.peft_config[name].is_prompt_learning]
         if prompts:
             raise MergeError(
-                f"adapter {prompts[0]!r} is keys and values beside the tokens, which no weight can hold; "
+                f"adapter {prompts[0]!r} is learned tokens, or their keys and values, which no weight can hold; "
                 "it cannot be merged",
                 found=prompts,
             )

@@ -18,6 +18,7 @@ def test_the_data_sets_are_the_ones_the_figures_belong_to(shared_data):
     assert counts == {
         "e2e/train": 42061, "e2e/dev": 4672, "e2e/test": 4693, "sentence_polarity/train": 8529,
         "sentence_polarity/test": 2133, "banking77/train": 10003, "banking77/test": 3080,
+        "wnut17/train": 3394, "wnut17/dev": 1009, "wnut17/test": 1287, "squad_newwiki/all": 7938,
     }  # fmt: skip
 
 

@@ -117,3 +117,16 @@ def test_brackets_of_the_data_are_shown_and_not_read_as_markup(capsys):
     out.print(table(("a",), [("area[riverside]",)]))
     shown = capsys.readouterr().out
     assert "eatType[pub]" in shown and "area[riverside]" in shown
+
+
+def test_several_columns_and_lists_of_words_make_one_input(tmp_path):
+    from deltatune.cli.generate import _rows
+    from deltatune.errors import DataError
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "who?", "context": "a cat", "tokens": ["a", "cat"], "tags": [1, 2]}) + "\n")
+    assert list(_rows(str(file), "question,context")) == ["who?\na cat"]
+    assert list(_rows(str(file), "tokens")) == ["a cat"]
+    for column in ("question,answer", "tags"):
+        with pytest.raises(DataError, match=r"line 1: field '(answer|tags)' is (missing or empty|not text)"):
+            list(_rows(str(file), column))

@@ -1,10 +1,12 @@
 """`deltatune inspect`: facts from files alone, checked against the tensors."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from deltatune.inspect import inspect_adapter, inspect_model
@@ -83,7 +85,27 @@ def test_a_model_folder_shows_layers_targets_and_attentions(run, t5, bert):
     assert linear["encoder.block.*.layer.*.SelfAttention.q"].count == 2
     assert linear["decoder.block.*.layer.*.DenseReluDense.wi"].shape == (32, 16)
     assert facts.defaults["LORA"] == ["q", "v"]
-    assert sorted(site["kind"] for site in facts.sites) == ["cross"] * 2 + ["encoder"] * 2 + ["self"] * 2
+    assert sorted(site.kind for site in facts.sites) == ["cross"] * 2 + ["encoder"] * 2 + ["self"] * 2
     done = run("inspect", bert)
     assert done.code == 0
     assert "query" in done.out
+
+
+def test_a_model_folder_shows_which_attentions_a_prefix_reaches(run, t5, tmp_path):
+    assert re.search(r"attentions: 6, of which a prefix reaches 6", run("inspect", t5).out)
+    settings = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 32}
+    config = transformers.LEDConfig(
+        **settings, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, attention_window=8,
+        architectures=["LEDForConditionalGeneration"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    transformers.LEDForConditionalGeneration(config).save_pretrained(tmp_path)
+    facts = inspect_model(tmp_path)
+    assert [(site.kind, site.shape, site.way) for site in facts.sites] == [
+        ("self", [2, 8, 2, 8], "own code"),
+        ("cross", [2, 8, 2, 8], "own code"),
+    ]
+    assert [(each.class_name, each.kind) for each in facts.unreached] == [("LEDEncoderSelfAttention", "encoder")]
+    shown = run("inspect", tmp_path).out
+    assert "attentions: 3, of which a prefix reaches 2" in shown
+    assert "out of reach: 1 LEDEncoderSelfAttention at led.encoder.layers.*.self_attn" in shown

@@ -73,3 +73,16 @@ def test_a_finished_folder_is_not_overwritten_unasked(refused, usual, lora):
     line = refused(2, "train", *usual, f"--output_dir={lora}", "r=4", "--seed=1")
     assert "overwrite_output_dir" in line
     assert (lora / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("prompt", "PROMPT_TUNING"), ("p-tuning", "P_TUNING"), ("multitask_prompt_tuning", "MULTITASK_PROMPT_TUNING")],
+)
+def test_prompts_are_trained_by_name(run, usual, tmp_path, method, name):
+    done = run("train", *usual, f"--output_dir={tmp_path / 'out'}", f"--method={method}", "num_virtual_tokens=3")
+    assert done.code == 0, done.err
+    saved = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["num_virtual_tokens"]) == (name, 3)
+    again = run("generate", str(tmp_path / "out"), "a b")
+    assert again.code == 0, again.err

@@ -1,4 +1,4 @@
-"""The conformance tool that stands beside the project: all of transformers' attention interface is complete."""
+"""The conformance tool that stands beside the project: every architecture is complete but for what is refused."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.long
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_every_architecture_of_the_attention_interface_is_complete(attention, shared, tmp_path):
+def test_every_architecture_is_complete_or_refused(attention, shared, tmp_path):
     tool = shared / "conformance" / "prefix_matrix.py"
     if not tool.is_file():
         pytest.skip("the conformance tool is not here; set DELTATUNE_SHARED to the folder that holds it")
@@ -20,6 +20,10 @@ def test_every_architecture_of_the_attention_interface_is_complete(attention, sh
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]  # 1 when any cell failed
     found = json.loads(out.read_text())["architectures"]
-    verdicts = {each["name"]: each["verdict"] for each in found if each["attention"] == "interface"}
-    assert len(verdicts) > 70
-    assert {name: verdict for name, verdict in verdicts.items() if verdict != "complete"} == {}
+    verdicts = {each["name"]: each["verdict"] for each in found}
+    assert len(verdicts) >= 95
+    # Mamba has no attention; ProphetNet's decoder attends in several streams, which one prefix cannot serve.
+    assert {name: verdict for name, verdict in verdicts.items() if verdict != "complete"} == {
+        "mamba": "refused",
+        "prophetnet": "refused",
+    }

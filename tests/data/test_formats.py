@@ -105,3 +105,14 @@ def test_a_label_that_training_never_saw_is_refused_before_training():
     train = table_of([{"text": "a", "label": 0}, {"text": "b", "label": 1}])
     with pytest.raises(DataError, match="eval line 1: label '2' never occurs in the training data"):
         prepare(train, table_of([{"text": "c", "label": 2}], "eval"), None, "classification")
+
+
+def test_the_task_of_a_row_is_a_number_and_goes_with_the_batch(words):
+    made = [{"input": "red", "target": "cat", "t": 1}, {"input": "red", "target": "dog", "t": "0"}]
+    corpus = prepare(table_of(made), None, None, "seq2seq", task_column="t")
+    encoded = corpus.encode(words, max_length=8, max_target_length=8)
+    assert encoded.collator(encoded.train.features)["task_ids"].tolist() == [1, 0]
+    assert "task_ids" not in encoded.without_task_ids().collator(encoded.train.features)
+    for bad in (None, -1, 1.5, "one", True):
+        with pytest.raises(DataError, match=r"row 3: field 't' is .*; expected the number of a task"):
+            prepare(table_of([*made, {**made[0], "t": bad}]), None, None, "seq2seq", task_column="t")

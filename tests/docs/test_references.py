@@ -10,6 +10,7 @@ import pytest
 
 from deltatune.config import PeftType
 from deltatune.registry import METHODS
+from deltatune.train.defaults import PRESETS
 from tests.docs.pages import (
     DOCS,
     PAGES,
@@ -109,7 +110,7 @@ def test_every_step_of_the_guide_names_a_function(page: Path):
 
 
 def test_every_method_has_a_page_and_every_page_a_method():
-    assert {page.stem for page in METHOD_PAGES} == {method.value.lower() for method in METHODS}
+    assert {page.stem for page in METHOD_PAGES} == {*(method.value.lower() for method in METHODS), *PRESETS}
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=title)

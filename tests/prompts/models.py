@@ -37,6 +37,29 @@ GPT = {
     **TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }  # fmt: skip
+MPT = {**TOKENS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2}
+FALCON = {
+    **TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.0,
+    "attention_dropout": 0.0, "multi_query": False, "new_decoder_architecture": False, "alibi": False,
+}  # fmt: skip
+REMBERT = {
+    **BERT, "bos_token_id": 1, "eos_token_id": 2, "input_embedding_size": 32, "output_embedding_size": 32,
+    "classifier_dropout_prob": 0.0,
+}  # fmt: skip
+DEBERTA = {
+    **BERT, "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_dropout": 0.0,
+}  # fmt: skip
+XLNET = {
+    "vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "dropout": 0.0, "pad_token_id": 0,
+    "summary_last_dropout": 0.0, "num_labels": 3,
+}  # fmt: skip
+LONGFORMER = {**BERT, "attention_window": 8, "max_position_embeddings": 70}
+PROPHET = {
+    **TOKENS, "hidden_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "ngram": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
 LATENT = {
     **LLAMA, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -59,13 +82,23 @@ KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "hybrid": ("AutoModelForCausalLM", "CAUSAL_LM", "lfm2", HYBRID),
     "recurrent": ("AutoModelForCausalLM", "CAUSAL_LM", "recurrent_gemma", RECURRENT),
     "mamba": ("AutoModelForCausalLM", "CAUSAL_LM", "mamba", {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2}),
+    "gptj": ("AutoModelForCausalLM", "CAUSAL_LM", "gptj", {**GPT, "rotary_dim": 4}),
+    "mpt": ("AutoModelForCausalLM", "CAUSAL_LM", "mpt", MPT),
+    "falcon": ("AutoModelForCausalLM", "CAUSAL_LM", "falcon", {**FALCON, "multi_query": True}),
+    "falcon-alibi": ("AutoModelForCausalLM", "CAUSAL_LM", "falcon", {**FALCON, "alibi": True}),
     "bloom": ("AutoModelForCausalLM", "CAUSAL_LM", "bloom", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "rembert": ("AutoModelForSequenceClassification", "SEQ_CLS", "rembert", REMBERT),
+    "deberta": ("AutoModelForSequenceClassification", "SEQ_CLS", "deberta-v2", DEBERTA),
+    "xlnet": ("AutoModelForSequenceClassification", "SEQ_CLS", "xlnet", XLNET),
+    "longformer": ("AutoModelForSequenceClassification", "SEQ_CLS", "longformer", LONGFORMER),
     "bert": ("AutoModelForSequenceClassification", "SEQ_CLS", "bert", BERT),
     "roberta": ("AutoModelForSequenceClassification", "SEQ_CLS", "roberta", BERT),
     "albert": ("AutoModelForSequenceClassification", "SEQ_CLS", "albert", {**BERT, "embedding_size": 16}),
     "t5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "t5", T5),
     "t5-deep": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "t5", {**T5, "num_decoder_layers": 4, "num_layers": 4}),
     "longt5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "longt5", {**T5, "local_radius": 8}),
+    "mvp": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "mvp", BART),
+    "prophetnet": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "prophetnet", PROPHET),
     "bart": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "bart", BART),
 }
 

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from deltatune.errors import StateError
 from deltatune.prompts import attention
+from deltatune.prompts.handed import KeysValues
 from tests.prompts.models import bare, prefixed
 
 HEADS, KV_HEADS, DIM, P = 4, 2, 8, 3
@@ -21,9 +22,9 @@ HEADS, KV_HEADS, DIM, P = 4, 2, 8, 3
 
 class FakeStage:
     def __init__(self, key: Tensor, value: Tensor) -> None:
-        self.pair = (key, value)
+        self.pair = KeysValues(key, value)
 
-    def prefix_of(self, site: str) -> tuple[Tensor, Tensor]:
+    def prefix_of(self, site: str, batch: int) -> KeysValues:
         return self.pair
 
     def past(self, site: str) -> None:

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from deltatune import PrefixTuningConfig, get_peft_model
-from deltatune.errors import ConfigError, TargetError
-from deltatune.prompts.sites import survey
+from deltatune.errors import ConfigError, PeftWarning, TargetError
+from deltatune.prompts.sites import choose_sites, survey
 from tests.prompts.models import BART, BERT, LLAMA, bare, prefixed
 
 
@@ -48,7 +48,7 @@ def test_a_base_without_weights_in_memory_is_probed_too():
     assert wrapped.get_nb_trainable_parameters()[0] == 368_640
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom"])
+@pytest.mark.parametrize("name", ["mamba", "prophetnet"])
 def test_a_model_that_no_prefix_can_reach_is_refused_and_left_as_it_was(name):
     model = bare(name)
     before = [dict(vars(module)) for module in model.modules()]
@@ -58,10 +58,32 @@ def test_a_model_that_no_prefix_can_reach_is_refused_and_left_as_it_was(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_encoder_out_of_reach_is_refused_only_when_it_is_asked_for():
-    assert len(shapes("longt5")) == 2
-    with pytest.raises(TargetError, match=r"LongT5LocalAttention at 'encoder\.block\.0"):
-        prefixed("longt5", sites="all")
+def test_an_encoder_out_of_reach_matters_only_when_it_is_asked_for():
+    settings = {**BART, "attention_window": 8, "max_encoder_position_embeddings": 64}
+    model = transformers.LEDForConditionalGeneration(
+        transformers.LEDConfig(**{**settings, "max_decoder_position_embeddings": 64})
+    )
+
+    def sites(wanted) -> set[str]:
+        return {site.kind for site in choose_sites(model, wanted)}
+
+    assert sites("default") == {"self"}
+    with pytest.raises(TargetError, match=r"LEDEncoderSelfAttention at 'led\.encoder\.layers\.0.*1 more"):
+        sites("encoder")
+    with pytest.raises(TargetError, match=r"LEDEncoderSelfAttention at 'led\.encoder\.layers\.1"):
+        sites(["self", "led.encoder.layers.1.self_attn.longformer_self_attn"])
+    with pytest.warns(PeftWarning, match=r"LEDEncoderSelfAttention at 'led\.encoder\.layers\.0"):
+        assert sites("all") == {"self", "cross"}
+
+
+def test_attention_in_blocks_and_attention_through_the_interface_are_found_side_by_side():
+    found = survey(bare("longt5"))
+    assert [(site.kind, site.layout is not None) for site in found.sites] == [
+        *[("encoder", True)] * 2,
+        *[("self", False), ("cross", False)] * 2,
+    ]
+    assert found.unreached == []
+    prefixed("longt5", sites="all")
 
 
 @pytest.mark.parametrize("sites", ["crss", r"model\.layers\.9.*", ["self", "model.layers.0.self_atn"]])
@@ -117,7 +139,7 @@ def test_a_router_with_a_softmax_is_no_attention():
     }  # fmt: skip
     found = survey(transformers.JambaForCausalLM(transformers.JambaConfig(**settings)))
     assert [site.name for site in found.sites] == ["model.layers.1.self_attn", "model.layers.3.self_attn"]
-    assert found.own == []
+    assert found.unreached == []
 
 
 def test_a_bare_module_is_refused():

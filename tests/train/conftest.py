@@ -35,9 +35,9 @@ def settings_into(bases: dict[str, Path], files: dict[str, Path]) -> Any:
 
     def make(output: Path, task: str = "seq2seq", **changes: Any) -> TrainSettings:
         values: dict[str, Any] = {
-            "model_name_or_path": str(bases[task]),
+            "model_name_or_path": str(bases.get(task, "demo")),
             "task": task,
-            "train_file": str(files[task]),
+            "train_file": str(files[task]) if task in files else None,
             "output_dir": str(output),
             "max_steps": 4,
             "per_device_train_batch_size": 4,

@@ -27,6 +27,11 @@ from deltatune.train.method import method_fields, method_names
         ({"bf16": True}, "dtype", "bfloat16"),
         ({"task": "SEQ_2_SEQ_LM"}, "task", "seq2seq"),
         ({"task_type": "CAUSAL_LM"}, "task", "causal"),
+        ({"task": "ner"}, "task", "token_classification"),
+        ({"task": "tagging"}, "task", "token_classification"),
+        ({"task": "TOKEN_CLS"}, "task", "token_classification"),
+        ({"task": "qa"}, "task", "question_answering"),
+        ({"task": "QUESTION_ANS"}, "task", "question_answering"),
         ({"finetuning_type": "PREFIX_TUNING"}, "method", "prefix_tuning"),
         ({"method": "prefix"}, "method", "prefix_tuning"),
         ({"report_to": "tensorboard,wandb"}, "report_to", ["tensorboard", "wandb"]),
@@ -71,6 +76,7 @@ def test_no_alias_hides_a_setting_or_an_option_of_a_method():
         ({"eval_steps": 2.5}, "eval_steps=2.5 is not allowed, expected a whole number of steps"),
         ({"task": "translate"}, "task='translate' is not known"),
         ({"eval_file": "a", "eval_split": 0.5}, "eval_split=0.5 is not allowed, expected 0 beside an eval_file"),
+        ({"task_column": "t"}, "task_column='t' is not allowed, expected a method with num_tasks"),
         ({"dtype": "float16"}, "dtype='float16' is not allowed"),
         ({"batch_size": 0, "max_length": 1}, "per_device_train_batch_size=0"),
     ],
@@ -127,3 +133,10 @@ def test_assignment_is_checked_too():
     made = TrainSettings()
     with pytest.raises(ValueError, match="max_length"):
         made.max_length = 0
+
+
+def test_a_preset_is_its_method_with_choices_of_its_own():
+    settings = TrainSettings(method="P-Tuning-v2", task="classification", num_virtual_tokens=8)
+    assert settings.method == "p_tuning_v2"
+    assert settings.method_options == {"sites": "all", "num_virtual_tokens": 8}
+    assert settings.resolved_learning_rate == TrainSettings(method="prefix").resolved_learning_rate

@@ -81,3 +81,55 @@ def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def pieces() -> Any:
+    """BERT's way of tokenising: words in pieces, [CLS] and [SEP], token types."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[CLS]", "[UNK]", "[SEP]", *WORDS, "##cat", "##dog", "and"]
+    raw = Tokenizer(models.WordPiece({word: number for number, word in enumerate(names)}, unk_token="[UNK]"))  # type: ignore[arg-type]
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 1))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def byte_pieces() -> Any:
+    """GPT-2's way: the space before a word is part of its token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["a", "b", "Ġ", "Ġa", "Ġb"])}
+    raw = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("Ġ", "b")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Animals are entities."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = draw.sample(["red", "green", "cat", "dog", "tree", "runs", "sings", "old"], 5)
+        tags = ["B-animal" if word in ("cat", "dog") else "O" for word in words]
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def passages(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Which word is the one that is asked for?"""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = draw.sample(WORDS[:12], 6)
+        context = " ".join(words)
+        rows.append({
+            "question": f"the {words[2]}", "context": context,
+            "answers": [{"text": words[2], "start": context.index(words[2])}],
+        })  # fmt: skip
+    return rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.cli.show import console, facts, quiet_libraries
+from deltatune.data.read import Table, read_table
 from deltatune.errors import ConfigError, DataError
 from deltatune.generate.decoding import Decoding
 from deltatune.storage.files import write_files
@@ -68,28 +69,33 @@ def _inputs(prompts: list[str], file: str | None, column: str | None) -> list[st
 
 
 def _rows(file: str, column: str | None) -> Iterator[str]:
-    from deltatune.data import read_table
-
     table = read_table(file)
     present: Sequence[str] = list(table.rows[0])
-    name = column or next((known for known in COLUMNS if known in present), None)
-    if name is None:
+    name = column or next((known for known in COLUMNS if known in present), "")
+    names = [part for part in name.split(",") if part]
+    if not names:
         raise DataError(
             f"{file}: none of its columns {list(present)} is known as an input; name it with --column",
             path=file,
             field="column",
         )
-    for index, row in enumerate(table.rows):
-        value = row.get(name)
-        if not isinstance(value, str) or not value.strip():
-            fault = "is not text" if value else "is missing or empty"
-            raise DataError(
-                f"{table.where(index)}: field {name!r} {fault}; expected text",
-                path=file,
-                field=name,
-                found=value,
-            )
-        yield value
+    for index in range(len(table.rows)):
+        yield "\n".join(_text(table, index, part) for part in names)
+
+
+def _text(table: Table, index: int, name: str) -> str:
+    value = table.rows[index].get(name)
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        value = " ".join(value)  # words, as taggers are trained on
+    if not isinstance(value, str) or not value.strip():
+        fault = "is not text" if value else "is missing or empty"
+        raise DataError(
+            f"{table.where(index)}: field {name!r} {fault}; expected text",
+            path=table.source,
+            field=name,
+            found=value,
+        )
+    return value
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

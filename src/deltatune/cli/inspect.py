@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from deltatune.cli.failures import FILE
 from deltatune.cli.show import console, facts, quiet_libraries, table
 from deltatune.config import CONFIG_NAME
 from deltatune.errors import FormatError
-from deltatune.inspect.adapter import AdapterFacts
+from deltatune.inspect.adapter import AdapterFacts, pattern
+from deltatune.inspect.model import ModelFacts
 from deltatune.report.words import size
 
 
@@ -118,8 +120,29 @@ def _model(folder: str, as_json: bool) -> None:
     ]
     out.print(facts([("usual targets", ""), *usual]))
     out.print()
-    kinds = {site["kind"] for site in found.sites}
-    counts = ", ".join(f"{sum(s['kind'] == kind for s in found.sites)} {kind}" for kind in sorted(kinds))
-    out.print(f"attentions a prefix can go to: {counts or 'none'}", soft_wrap=True)
+    _attentions(found)
+
+
+def _attentions(found: ModelFacts) -> None:
+    """How many attentions there are, and how many a prefix reaches, by kind, shape and way."""
+    out = console()
+    whole = len(found.sites) + sum(not each.partly for each in found.unreached)
+    out.print(
+        f"attentions: {whole}, of which a prefix reaches {len(found.sites)}" if whole else "attentions: none found"
+    )
     if found.sites_note:
         out.print(found.sites_note, soft_wrap=True, markup=False)
+    groups: dict[tuple[str, str, str, str], int] = defaultdict(int)
+    for site in found.sites:
+        heads, dim, value_heads, value_dim = site.shape
+        shape = f"{heads} x {dim}" + (f", {value_heads} x {value_dim}" if site.shape[:2] != site.shape[2:] else "")
+        groups[pattern(site.name), site.kind, shape, site.way] += 1
+    if groups:
+        rows = [(name, kind, shape, way, count) for (name, kind, shape, way), count in groups.items()]
+        out.print(table(("attention", "kind", "heads x dim", "through", "count"), rows, numbers="llrlr"))
+    missed: dict[tuple[str, str, bool], int] = defaultdict(int)
+    for each in found.unreached:
+        missed[pattern(each.name), each.class_name, each.partly] += 1
+    for (name, class_name, partly), count in missed.items():
+        what = "in part out of reach" if partly else "out of reach"
+        out.print(f"{what}: {count} {class_name} at {name}", soft_wrap=True, markup=False)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltatune.data.encode import IGNORE, Features
+from deltatune.data.features import IGNORE, Features
+from deltatune.data.passages import Window
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,21 @@ class Collator:
 
     pad_token_id: int
     task: str
+    task_ids: bool = True  # whether the model takes them
 
     def __call__(self, rows: list[Features]) -> dict[str, Tensor]:
         batch = self.inputs([row.input_ids for row in rows])
         if self.task == "classification":
             batch["labels"] = torch.tensor([row.labels[0] for row in rows])
+        elif self.task == "question_answering":
+            batch["start_positions"], batch["end_positions"] = torch.tensor([row.labels for row in rows]).unbind(1)
+            types = [row.types for row in rows if isinstance(row, Window) and row.types is not None]
+            if types:
+                batch["token_type_ids"] = _padded(types, 0)
         else:
             batch["labels"] = _padded([row.labels for row in rows], IGNORE)
+        if self.task_ids and rows[0].task_id is not None:
+            batch["task_ids"] = torch.tensor([row.task_id for row in rows])
         return batch
 
     def inputs(self, ids: list[list[int]], left: bool = False) -> dict[str, Tensor]:

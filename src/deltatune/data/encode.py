@@ -1,26 +1,15 @@
 """Examples as token numbers. Labels cover the answer only: -100 stands wherever nothing is to be learnt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from deltatune.data.formats import Example
+from deltatune.data.example import TEXT_TASKS, Example
+from deltatune.data.features import IGNORE, Features
 from deltatune.data.labels import Labels
-from deltatune.errors import DataError
-
-IGNORE = -100  # the index that torch's cross entropy leaves out
-
-
-@dataclass(frozen=True)
-class Features:
-    """One example, ready for the model. `targets` is how many predictions its loss is a mean over."""
-
-    input_ids: list[int]
-    labels: list[int]  # tokens, or one class number
-    targets: int
-
-    @property
-    def length(self) -> int:
-        return max(len(self.input_ids), len(self.labels))
+from deltatune.data.passages import Passage, windows
+from deltatune.data.tagging import Tagged
+from deltatune.data.tagging import features as tagged_features
+from deltatune.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -31,6 +20,7 @@ class Lengths:
     longest_target: int
     truncated: int
     rows: int
+    dropped: int = 0  # of `rows`, because nothing could be learnt from them
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,10 @@ class Encoder:
 
     def __call__(self, example: Example, source: str = "data") -> tuple[Features, bool]:
         """The features and whether a limit cut something."""
+        if isinstance(example, Tagged):
+            made, cut = tagged_features(self, example, source)
+            self._check(made.input_ids if made.targets else [], example, source)
+            return made, cut
         if self.task == "classification":
             return self._classified(example, source)
         if self.task == "seq2seq":
@@ -58,17 +52,17 @@ class Encoder:
         if self.task == "causal":
             ids = self._ids(text + self.separator, special=True, closed=False)
             return ids[-max(1, self.max_length - 1) :]
-        return self._cut(self._ids(text, special=True))
+        return self.cut(self._ids(text, special=True))
 
     def _classified(self, example: Example, source: str) -> tuple[Features, bool]:
         assert self.labels is not None
         ids = self._ids(example.text, special=True)
-        kept = self._cut(ids)
-        return Features(kept, [self.labels.number(example, source)], 1), len(kept) < len(ids)
+        kept = self.cut(ids)
+        return Features(kept, [self.labels.number(example.target or "", example.line, source)], 1), len(kept) < len(ids)
 
     def _translated(self, example: Example, source: str) -> tuple[Features, bool]:
         ids, answer = self._ids(example.text, special=True), self._answer(example.target or "")
-        kept, wanted = self._cut(ids), answer[: self.max_target_length]
+        kept, wanted = self.cut(ids), answer[: self.max_target_length]
         self._check(wanted, example, source)
         return Features(kept, wanted, len(wanted)), len(kept) < len(ids) or len(wanted) < len(answer)
 
@@ -98,7 +92,8 @@ class Encoder:
             ids.pop()  # a prompt goes on
         return ids
 
-    def _cut(self, ids: list[int]) -> list[int]:
+    def cut(self, ids: list[int]) -> list[int]:
+        """At most `max_length` tokens, the closing one among them."""
         if len(ids) <= self.max_length:
             return ids
         closing = self.tokenizer.eos_token_id if self.task == "seq2seq" else self.tokenizer.sep_token_id
@@ -128,16 +123,46 @@ class Encoder:
 
 
 def encode(
-    examples: list[Example], encoder: Encoder, source: str, vocabulary: int | None
+    examples: list[Example], encoder: Encoder, source: str, vocabulary: int | None, training: bool = True
 ) -> tuple[list[Features], Lengths]:
-    """All examples, with what was cut; a token the model has no embedding for is refused before the first step."""
-    made, cut = [], 0
-    for example in examples:
-        features, truncated = encoder(example, source)
+    """All examples, with what was cut; a token the model has no embedding for is refused before the first step.
+
+    Each example gives one row of features, but passages give a row for each window outside of training, and none for
+    training where no window holds the answer.
+    """
+    made: list[Features] = []
+    cut = dropped = 0
+    for number, example in enumerate(examples):
+        if isinstance(example, Passage):
+            found: list[Features] = [*windows(encoder, example, number)]
+            truncated = len(found) > 1
+            found = [row for row in found if row.targets][:1] if training else found
+        else:
+            features, truncated = encoder(example, source)
+            found = [features]
+        if example.task_id is not None:
+            found = [replace(row, task_id=example.task_id) for row in found]
         cut += truncated
-        made.append(features)
-        highest = max([*features.input_ids, *(features.labels if encoder.task != "classification" else ())])
-        if vocabulary is not None and highest >= vocabulary:
+        dropped += not found
+        made += found
+        _check_vocabulary(found, encoder.task, vocabulary, example, source)
+    if not made:
+        raise DataError(
+            f"{source}: no answer fits into {encoder.max_length} tokens beside its question; raise max_length",
+            path=source,
+            field="max_length",
+            found=encoder.max_length,
+        )
+    longest_target = max(f.targets for f in made)
+    return made, Lengths(max(len(f.input_ids) for f in made), longest_target, cut, len(examples), dropped)
+
+
+def _check_vocabulary(rows: list[Features], task: str, vocabulary: int | None, example: Example, source: str) -> None:
+    if vocabulary is None:
+        return
+    for row in rows:
+        highest = max([*row.input_ids, *(row.labels if task in TEXT_TASKS else ())])
+        if highest >= vocabulary:
             raise DataError(
                 f"{source} line {example.line}: token {highest} but the model has only {vocabulary} embeddings; "
                 "the tokenizer belongs to another model",
@@ -147,5 +172,13 @@ def encode(
                 found=highest,
                 expected=f"below {vocabulary}",
             )
-    longest_target = max(f.targets for f in made)
-    return made, Lengths(max(len(f.input_ids) for f in made), longest_target, cut, len(made))
+
+
+def check_tokenizer(tokenizer: Any, task: str) -> None:
+    """Tags and spans are found by where tokens stand in the text, which only fast tokenizers tell."""
+    if task in ("token_classification", "question_answering") and not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"task {task} needs a fast tokenizer, {type(tokenizer).__name__} is none; save it with a tokenizer.json",
+            field="task",
+            found=type(tokenizer).__name__,
+        )

@@ -1,10 +1,13 @@
-"""From the columns of a table to checked examples: input/target pairs, text with a label, or plain text."""
+"""From the columns of a table to checked examples: pairs, plain text, text with a label, tagged words, passages."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+from deltatune.data.example import Columns, Example, Fault, kind, name_of_class, short, string
+from deltatune.data.passages import passage
 from deltatune.data.read import Table
+from deltatune.data.tagging import TAGS, WORDS, tagged
 from deltatune.errors import DataError
 
 # (input columns, target column), in the order in which they are looked for
@@ -22,26 +25,8 @@ PAIRS = (
     (("article",), "highlights"),
 )
 TEXTS = ("text", "sentence", "content", "review", "question", "input")
+ANSWERS = ("answers", "answer")
 LABELS = ("label", "labels", "class", "category", "intent", "target")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table are what. `form` is 'pairs', 'labelled' or 'text'."""
-
-    form: str
-    inputs: tuple[str, ...]
-    target: str | None = None
-    label_names: str | None = None
-
-
-@dataclass(frozen=True)
-class Example:
-    """One checked row: `text` in, `target` out (None for plain text), `line` to name it by."""
-
-    text: str
-    target: str | None
-    line: int
 
 
 def detect(
@@ -76,6 +61,19 @@ def detect(
             names = "label_name" if "label_name" in present and label == "label" else None
             return Columns("labelled", (text,), label, names)
         raise _unknown(table, present, "a text and a label (text/label)", "text_column and label_column")
+    if task == "token_classification":
+        words = text_column or input_column or _first(WORDS, present)
+        tags = label_column or target_column or _first(TAGS, [c for c in present if c != words])
+        if words and tags:
+            return Columns("tagged", (words,), tags)
+        raise _unknown(table, present, "words and their tags (tokens/tags)", "text_column and label_column")
+    if task == "question_answering":
+        question, context = input_column or "question", text_column or "context"
+        answers = target_column or _first(ANSWERS, present)
+        if question in present and context in present and answers:
+            return Columns("passages", (question, context), answers)
+        wanted = "a question, its context and answers (question, context, answers)"
+        raise _unknown(table, present, wanted, "input_column, text_column and target_column")
     if (text_column or (not (input_column or target_column) and present == ["text"])) and task == "causal":
         return Columns("text", (text_column or "text",))
     if input_column or target_column:
@@ -99,8 +97,11 @@ def examples(table: Table, columns: Columns) -> list[Example]:
     faults: list[tuple[str, int, str, str]] = []
     for index, row in enumerate(table.rows):
         try:
-            made.append(_example(table, index, row, columns))
-        except _Fault as fault:
+            example = _example(table, index, row, columns)
+            made.append(
+                example if columns.task_id is None else replace(example, task_id=_task_id(row, columns.task_id))
+            )
+        except Fault as fault:
             faults.append((fault.field, index, fault.problem, fault.expected))
     if not faults:
         return made
@@ -117,51 +118,41 @@ def examples(table: Table, columns: Columns) -> list[Example]:
     )
 
 
-class _Fault(Exception):
-    def __init__(self, field: str, problem: str, expected: str) -> None:
-        self.field, self.problem, self.expected = field, problem, expected
-
-
 def _example(table: Table, index: int, row: dict[str, Any], columns: Columns) -> Example:
     line = table.lines[index]
+    if columns.form == "tagged":
+        return tagged(row, columns, line)
+    if columns.form == "passages":
+        return passage(row, columns, line)
     if columns.form == "labelled":
         assert columns.target is not None
         label = _label(row, columns.target)
-        return Example(_string(row, columns.inputs[0]), label, line)
+        return Example(string(row, columns.inputs[0]), label, line)
     if columns.form == "text":
-        return Example(_string(row, columns.inputs[0]), None, line)
+        return Example(string(row, columns.inputs[0]), None, line)
     assert columns.target is not None
     first, *rest = columns.inputs
-    parts = [_string(row, first), *(_string(row, name, blank=True, missing=True) for name in rest)]
-    return Example("\n".join(part for part in parts if part.strip()), _string(row, columns.target), line)
+    parts = [string(row, first), *(string(row, name, blank=True, missing=True) for name in rest)]
+    return Example("\n".join(part for part in parts if part.strip()), string(row, columns.target), line)
 
 
-def _string(row: dict[str, Any], name: str, blank: bool = False, missing: bool = False) -> str:
-    if name not in row:
-        if missing:
-            return ""
-        raise _Fault(name, f"is missing (the row has {sorted(row)})", "text")
-    value = row[name]
-    if value is None and missing:
-        return ""
-    if not isinstance(value, str):
-        raise _Fault(
-            name, f"is {'null' if value is None else f'{_short(value)} of type {type(value).__name__}'}", "text"
-        )
-    if not value.strip() and not blank:
-        raise _Fault(name, "is empty", "text")
+def _task_id(row: dict[str, Any], name: str) -> int:
+    value = row.get(name)
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)  # as csv has it
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise Fault(name, f"is {kind(value)}", "the number of a task, 0 or above")
     return value
 
 
 def _label(row: dict[str, Any], name: str) -> str:
+    expected = "a label (a whole number or a name)"
     if name not in row or row[name] is None or row[name] == "":
-        raise _Fault(name, "is missing: the row is not labelled", "a label (a whole number or a name)")
-    value = row[name]
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, str | int) or (isinstance(value, float) and value.is_integer()):
-        return value if isinstance(value, str) else str(int(value))
-    raise _Fault(name, f"is {_short(value)} of type {type(value).__name__}", "a label (a whole number or a name)")
+        raise Fault(name, "is missing: the row is not labelled", expected)
+    label = name_of_class(row[name])
+    if label is None:
+        raise Fault(name, f"is {short(row[name])} of type {type(row[name]).__name__}", expected)
+    return label
 
 
 def _present(table: Table) -> list[str]:
@@ -179,11 +170,6 @@ def _first(names: tuple[str, ...], present: list[str]) -> str | None:
 def _nearest(name: str, present: list[str]) -> str:
     close = get_close_matches(name, present, 1, 0.6)
     return f" (nearest: {close[0]!r})" if close else ""
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 def _unknown(table: Table, present: list[str], wanted: str, setting: str) -> DataError:

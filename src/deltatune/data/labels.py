@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from deltatune.data.formats import Columns, Example
+from deltatune.data.example import Columns, Example
 from deltatune.data.read import Table
+from deltatune.data.tagging import Tagged
 from deltatune.errors import DataError
 
 
@@ -17,25 +18,29 @@ class Labels:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def number(self, example: Example, source: str) -> int:
+    def number(self, key: str, line: int, source: str) -> int:
         try:
-            return self.keys.index(example.target or "")
+            return self.keys.index(key)
         except ValueError:
             known = ", ".join(self.keys[:8]) + (", ..." if len(self.keys) > 8 else "")
             raise DataError(
-                f"{source} line {example.line}: label {example.target!r} never occurs in the training data; "
-                f"expected one of {known}",
+                f"{source} line {line}: label {key!r} never occurs in the training data; expected one of {known}",
                 path=source,
-                key=str(example.line),
+                key=str(line),
                 field="label",
-                found=example.target,
+                found=key,
                 expected=list(self.keys),
             ) from None
 
 
+def keys_of(example: Example) -> tuple[str, ...]:
+    """The classes of a row: one, or one for each of its words."""
+    return example.tags if isinstance(example, Tagged) else (example.target or "",)
+
+
 def collect_labels(table: Table, columns: Columns, examples: list[Example]) -> Labels:
     """The classes in a stable order: by number where all are numbers, else by name."""
-    keys = {example.target or "" for example in examples}
+    keys = {key for example in examples for key in keys_of(example)}
     numeric = all(key.lstrip("-").isdigit() for key in keys)
     ordered: tuple[str, ...] = tuple(sorted(keys, key=int) if numeric else sorted(keys))
     if len(ordered) < 2:

@@ -1,13 +1,15 @@
 """Tables to a corpus: columns found, rows checked, tokens made. All of it before the model is loaded or trained."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltatune.data.collate import Collator
-from deltatune.data.encode import Encoder, Features, Lengths, encode
-from deltatune.data.formats import Columns, Example, detect, examples
-from deltatune.data.labels import Labels, collect_labels
+from deltatune.data.encode import Encoder, Lengths, check_tokenizer, encode
+from deltatune.data.example import Columns, Example
+from deltatune.data.features import Features
+from deltatune.data.formats import detect, examples
+from deltatune.data.labels import Labels, collect_labels, keys_of
 from deltatune.data.read import Table
 from deltatune.errors import DataError
 
@@ -42,6 +44,10 @@ class Corpus:
         named = f"{self.train.digest} {self.columns}"
         return hashlib.sha256(named.encode()).hexdigest()
 
+    def without_task_ids(self) -> "Corpus":
+        """The same rows for a model that knows of no tasks, such as the base."""
+        return self if self.collator is None else replace(self, collator=replace(self.collator, task_ids=False))
+
     def encode(
         self,
         tokenizer: Any,
@@ -53,6 +59,7 @@ class Corpus:
         vocabulary: int | None = None,
     ) -> "Corpus":
         """The same corpus with tokens; they live in memory only."""
+        check_tokenizer(tokenizer, self.task)
         encoder = Encoder(tokenizer, self.task, max_length, max_target_length, separator, answer_only, self.labels)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         collator = Collator(0 if pad is None else pad, self.task)
@@ -60,7 +67,7 @@ class Corpus:
         def tokens(part: Part | None) -> Part | None:
             if part is None:
                 return None
-            features, lengths = encode(part.examples, encoder, part.source, vocabulary)
+            features, lengths = encode(part.examples, encoder, part.source, vocabulary, part is self.train)
             return Part(part.source, part.digest, part.examples, features, lengths)
 
         train = tokens(self.train)
@@ -80,9 +87,11 @@ def prepare(
     target_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    task_column: str | None = None,
 ) -> Corpus:
     """Check every row of every table; the training file decides which columns are read."""
     columns = detect(train, task, input_column, target_column, text_column, label_column)
+    columns = replace(columns, task_id=task_column)
     if task == "seq2seq" and columns.form != "pairs":
         raise DataError(
             f"{train.source}: task seq2seq needs an input and a target, the file has text only; use task: causal",
@@ -91,14 +100,15 @@ def prepare(
             found="seq2seq",
         )
     rows = examples(train, columns)
-    labels = collect_labels(train, columns, rows) if task == "classification" else None
+    labels = collect_labels(train, columns, rows) if columns.form in ("labelled", "tagged") else None
 
     def part(table: Table | None) -> Part | None:
         if table is None:
             return None
         checked = rows if table is train else examples(table, columns)
         for example in checked if labels else ():
-            labels.number(example, table.source)  # pyright: ignore[reportOptionalMemberAccess]
+            for key in keys_of(example):
+                labels.number(key, example.line, table.source)  # pyright: ignore[reportOptionalMemberAccess]
         return Part(table.source, table.digest, checked)
 
     made = part(train)

@@ -19,6 +19,7 @@ class Question:
     text: str
     prompt: list[int]
     references: tuple[str, ...]
+    task_id: int | None = None
 
 
 @torch.no_grad()
@@ -29,6 +30,7 @@ def answer(
     *,
     causal: bool,
     max_new_tokens: int,
+    task_ids: Sequence[int] | None = None,
     max_length: int | None = None,
     num_beams: int = 1,
     batch_size: int = 16,
@@ -38,6 +40,7 @@ def answer(
     """Greedy or beam search from each prompt; only what is new is returned.
 
     Args:
+        task_ids: The task of each prompt, for a model whose tasks share a prompt.
         max_length: Tokens of prompt and answer together that a decoder has positions for.
         after_batch: Told how many prompts are done.
     """
@@ -50,6 +53,8 @@ def answer(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs = collator.inputs([list(prompts[i]) for i in chosen], left=causal)
+            if task_ids is not None:
+                inputs["task_ids"] = torch.tensor([task_ids[i] for i in chosen])
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             room = max_new_tokens
             if causal and max_length is not None:

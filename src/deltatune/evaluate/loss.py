@@ -8,24 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from deltatune.data.encode import IGNORE
+from deltatune.data.features import IGNORE
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean negative log-likelihood per target token (per row for classes), and the classes that were predicted."""
+    """Mean negative log-likelihood per target token (per row for classes and spans), and what was predicted.
+
+    Attributes:
+        predicted: For each row its class, or the class at each labelled token, or two tensors (T,) of logits of being
+            the first and the last token of a span. Empty for text.
+    """
 
     mean: float
     targets: int
-    predicted: list[int] = field(default_factory=list)
+    predicted: list[Any] = field(default_factory=list)
 
 
 def target_count(labels: Tensor, task: str) -> int:
     """How many predictions the model's own mean loss is over."""
     if task == "classification":
         return labels.shape[0]
-    return int(((labels if task == "seq2seq" else labels[:, 1:]) != IGNORE).sum())
+    return int(((labels[:, 1:] if task == "causal" else labels) != IGNORE).sum())
 
 
 @torch.no_grad()
@@ -40,15 +46,48 @@ def dataset_loss(
     was_training = model.training
     model.eval()
     total, count, predicted = 0.0, 0, []
+    judged = _spans if task == "question_answering" else _labels
     try:
         for done, batch in enumerate(batches, 1):
-            number = target_count(batch["labels"], task)
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-            total += float(output.loss) * number
+            placed = {name: tensor.to(device) for name, tensor in batch.items()}
+            loss, number, found = judged(model, placed, task)
+            total += loss
             count += number
-            if task == "classification":
-                predicted += output.logits.argmax(-1).tolist()
+            predicted += found
             after_batch(done)
     finally:
         model.train(was_training)
     return Loss(total / max(count, 1), count, predicted)
+
+
+def _labels(model: nn.Module, batch: dict[str, Tensor], task: str) -> tuple[float, int, list[Any]]:
+    """(sum of losses, how many, predictions) of a batch, by the model's own loss."""
+    labels = batch["labels"]
+    number = target_count(labels, task)
+    output = model(**batch)
+    predicted = []
+    if task == "classification":
+        predicted = output.logits.argmax(-1).tolist()
+    elif task == "token_classification":
+        best = _of_tokens(output.logits, batch).argmax(-1)
+        predicted = [row[seen].tolist() for row, seen in zip(best, labels != IGNORE)]
+    return float(output.loss) * number if number else 0.0, number, predicted
+
+
+def _spans(model: nn.Module, batch: dict[str, Tensor], task: str) -> tuple[float, int, list[Any]]:
+    """The same for spans. Padding cannot be chosen, so that the other rows of a batch change nothing."""
+    wanted = [batch.pop("start_positions"), batch.pop("end_positions")]
+    output = model(**batch)
+    padding = batch["attention_mask"] == 0
+    both = [
+        _of_tokens(logits, batch).float().masked_fill(padding, -torch.inf)
+        for logits in (output.start_logits, output.end_logits)
+    ]
+    losses = [cross_entropy(one, place, ignore_index=IGNORE, reduction="sum") for one, place in zip(both, wanted)]
+    number = int((wanted[0] != IGNORE).sum())
+    return float(sum(losses)) / 2, number, list(zip(both[0].cpu(), both[1].cpu()))
+
+
+def _of_tokens(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Those of the tokens of the batch; methods that put virtual tokens in front may have logits for them too."""
+    return logits[:, -batch["input_ids"].shape[1] :]

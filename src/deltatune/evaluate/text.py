@@ -14,7 +14,7 @@ def bleu(outputs: Sequence[str], references: References) -> float:
     """Corpus BLEU of sacrebleu, 0 to 100; rows may have different numbers of references."""
     import sacrebleu
 
-    _check(outputs, references)
+    check_references(outputs, references)
     most = max(len(row) for row in references)
     # sacrebleu wants the k-th references of all rows side by side, None where a row has fewer
     columns = [[row[k] if k < len(row) else None for row in references] for k in range(most)]
@@ -26,14 +26,14 @@ def rouge_l(outputs: Sequence[str], references: References) -> float:
 
     https://aclanthology.org/W04-1013, words as in the package rouge-score: lower case letters and digits, no stemming.
     """
-    _check(outputs, references)
+    check_references(outputs, references)
     scores = [max(_lcs_f1(_words(out), _words(ref)) for ref in row) for out, row in zip(outputs, references)]
     return 100 * sum(scores) / len(scores)
 
 
 def exact_match(outputs: Sequence[str], references: References) -> float:
     """Share of outputs that equal a reference, white space at the ends aside."""
-    _check(outputs, references)
+    check_references(outputs, references)
     hits = [out.strip() in {ref.strip() for ref in row} for out, row in zip(outputs, references)]
     return sum(hits) / len(hits)
 
@@ -57,7 +57,8 @@ def _lcs_f1(a: list[str], b: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _check(outputs: Sequence[str], references: References) -> None:
+def check_references(outputs: Sequence[str], references: References) -> None:
+    """Raises DataError unless every output has its references."""
     if not outputs or len(outputs) != len(references) or not all(references):
         raise DataError(
             f"{len(outputs)} outputs and {len(references)} rows of references; "

@@ -1,4 +1,4 @@
-"""Inputs to answers, in batches of like length; for classifiers the answer is the likeliest class."""
+"""Inputs to answers, in batches of like length: text, the likeliest class, the entities, or a span of the context."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from deltatune.data.collate import Collator
+from deltatune.data.example import TEXT_TASKS
+from deltatune.evaluate import read
 from deltatune.generate.decoding import Decoding
 from deltatune.generate.load import Ready
 
@@ -26,6 +28,8 @@ class Answer:
 @torch.no_grad()
 def answers(ready: Ready, inputs: Sequence[str], decoding: Decoding, base: bool = False) -> list[Answer]:
     """One answer per input, in their order; with `base` those of the model without its adapter."""
+    if ready.task not in TEXT_TASKS and ready.task != "classification":
+        return _read(ready, inputs, decoding, base)
     prompts = [ready.encoder.prompt(text) for text in inputs]
     collator = Collator(ready.tokenizer.pad_token_id or 0, ready.task)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -40,6 +44,13 @@ def answers(ready: Ready, inputs: Sequence[str], decoding: Decoding, base: bool 
             made = _classes(ready, model, batch) if ready.labels else _texts(ready, model, batch, decoding)
             found.update(zip(chosen, made))
     return [found[i] for i in range(len(prompts))]
+
+
+def _read(ready: Ready, inputs: Sequence[str], decoding: Decoding, base: bool) -> list[Answer]:
+    with ready.untouched() if base else nullcontext(ready.model) as model:
+        device = next(model.parameters()).device
+        found = read(model, ready.encoder, inputs, batch_size=decoding.batch_size, device=device)
+    return [Answer(text) for text in found]
 
 
 def _texts(ready: Ready, model: Any, batch: dict[str, Tensor], decoding: Decoding) -> list[Answer]:

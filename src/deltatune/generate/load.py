@@ -29,6 +29,14 @@ TASKS = {
     TaskType.SEQ_2_SEQ_LM: "seq2seq",
     TaskType.CAUSAL_LM: "causal",
     TaskType.SEQ_CLS: "classification",
+    TaskType.TOKEN_CLS: "token_classification",
+    TaskType.QUESTION_ANS: "question_answering",
+}
+LABELLED = ("classification", "token_classification")
+HEADS = {  # endings of transformers' classes
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
 }
 
 
@@ -75,7 +83,7 @@ def load_ready(name: str, model: str | None = None, separator: str | None = None
         tokenizer = _own_tokenizer(Path(name)) or tokenizer
     elif compare:
         bare = _before(Path(name), device)
-    if labels is None and settings.task == "classification":
+    if labels is None and settings.task in LABELLED:
         known: Any = loaded.config
         names = tuple(known.id2label[i] for i in range(known.num_labels))
         labels = Labels(names, names)
@@ -111,7 +119,7 @@ def _settings(folder: Path, config: PeftConfig | None, model: str | None, separa
         values["separator"] = ""  # of a foreign adapter nothing is known: the input is taken as it is
         if config.task_type is not None and config.task_type not in TASKS:
             raise ConfigError(
-                f"{folder}: generate answers seq2seq, causal and classification tasks, this adapter is for "
+                f"{folder}: generate answers {', '.join(TASKS.values())} tasks, this adapter is for "
                 f"{config.task_type.value}",  # type: ignore[union-attr]
                 field="task_type",
                 found=config.task_type,
@@ -145,15 +153,14 @@ def _task_of(name: str) -> str:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FormatError(f"{name} is neither an adapter nor a model that loads: {reason}", path=name) from error
-    if config.is_encoder_decoder:
-        return "seq2seq"
-    classes = getattr(config, "architectures", None) or [""]
-    return "classification" if classes[0].endswith("ForSequenceClassification") else "causal"
+    name_of_class = (getattr(config, "architectures", None) or [""])[0]
+    head = next((task for ending, task in HEADS.items() if name_of_class.endswith(ending)), None)
+    return head or ("seq2seq" if config.is_encoder_decoder else "causal")
 
 
 def _labels(folder: Path, settings: TrainSettings, adapter: str | None) -> Labels | None:
     """The classes of an adapter: their names from beside it, or their number from its head."""
-    if settings.task != "classification" or adapter is None:
+    if settings.task not in LABELLED or adapter is None:
         return None
     if (folder / LABELS).is_file():
         names = tuple(read_json(folder / LABELS)["names"])
@@ -171,8 +178,8 @@ def _labels(folder: Path, settings: TrainSettings, adapter: str | None) -> Label
 
 
 def write_labels(result: TrainResult) -> None:
-    """Keep the names of a classifier's classes beside its adapter, which has no config of the base to hold them."""
-    if result.settings.task == "classification":
+    """Keep the names of the classes beside the adapter, which has no config of the base to hold them."""
+    if result.settings.task in LABELLED:
         config: Any = result.model.config
         names = [config.id2label[i] for i in range(config.num_labels)]
         write_files(result.output_dir, {LABELS: as_json({"names": names})})

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,11 @@ from deltatune.bases import as_map
 from deltatune.errors import FormatError, PeftError
 from deltatune.registry import METHODS
 from deltatune.targets import walk
+
+if TYPE_CHECKING:
+    from deltatune.prompts.probe import Survey
+
+_SMALL = 200_000_000  # parameters: a model that is filled with random values where empty ones do not get through
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,27 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class SiteFacts:
+    """An attention that a prefix can go to; `shape` is key heads, key dim, value heads, value dim."""
+
+    name: str
+    kind: str
+    shape: list[int]
+    calls: int
+    way: str  # "interface": transformers' attention interface, "own code": followed through the module's own code
+
+
+@dataclass(frozen=True)
+class UnreachedFacts:
+    """An attention that no prefix can be added to; where `partly`, another part of it is among the sites."""
+
+    name: str
+    kind: str
+    class_name: str
+    partly: bool
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     folder: str
     model_type: str
@@ -36,8 +62,9 @@ class ModelFacts:
     parameters: int
     layers: list[LayerGroup]
     defaults: dict[str, Any]  # method -> target_modules it takes when the user names none
-    sites: list[dict[str, Any]]  # attentions that a prefix can go to: name, kind, shape
-    sites_note: str | None
+    sites: list[SiteFacts]
+    unreached: list[UnreachedFacts]
+    sites_note: str | None  # why nothing is known of the attentions
 
 
 def inspect_model(name_or_path: str | Path) -> ModelFacts:
@@ -46,12 +73,12 @@ def inspect_model(name_or_path: str | Path) -> ModelFacts:
     Raises:
         FormatError: There is no config that transformers can read.
     """
-    model, kind = _empty(str(name_or_path))
+    model, kind = _built(str(name_or_path), "meta")
     defaults = {}
     for method in METHODS.values():
         if method.default_targets is not None:
             defaults[method.peft_type.value] = _plain(method.default_targets(kind))
-    sites, note = _sites(model)
+    sites, unreached, note = _attentions(model, str(name_or_path))
     return ModelFacts(
         folder=str(name_or_path),
         model_type=kind,
@@ -60,11 +87,12 @@ def inspect_model(name_or_path: str | Path) -> ModelFacts:
         layers=_layers(model),
         defaults=defaults,
         sites=sites,
+        unreached=unreached,
         sites_note=note,
     )
 
 
-def _empty(name: str) -> tuple[nn.Module, str]:
+def _built(name: str, device: str) -> tuple[nn.Module, str]:
     import transformers
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -78,7 +106,7 @@ def _empty(name: str) -> tuple[nn.Module, str]:
         config = transformers.AutoConfig.from_pretrained(name)
         wanted = (getattr(config, "architectures", None) or [None])[0]
         cls = getattr(transformers, wanted, None) if wanted else None
-        with torch.device("meta"):
+        with torch.device(device):
             model = cls._from_config(config) if cls is not None else transformers.AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -97,16 +125,29 @@ def _layers(model: nn.Module) -> list[LayerGroup]:
     return [LayerGroup(*key, len(sizes), sum(sizes)) for key, sizes in found.items()]
 
 
-def _sites(model: Any) -> tuple[list[dict[str, Any]], str | None]:
+def _attentions(model: nn.Module, name: str) -> tuple[list[SiteFacts], list[UnreachedFacts], str | None]:
+    found = _surveyed(model)
+    if found is None and sum(parameter.numel() for parameter in model.parameters()) <= _SMALL:
+        found = _surveyed(_built(name, "cpu")[0])
+    if found is None:
+        return [], [], "the attentions could not be found without the model's weights"
+    sites = [
+        SiteFacts(
+            site.name, site.kind, list(site.shape), site.calls, "interface" if site.layout is None else "own code"
+        )
+        for site in found.sites
+    ]
+    unreached = [UnreachedFacts(each.name, each.kind, each.class_name, each.partly) for each in found.unreached]
+    return sites, unreached, None
+
+
+def _surveyed(model: Any) -> Survey | None:
     from deltatune.prompts.sites import survey
 
     try:
-        found = survey(model)
+        return survey(model)
     except PeftError:  # a forward pass without values does not get through every architecture
-        return [], "the attentions could not be found without the model's weights"
-    sites = [{"name": site.name, "kind": site.kind, "shape": list(site.shape)} for site in found.sites]
-    note = f"{len(found.own)} attentions compute in code of their own, which takes no prefix" if found.own else None
-    return sites, note
+        return None
 
 
 def _plain(value: Any) -> Any:

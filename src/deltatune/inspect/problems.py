@@ -12,8 +12,10 @@ from torch import Tensor
 
 from deltatune.config import PeftConfig, PeftType
 from deltatune.errors import PeftError
+from deltatune.inputs.encoder import ROWS, STATE
+from deltatune.inputs.prompt import Input
+from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.files import ENCODER, NAMES
-from deltatune.prompts.prefix import PrefixTuningConfig
 from deltatune.registry import METHODS
 from deltatune.storage.folder import EDITABLE
 from deltatune.targets import pattern_value
@@ -24,8 +26,10 @@ def find_problems(config: PeftConfig, tensors: dict[str, Tensor], facts: dict[st
     found = [*_values(tensors), *_header(config, facts)]
     if not tensors:
         return ["the file holds no tensors"]
-    if isinstance(config, PrefixTuningConfig):
+    if isinstance(config, KeyValueConfig):
         return [*found, *_prefix(config, tensors)]
+    if METHODS[config.peft_type].graft is Input:  # type: ignore[index]
+        return [*found, *_rows(config, tensors)]
     found += [*_surplus(config, tensors), *_gaps(config, tensors)]
     if config.peft_type is PeftType.LORA:
         found += _pairs(config, tensors)
@@ -95,7 +99,7 @@ def _pairs(config: Any, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "every lora_B is zero: the adapter changes nothing, it was never trained"
 
 
-def _prefix(config: PrefixTuningConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
+def _prefix(config: KeyValueConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
     name = NAMES[config.layout]
     rows = tensors.get(name)
     whole = set(config.modules_to_save or ())
@@ -114,3 +118,19 @@ def _prefix(config: PrefixTuningConfig, tensors: dict[str, Tensor]) -> Iterator[
         yield f"{name} has shape {tuple(rows.shape)}, the config says {(config.num_virtual_tokens, width)}"
     elif not torch.any(rows):
         yield f"{name} is zero everywhere"
+
+
+def _rows(config: Any, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Rows before the embedded tokens; what a method keeps beside them has names of its own."""
+    rows, whole = tensors.get(ROWS), set(config.modules_to_save or ())
+    for key in tensors:
+        own = key == ROWS or key.startswith(STATE) or key in ("prefix_task_cols", "prefix_task_rows")
+        if not own and not whole & set(key.split(".")):
+            yield f"{key} belongs neither to {config.peft_type.name} nor to modules_to_save"
+    expected = ((config.num_virtual_tokens or 0) * (config.num_transformer_submodules or 1), config.token_dim)
+    if rows is None:
+        yield f"{ROWS} is missing"
+    elif None not in expected and tuple(rows.shape) != expected:
+        yield f"{ROWS} has shape {tuple(rows.shape)}, the config says {expected}"
+    elif not torch.any(rows):
+        yield f"{ROWS} is zero everywhere"

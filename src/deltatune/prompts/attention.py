@@ -7,40 +7,77 @@ had happened. The names of implementations, masks, caches, configs and model fil
 
 The hook is one per process, put on when the first prefix is attached, safe to put on twice, and taken off by
 `uninstall`.
+
+There are two ways to attend to prefix and tokens, with the same result. The first is the definition, fits every
+implementation, and is what the others are tested against: put the prefix before keys and values and call the function.
+The second leaves keys and values where they are and merges the two parts (`deltatune.prompts.merge`); it fits sdpa
+without dropout, where all rows have the same prefix. `backend` chooses:
+
+    "auto"     the second where it was measured to be the faster: one query, on a CPU, with more than a few keys
+    "concat"   the first
+    "merge"    the second wherever it fits
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from deltatune.prompts import masks
+from deltatune.errors import ConfigError
+from deltatune.prompts import masks, merge
 
 if TYPE_CHECKING:
+    from deltatune.prompts.handed import KeysValues
+    from deltatune.prompts.own import Mount
     from deltatune.prompts.stage import Stage
 
 SLOT = "_deltatune_prefix"  # key in a module's __dict__: not an nn.Module attribute, so no state_dict entry
+GATES = "_deltatune_gates"  # the same for gated prompts, which act on the result (`deltatune.prompts.gates`)
 _ORIGINALS = "_deltatune_originals"  # set on AttentionInterface while the hook is on
 
 Attention = Callable[..., Any]
+Backend = Literal["auto", "concat", "merge"]
+
+backend: Backend = "auto"  # of all models of the process
+_COPY = 2**17  # elements of keys above which putting a prefix before them takes longer than a second product
 _recorders: list[Recorder] = []
 observers: list[Callable[..., Attention]] = []  # each may put itself around `inner`: told of a call before the prefix
 
 
+@contextmanager
+def using(form: Backend) -> Iterator[None]:
+    """Within the block, `backend` is this one: `with attention.using("concat"): ...`."""
+    global backend
+    if form not in ("auto", "concat", "merge"):
+        raise ConfigError(f"backend={form!r}: expected 'auto', 'concat' or 'merge'", field="backend", found=form)
+    before, backend = backend, form
+    try:
+        yield
+    finally:
+        backend = before
+
+
 class Slot:
-    """Marks an attention module as a site: the stage that knows what to hand over, and the site's name there."""
+    """Marks an attention module as a site: the stage that knows what to hand over, and the site's name there.
+
+    Attributes:
+        mount: What adds the prefix where the module does not ask the interface.
+    """
 
     def __init__(self, stage: Stage, site: str) -> None:
         self.stage = stage
         self.site = site
+        self.mount: Mount | None = None
 
 
 class Recorder:
-    """Told of every attention call of its thread while it listens. Prefixes take no part in what it hears.
+    """Told of every attention call of its thread while it listens. No prefix or gate takes part in what it hears.
 
     Attributes:
         inside: Number of attention calls that are running.
@@ -62,9 +99,29 @@ class Recorder:
         _recorders.remove(self)
 
 
+def recorders_here() -> list[Recorder]:
+    """Those that listen to the thread that asks."""
+    return [recorder for recorder in _recorders if recorder.thread == threading.get_ident()] if _recorders else []
+
+
+def with_gates(attend: Attention) -> Attention:
+    """`attend` with what gated prompts of the module add to its result."""
+
+    @functools.wraps(attend)
+    def gated(inner: Attention, backend: str, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = attend(inner, backend, module, query, *args, **kwargs)
+        slot = module.__dict__.get(GATES)
+        if slot is None or recorders_here():
+            return result
+        return slot.added(module, query, result, kwargs)
+
+    return gated
+
+
+@with_gates
 def attend(
     inner: Attention,
-    backend: str,
+    implementation: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -77,20 +134,69 @@ def attend(
 
     Where it returns attention weights, their first P columns are those of the prefix, as with PEFT.
     """
-    if _recorders and (listening := [r for r in _recorders if r.thread == threading.get_ident()]):
+    listening = recorders_here()
+    if listening:
         return _recorded(listening, inner, module, query, key, value, attention_mask, *args, **kwargs)
     for observe in observers:
-        inner = observe(inner, backend, module, key, attention_mask, kwargs)
+        inner = observe(inner, implementation, module, key, attention_mask, kwargs)
     slot = module.__dict__.get(SLOT)
-    prefix = None if slot is None else slot.stage.prefix_of(slot.site)
+    prefix = None if slot is None else slot.stage.prefix_of(slot.site, key.shape[0])
     if slot is None or prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
-    prefix_key, prefix_value = prefix[0].to(key), prefix[1].to(value)
+    past = slot.stage.past(slot.site)
+    if backend != "concat" and past is None and not args and _is_sdpa(inner):
+        output = _merged(module, query, key, value, attention_mask, prefix, **kwargs)
+        if output is not None:
+            return output.transpose(1, 2).contiguous(), None
     key, value, attention_mask, kwargs = masks.extend(
-        backend, module, query, key, value, attention_mask, kwargs, prefix_key.shape[1], slot.stage.past(slot.site)
+        implementation, module, query, key, value, attention_mask, kwargs, prefix.count, past, prefix.visible
     )
-    key, value = masks.prepend(prefix_key, key), masks.prepend(prefix_value, value)
+    key, value = masks.prepend(prefix.key.to(key), key), masks.prepend(prefix.value.to(value), value)
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _is_sdpa(inner: Attention) -> bool:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return inner is sdpa_attention_forward  # not what someone registered under its name, not with an observer around it
+
+
+def _merged(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: KeysValues,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Attention (B, heads, Q, dim) without a copy of keys and values; None where that does not fit or does not pay."""
+    few = query.shape[2] == 1
+    if backend == "auto" and not (few and _pays(key, prefix.count)):
+        return None
+    unsuited = (
+        dropout or prefix.visible is not None or any(kwargs.get(name) is not None for name in ("cache", "softcap"))
+    )
+    if unsuited or query.shape[0] != key.shape[0] or (mask is not None and mask.ndim != 4):
+        return None
+    causal = mask is None and masks.is_causal(module, query, kwargs)
+    if causal:  # as sdpa does, with a static cache
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    mask = masks.with_bias(masks.cut(mask, key.shape[2]), masks.cut(position_bias, key.shape[2]))
+    prefix_key, prefix_value = prefix.key.to(key), prefix.value.to(value)
+    if few:
+        return merge.joint(query, key, value, prefix_key, prefix_value, mask, False, scaling)
+    if (mask is not None and (causal or mask.requires_grad)) or not merge.has_kernel(query, key, value, mask):
+        return None
+    return merge.merged(query, key, value, prefix_key, prefix_value, mask, causal, scaling)
+
+
+def _pays(key: Tensor, count: int) -> bool:
+    rows, heads, keys, dim = key.shape
+    return not torch.compiler.is_compiling() and key.is_cpu and rows * heads * (keys + count) * dim > _COPY
 
 
 def _recorded(
@@ -113,9 +219,9 @@ def _recorded(
             recorder.inside -= 1
 
 
-def _with_seam(function: Any, backend: str) -> Any:
+def _with_seam(function: Any, implementation: str) -> Any:
     is_seamed = isinstance(function, functools.partial) and function.func is attend
-    return function if is_seamed or not callable(function) else functools.partial(attend, function, backend)
+    return function if is_seamed or not callable(function) else functools.partial(attend, function, implementation)
 
 
 def install() -> None:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.prompts.attention import Recorder
-from deltatune.prompts.example import call_with_tokens
+from deltatune.errors import TargetError
+from deltatune.prompts.example import call_with_tokens, ordinary_tokens
+from deltatune.prompts.follow import Trail
+from deltatune.prompts.listen import Listener
 from deltatune.prompts.positions import PositionShift
+from deltatune.prompts.product import Roles, canonical
 from deltatune.prompts.sites import Site, undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Capture(Recorder):
+class _Capture(Listener):
     def __init__(self, model: nn.Module) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
+        super().__init__(model)
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         name = self.names.get(id(module))
         if name is not None:  # the first call of a module that is called several times
             self.found.setdefault(name, (key.detach(), value.detach()))
+
+    def record_own(
+        self, module: nn.Module, queries: int, keys: Tensor, values: Tensor, trail: Trail | None, how: dict[str, Roles]
+    ) -> None:
+        self.record(module, keys, canonical(keys, how["keys"]), canonical(values, how["values"]))
 
 
 class _Constant:
@@ -55,6 +64,41 @@ def capture(
         finally:
             shifting.detach()
     return [watch.found[site.name] for site in sites]
+
+
+def check_shift(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Raise TargetError where the hooks of `PositionShift` do not move what `position_ids` move.
+
+    A table that the model indexes by itself is no module; moving nothing there would give numbers that mean nothing.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return
+    ids, start = ordinary_tokens(model, 4), 4  # beyond the row of padding
+    told = [_at(model, sites, ids, start, 0), _at(model, sites, ids, start + 3, 0), _at(model, sites, ids, start, 3)]
+    for site, before, after, hooked in zip(sites, *told):
+        moved, rounding = (after - before).abs().max(), 1e-3 * after.abs().max()
+        if (hooked - after).abs().max() > 0.1 * moved + rounding:
+            raise TargetError(
+                f"{type(model).__name__}: PEFT's layout is not available, because the positions of {site.name!r} enter "
+                "where they cannot be moved; use layout='native'",
+                field="layout",
+                found="peft",
+                expected="native",
+            )
+
+
+def _at(model: PreTrainedModel, sites: list[Site], token_ids: Tensor, start: int, shift: int) -> list[Tensor]:
+    """Keys of every site for tokens that are told to stand at `start`, with positions moved by hooks."""
+    watch, shifting = _Capture(model), PositionShift(_Constant(shift))
+    positions = start + torch.arange(token_ids.shape[1], device=model.device)[None]
+    with undisturbed(model), torch.no_grad():
+        shifting.attach(model, [site.name for site in sites])
+        try:
+            with watch:
+                call_with_tokens(model, token_ids, position_ids=positions)
+        finally:
+            shifting.detach()
+    return [watch.found[site.name][0].float() for site in sites]
 
 
 def rows_of(pairs: list[tuple[Tensor, Tensor]], count: int) -> Tensor:

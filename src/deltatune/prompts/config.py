@@ -25,6 +25,9 @@ class PromptLearningConfig(PeftConfig):
         modules_to_save: Modules of the base that are trained and saved beside the prompt, such as a classifier.
     """
 
+    # Whether, of two submodules, the second is used too: rows before the decoder's tokens.
+    reaches_decoder: ClassVar[bool] = False
+
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
@@ -63,13 +66,18 @@ class KeyValueConfig(PromptLearningConfig):
             same), "encoder", "cross", "all", a regular expression for module paths, or a list of kinds and paths.
         init_text: Start from the keys and values of this text; needs `tokenizer_name_or_path`.
         init_token_ids: The same, as token ids.
+        init_from: Start from the rows of a trained prefix on the same sites: its folder, or its name on this model. Of
+            a longer one the first are taken; a shorter one is continued with rows drawn like its own.
+        init_weights: "scaled" draws keys and values of the size that the model's own have; None, as PEFT, N(0, 1).
         tokenizer_name_or_path: Tokenizer for `init_text`.
         site_names: Module paths of the sites, filled in from the model.
         site_shapes: [key heads, key dim, value heads, value dim] of each site, filled in from the model.
     """
 
     # How to start is not saved: a file holds the result, and is read without a tokenizer.
-    unsaved: ClassVar[frozenset[str]] = frozenset({"init_text", "init_token_ids", "tokenizer_name_or_path"})
+    unsaved: ClassVar[frozenset[str]] = frozenset(
+        {"init_text", "init_token_ids", "init_from", "init_weights", "tokenizer_name_or_path"}
+    )
     # A file that PEFT wrote says nothing of a layout, and its numbers mean PEFT's.
     file_defaults: ClassVar[dict[str, str]] = {"layout": "peft"}
 
@@ -77,6 +85,8 @@ class KeyValueConfig(PromptLearningConfig):
     sites: str | list[str] = "default"
     init_text: str | None = None
     init_token_ids: list[int] | None = None
+    init_from: str | None = None
+    init_weights: Literal["scaled"] | None = None
     tokenizer_name_or_path: str | None = None
     site_names: list[str] | None = None
     site_shapes: list[list[int]] | None = None
@@ -102,7 +112,7 @@ class KeyValueConfig(PromptLearningConfig):
     @property
     def starts(self) -> tuple[str, ...]:
         """Fields that each say how to start."""
-        return ("init_text", "init_token_ids")
+        return ("init_weights", "init_text", "init_token_ids", "init_from")
 
     def derived(self, width: int) -> dict[str, Any]:
         """Further fields that follow from the width of the keys of one layer."""

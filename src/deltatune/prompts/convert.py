@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import TargetError
+from deltatune.prompts.capture import check_shift
 from deltatune.prompts.positions import position_modules
 from deltatune.prompts.rotation import rotations
 
@@ -34,8 +35,14 @@ def convert(prefix: Prefix, rows: Tensor, target: str) -> Tensor:
             found=target,
             expected=prefix.config.layout,
         )
+    check_shift(model, prefix.sites)
     count = prefix.config.length
-    turn = count if target == "peft" else -count
+    return turned(prefix, rows, count if target == "peft" else -count)
+
+
+def turned(prefix: Prefix, rows: Tensor, turn: int) -> Tensor:
+    """Rows (P, width) with the keys of every site moved on by `turn` positions, P or -P, where they are rotary."""
+    model, count = prefix.stage.model, prefix.config.length
     parts = list(rows.split(prefix.encoder.part_sizes, dim=1))
     for site, (shape, rotation) in enumerate(zip(prefix.encoder.shapes, rotations(model, prefix.sites, count))):
         keys = parts[2 * site].unflatten(1, shape[:2])  # (P, heads, dim)
@@ -54,6 +61,8 @@ def _obstacle(prefix: Prefix, model: PreTrainedModel) -> str | None:
         return "PEFT gives the layers of an encoder-decoder each other's parts of the prefix"
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return "PEFT has no prefix for models without text"
+    if any(site.layout is not None for site in prefix.sites):
+        return "its attention is code of its own, in which the shift of PEFT's positions is not known"
     if any(site.calls > 1 for site in prefix.sites):
         return "its attention modules are called several times in a pass, which PEFT counts as several layers"
     if len(shapes) > 1 or any(shape[:2] != shape[2:] for shape in shapes):

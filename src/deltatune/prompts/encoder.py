@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from deltatune.errors import MismatchError
 from deltatune.prompts.config import KeyValueConfig
 
 
@@ -47,6 +48,18 @@ class KeyValueEncoder(nn.Module):
     def fill(self, rows: Tensor) -> None:
         """Take rows (P, width) as they are: the folded prefix of a file, or keys and values of real text."""
         raise NotImplementedError
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """PEFT's name for `fill`; MismatchError where the rows have another shape."""
+        wanted = (self().shape[0], sum(self.part_sizes))
+        if tuple(prompt_embeddings.shape) != wanted:
+            raise MismatchError(
+                f"prompt_embeddings has shape {tuple(prompt_embeddings.shape)}, this adapter holds {wanted}: one row "
+                "of keys and values per virtual token",
+                found=tuple(prompt_embeddings.shape),
+                expected=wanted,
+            )
+        self.fill(prompt_embeddings)
 
 
 def _heads(columns: Tensor, heads: int, dim: int) -> Tensor:

@@ -36,10 +36,21 @@ def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             yield {main: tensor, **fixed, "decoder_input_ids": _tokens(model, SOURCE)}
 
 
-def call_with_tokens(model: PreTrainedModel, token_ids: Tensor) -> Any:
+def two_rows(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs and, as a second row, others of the same length."""
+    return {name: _doubled(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _doubled(row: Tensor) -> Tensor:
+    if row.is_floating_point():
+        return torch.cat([row, row + torch.linspace(-1, 1, row.numel()).reshape(row.shape).to(row)])
+    return torch.cat([row, row[:, [1, 0, *range(2, row.shape[1])]] if row.ndim > 1 and row.shape[1] > 1 else row])
+
+
+def call_with_tokens(model: PreTrainedModel, token_ids: Tensor, **more: Any) -> Any:
     """Run a text model on tokens; an encoder-decoder reads them on both sides."""
     accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+    inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), **more}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = token_ids
     if "use_cache" in accepted:

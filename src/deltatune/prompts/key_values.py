@@ -12,12 +12,15 @@ from deltatune.config import TaskType
 from deltatune.errors import AdapterNameError, ConfigError, TargetError
 from deltatune.prompts import files
 from deltatune.prompts.attention import SLOT, Slot
+from deltatune.prompts.capture import check_shift
 from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
+from deltatune.prompts.own import Mount
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
 from deltatune.prompts.stage import STAGE, Stage
+from deltatune.prompts.starts import start_rows
 from deltatune.selection import Selection
 
 if TYPE_CHECKING:
@@ -64,11 +67,7 @@ class Prefix(Graft):
         sites = choose_sites(model, config.sites)
         values = _filled_in(model, config, sites)
         shifted = config.layout == "peft" and _check_layout(model, sites)
-        start = None
-        if config.init_text is not None or config.init_token_ids is not None:
-            from deltatune.prompts.text import rows_of_config
-
-            start = rows_of_config(model, config, sites)
+        start = start_rows(model, config, sites, {} if stage is None else stage.prefixes)
         for field, value in values.items():
             setattr(config, field, value)
 
@@ -80,7 +79,10 @@ class Prefix(Graft):
         prefix = cls(name, config, built, sites, stage)
         modules = dict(model.named_modules())
         for site in sites:
-            vars(modules[site.name]).setdefault(SLOT, Slot(stage, site.name))
+            if SLOT not in vars(modules[site.name]):
+                vars(modules[site.name])[SLOT] = slot = Slot(stage, site.name)
+                if site.layout is not None:
+                    slot.mount = Mount(slot, site.layout).put_on(modules[site.name])
         if shifted:
             prefix.biased = _bias_tables(modules, sites)
             if stage.shifting is None:
@@ -96,8 +98,9 @@ class Prefix(Graft):
         still = {site.name for prefix in stage.prefixes.values() for site in prefix.sites}
         modules = dict(model.named_modules())
         for site in self.sites:
-            if site.name not in still:
-                vars(modules[site.name]).pop(SLOT, None)
+            slot = None if site.name in still else vars(modules[site.name]).pop(SLOT, None)
+            if slot is not None and slot.mount is not None:
+                slot.mount.take_off()
         if stage.shifting is not None and all(prefix.config.layout != "peft" for prefix in stage.prefixes.values()):
             stage.shifting.detach()
             stage.shifting = None
@@ -107,16 +110,22 @@ class Prefix(Graft):
 
     def keys_values(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Keys and values by site. Without gradients they are kept for as long as the encoder's parameters stay."""
-        parameters = list(self.encoder.parameters())
+        parameters, buffers = list(self.encoder.parameters()), list(self.encoder.buffers())
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             self._folded = None
             return self._by_site()
-        if any(p.is_inference() for p in parameters):  # they count no versions
+        if any(p.is_inference() for p in (*parameters, *buffers)):  # they count no versions
             return self._by_site()
-        state = [(id(p), p.data_ptr(), p._version) for p in parameters]
+        state = [(id(p), p.data_ptr(), p._version) for p in (*parameters, *buffers)]
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, self._by_site())
         return self._folded[1]
+
+    def to_cache(self, batch_size: int = 1) -> Any:
+        """An ordinary cache of transformers that holds this prefix (`deltatune.prompts.serve` says how to use it)."""
+        from deltatune.prompts.serve import cache_of
+
+        return cache_of(self, batch_size)
 
     def _by_site(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {site.name: pair for site, pair in zip(self.sites, self.encoder.keys_values())}
@@ -173,6 +182,8 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
     reason = None
     if len({site.shape for site in sites}) > 1 or any(site.shape[:2] != site.shape[2:] for site in sites):
         reason = "its attentions differ in shape"
+    elif any(site.layout is not None for site in sites):
+        reason = "its attention is code of its own, in which the shift of PEFT's positions is not known"
     elif any(site.calls > 1 for site in sites):
         reason = "its attention modules are called several times in a pass"
     elif getattr(text, "attention_chunk_size", None):
@@ -188,6 +199,7 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
             found="peft",
             expected="native",
         )
+    check_shift(model, sites)
     return True
 
 

@@ -10,6 +10,9 @@
 | flash          | 2-D, of the keys     | ones for the prefix                                                        |
 | flex           | BlockMask            | the same rule, asked at kv - P, and True below P                           |
 | any            | position_bias (T5)   | zeros for the prefix                                                       |
+
+Where the rows of a batch see different parts of it, what is True, 1, 0.0 above is False, 0, lowest for the parts that
+a row does not see, and a mask is made where there was none.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ def extend(
     mask: Any,
     kwargs: dict[str, Any],
     count: int,
-    past: Past | None,
+    past: Past | None = None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Any, dict[str, Any]]:
     """Keys, values, mask and keyword arguments of a call, ready for `count` keys to be put in front.
 
     Args:
+        visible: (B, count), which of them each row sees; None: all.
         past: With PEFT's layout, what its numbers depend on further: where the prefix stands before the queries.
     """
     if kwargs.get("cache") is not None:
@@ -44,40 +49,73 @@ def extend(
     bias = kwargs.get("position_bias")
     if "flash" in backend or (backend != "sdpa" and isinstance(mask, Tensor) and mask.ndim == 2):
         kwargs = _check_flash(module, kwargs, past)
-        return key, value, None if mask is None else _pad(mask, count), kwargs
+        if mask is None and visible is not None:
+            mask = visible.new_ones(key.shape[0], key.shape[2])
+        return key, value, None if mask is None else _pad(mask, count, visible), kwargs
     if type(mask).__name__ == "BlockMask":
-        mask = _block_mask(mask, count)
+        mask = _block_mask(mask, count, visible)
     else:
-        if mask is None and backend != "eager" and backend != "flex_attention" and _is_causal(module, query, kwargs):
+        if mask is None and backend != "eager" and backend != "flex_attention" and is_causal(module, query, kwargs):
             # sdpa reads None as "query i sees keys 0..i", and drops what a static cache holds beyond them.
             queries = query.shape[2]
             key, value = key[:, :, :queries], value[:, :, :queries]
-            bias = None if bias is None else bias[..., :queries]
+            bias = cut(bias, queries)
             mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
+        if mask is None and visible is not None:
+            mask = _all_seen(backend, query, key)
+        mask = cut(mask, key.shape[2])
         if mask is not None:
-            mask = mask[..., : key.shape[2]] if mask.shape[-1] != 1 else mask.expand(*mask.shape[:-1], key.shape[2])
-            mask = _pad(mask, count)
+            mask = _pad(mask, count, None if visible is None else visible[:, None, None])
             if past is not None and kwargs.get("sliding_window"):
                 mask = _hide_beyond_window(mask, query, count, kwargs["sliding_window"], past)
+    bias = cut(bias, key.shape[2])
     if bias is not None:
-        bias = bias[..., : key.shape[2]] if bias.shape[-1] != 1 else bias.expand(*bias.shape[:-1], key.shape[2])
         bias = _pad(bias, count) if past is None else torch.cat([past.bias(module, query, count), bias], dim=-1)
         kwargs = {**kwargs, "position_bias": bias}
     return key, value, mask, kwargs
 
 
+def cut(mask: Tensor | None, keys: int) -> Tensor | None:
+    """A mask or bias for as many keys as there are, (..., 1 or more) -> (..., keys)."""
+    if mask is None or mask.shape[-1] == keys:
+        return mask
+    return mask[..., :keys] if mask.shape[-1] != 1 else mask.expand(*mask.shape[:-1], keys)
+
+
+def with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Mask and position bias as one additive mask."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias
+
+
 def prepend(prefix: Tensor, tokens: Tensor) -> Tensor:
-    """(heads, P, dim) before (B, heads, K, dim): the same prefix in every row."""
+    """(heads, P, dim), the same in every row, or (B, heads, P, dim) before (B, heads, K, dim)."""
     return torch.cat([prefix.expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
 
 
-def _pad(mask: Tensor, count: int) -> Tensor:
-    """The neutral element in front: True for a boolean mask, 1 for an integer one, 0.0 for an additive one."""
-    neutral = 0.0 if mask.is_floating_point() else 1
-    return torch.cat([mask.new_full((*mask.shape[:-1], count), neutral), mask], dim=-1)
+def _pad(mask: Tensor, count: int, visible: Tensor | None = None) -> Tensor:
+    """What is seen in front: True in a boolean mask, 1 in an integer one, 0.0 in an additive one."""
+    if visible is None:
+        head = mask.new_full((*mask.shape[:-1], count), 0.0 if mask.is_floating_point() else 1)
+        return torch.cat([head, mask], dim=-1)
+    head = visible.to(mask.dtype)
+    if mask.is_floating_point():
+        head = torch.zeros_like(head).masked_fill(~visible, -torch.inf)  # below what hides tokens from a row of padding
+    mask = mask.expand(visible.shape[0], *mask.shape[1:])
+    return torch.cat([head.expand(*mask.shape[:-1], count), mask], dim=-1)
 
 
-def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+def _all_seen(backend: str, query: Tensor, key: Tensor) -> Tensor:
+    """A mask that hides nothing: sdpa takes a boolean one for all queries, the others add one of full size."""
+    if backend == "sdpa":
+        return query.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool)
+    return query.new_zeros(1, 1, query.shape[2], key.shape[2])
+
+
+def is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
     given = kwargs.get("is_causal")
     causal = given if given is not None else getattr(module, "is_causal", True)  # as sdpa_attention_forward decides
     return query.shape[2] > 1 and bool(causal)
@@ -97,22 +135,26 @@ def _check_flash(module: nn.Module, kwargs: dict[str, Any], past: Past | None) -
     return {name: given for name, given in kwargs.items() if name != "position_ids"}
 
 
-def _block_mask(mask: Any, count: int) -> Any:
+def _block_mask(mask: Any, count: int, visible: Tensor | None = None) -> Any:
     """The block mask of the longer keys; kept on the mask, which all layers of a pass share."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    kept: dict[int, Any] = mask.__dict__.setdefault("_deltatune_extended", {})
-    if count not in kept:
+    kept: dict[Any, Any] = mask.__dict__.setdefault("_deltatune_extended", {})
+    key = (count, id(visible))  # which lives for as long as the mask made with it
+    if key not in kept:
         tokens_mod = mask.mask_mod
 
         def with_prefix(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (kv < count) | tokens_mod(batch, head, q, torch.where(kv < count, 0, kv - count))
+            in_prefix = kv < count
+            seen = in_prefix if visible is None else in_prefix & visible[batch, torch.where(in_prefix, kv, 0)]
+            return seen | (~in_prefix & tokens_mod(batch, head, q, torch.where(in_prefix, 0, kv - count)))
 
         rows, heads = mask.kv_num_blocks.shape[:2]
+        rows = rows if visible is None else visible.shape[0]
         queries, keys = mask.seq_lengths
         device, size = mask.kv_num_blocks.device, mask.BLOCK_SIZE
-        kept[count] = create_block_mask(with_prefix, rows, heads, queries, keys + count, device, BLOCK_SIZE=size)
-    return kept[count]
+        kept[key] = create_block_mask(with_prefix, rows, heads, queries, keys + count, device, BLOCK_SIZE=size)
+    return kept[key]
 
 
 def _hide_beyond_window(mask: Tensor, query: Tensor, count: int, window: int, past: Past) -> Tensor:

@@ -115,6 +115,11 @@ def position_modules(model: nn.Module, site_names: list[str]) -> list[tuple[str,
     return found
 
 
+def learned_tables(model: nn.Module, site_names: list[str]) -> list[nn.Embedding]:
+    """The tables in which the part of a model that holds the sites looks positions up."""
+    return [module for _, module in _where_positions_enter(model, site_names) if isinstance(module, nn.Embedding)]
+
+
 def _is_rotary(module: nn.Module) -> bool:
     return "rotary" in type(module).__name__.lower()
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Method
-from deltatune.config import PeftType, config
+from deltatune.config import PeftType, TaskType, config
 from deltatune.errors import ConfigError
 from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.encoder import KeyValueEncoder
@@ -41,36 +41,54 @@ class PrefixTuningConfig(KeyValueConfig):
     Attributes:
         encoder_hidden_size: Width of the MLP with `prefix_projection`; the width of one layer's keys when left out.
         prefix_projection: Whether the prefix comes out of a two-layer MLP.
-        init_weights: None draws the prefix at random; "zero" starts with keys and values of zero.
+        init_weights: None draws the prefix at random, as PEFT; "zero" starts with keys and values of zero; "scaled"
+            draws them of the size that the model's own have.
     """
 
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
-    init_weights: Literal["zero"] | None = None
+    init_weights: Literal["zero", "scaled"] | None = None
 
     def __post_init__(self) -> None:
         if self.peft_type is None:
             self.peft_type = PeftType.PREFIX_TUNING
         super().__post_init__()
 
+    @classmethod
+    def p_tuning_v2(cls, task_type: str | TaskType | None = None, **options: Any) -> PrefixTuningConfig:
+        """A prefix as P-tuning v2 has it (https://arxiv.org/abs/2110.07602): deep prompts for understanding tasks.
+
+        Every attention of the model gets P tokens of its own, trained without a network in between, and the usual
+        linear head reads the answer (the task class trains and saves it); the base stays frozen. Sentences need few
+        tokens, a label at every token or a span as answer need many (section 3.3): P is 20 and 100.
+
+        Args:
+            task_type: One of the six tasks; also says how long the prefix is.
+            options: Fields of the config, to have something else.
+        """
+        return cls(**{"task_type": task_type, **p_tuning_v2_options(task_type), **options})
+
     def validate(self) -> None:
         super().validate()
         if self.encoder_hidden_size is not None:
             checks.positive_int(type(self).__name__, "encoder_hidden_size", self.encoder_hidden_size)
-        if self.prefix_projection and (self.init_text is not None or self.init_token_ids is not None):
+        start = next((name for name in self.starts if getattr(self, name) not in (None, "zero")), None)
+        if self.prefix_projection and start is not None:
             raise ConfigError(
-                f"{type(self).__name__}: a prefix of real text is keys and values, which prefix_projection=True cannot "
+                f"{type(self).__name__}: {start} gives keys and values, which the MLP of prefix_projection=True cannot "
                 "start from; set prefix_projection=False",
                 field="prefix_projection",
                 found=True,
             )
 
-    @property
-    def starts(self) -> tuple[str, ...]:
-        return ("init_weights", *super().starts)
-
     def derived(self, width: int) -> dict[str, Any]:
         return {"encoder_hidden_size": self.encoder_hidden_size or width}
+
+
+def p_tuning_v2_options(task_type: str | TaskType | None) -> dict[str, Any]:
+    """What P-tuning v2 sets."""
+    many = task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+    return {"sites": "all", "num_virtual_tokens": 100 if many else 20}
 
 
 class PrefixEncoder(KeyValueEncoder):

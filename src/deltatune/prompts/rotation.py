@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,20 +27,25 @@ _VARYING = ("dynamic", "longrope")  # frequencies that depend on the length of t
 
 @dataclass(frozen=True)
 class Rotation:
-    """Turns pairs of the first 2m dimensions, (j, j + m) or interleaved (2j, 2j + 1), by position * frequencies[j]."""
+    """Turns pairs of 2m dimensions, (j, j + m) or interleaved (2j, 2j + 1), by position * frequencies[j].
+
+    They are the first, or, where a part without positions stands before them (latent attention), the `last` ones.
+    """
 
     frequencies: Tensor
     interleaved: bool
+    last: bool = False
 
     def __call__(self, keys: Tensor, position: int) -> Tensor:
         m = len(self.frequencies)
         angles = position * self.frequencies.to(device=keys.device, dtype=torch.float64)
         cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
-        turning, rest = keys[..., : 2 * m], keys[..., 2 * m :]
+        start = keys.shape[-1] - 2 * m if self.last else 0
+        before, turning, after = keys.tensor_split([start, start + 2 * m], dim=-1)
         pairs = turning.unflatten(-1, (m, 2) if self.interleaved else (2, m))
         x, y = pairs.unbind(-1 if self.interleaved else -2)
         turned = torch.stack([x * cos - y * sin, y * cos + x * sin], -1 if self.interleaved else -2)
-        return torch.cat([turned.flatten(-2), rest], dim=-1)
+        return torch.cat([before, turned.flatten(-2), after], dim=-1)
 
 
 def rotations(model: PreTrainedModel, sites: list[Site], count: int) -> list[Rotation]:
@@ -47,7 +53,7 @@ def rotations(model: PreTrainedModel, sites: list[Site], count: int) -> list[Rot
     ids = ordinary_tokens(model, 8)
     here = [key.float() for key, _ in capture(model, sites, ids)]
     there = [key.float() for key, _ in capture(model, sites, ids, first_position=count)]
-    tolerance = 1e3 * torch.finfo(model.dtype).eps
+    tolerance = 1e3 * max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps)
     found = []
     for site, before, after in zip(sites, here, there):
         scale = after.abs().max().clamp_min(1e-6)
@@ -70,5 +76,5 @@ def _ways(model: PreTrainedModel, dim: int) -> Iterator[Rotation]:
             continue
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and buffer.ndim == 1 and 2 * len(buffer) <= dim:
-                yield Rotation(buffer.detach(), False)
-                yield Rotation(buffer.detach(), True)
+                for interleaved, last in product((False, True), repeat=2):
+                    yield Rotation(buffer.detach(), interleaved, last)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import StateError
 from deltatune.prompts import attention
+from deltatune.prompts.handed import KeysValues, joined, stacked
 from deltatune.prompts.positions import Past, PositionShift
 from deltatune.selection import Call, Selection
 
@@ -36,17 +37,33 @@ class Binding:
 
     Attributes:
         call: The adapters that were active when it began.
-        prefixes: Keys (heads, P, dim) and values by site.
+        prefixes: Keys and values by site; with rows, of each adapter in `order`.
+        order: With rows, the adapters that are named, each once.
         shift: Positions that the prefix takes up (PEFT's layout only).
         seen: Tokens in the model's cache before the pass (PEFT's layout only).
         projected: Whether the keys and values came out of an MLP.
     """
 
     call: Call
-    prefixes: dict[str, tuple[Tensor, Tensor]]
+    prefixes: dict[str, KeysValues]
+    order: tuple[str | None, ...] | None = None
     shift: int = 0
     seen: Any = 0
     projected: bool = False
+    chosen: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def prefix_of(self, site: str, batch: int | None = None) -> KeysValues | None:
+        prefix = self.prefixes.get(site)
+        if prefix is None or self.order is None:
+            return prefix
+        assert prefix.visible is not None and self.call.rows is not None
+        batch = len(self.call.rows) * self.call.copies if batch is None else batch
+        if (site, batch) not in self.chosen:  # no gradient flows here, so recomputed layers may find it there
+            rows = [self.order.index(name) for name in self.call.rows_of(batch)]
+            index = torch.tensor(rows, device=prefix.key.device)
+            self.chosen[site, batch] = index, prefix.visible[index]
+        index, visible = self.chosen[site, batch]
+        return KeysValues(prefix.key[index], prefix.value[index], visible)
 
 
 class _PerThread(threading.local):
@@ -121,7 +138,10 @@ class Stage:
     def bind(self, seen: Any = 0) -> Binding:
         """Compute what the adapters that are active now hand over."""
         call = self.selection.current()
-        active = [self.prefixes[name] for name in call.names if name in self.prefixes]
+        if call.rows is not None and len(set(call.rows)) > 1:
+            return self._bind_rows(call)
+        names = call.names if call.rows is None else tuple(name for name in call.rows[:1] if name is not None)
+        active = [self.prefixes[name] for name in names if name in self.prefixes]
         shifting = [prefix for prefix in active if prefix.config.layout == "peft"]
         if shifting and len(active) > 1:
             raise StateError(
@@ -135,10 +155,31 @@ class Stage:
                 collected.setdefault(site, []).append(pair)
         return Binding(
             call,
-            {site: _joined(pairs) for site, pairs in collected.items()},
+            {site: joined(pairs) for site, pairs in collected.items()},
             shift=sum(prefix.config.length for prefix in shifting),
             seen=seen,
             projected=any(prefix.encoder.transform is not None for prefix in active),
+        )
+
+    def _bind_rows(self, call: Call) -> Binding:
+        """Rows with different adapters: what each of them hands over stands side by side, for the sites to choose."""
+        order = tuple(dict.fromkeys(call.rows or ()))
+        active = {name: self.prefixes[name] for name in order if name is not None and name in self.prefixes}
+        for name, prefix in active.items():
+            if prefix.config.layout == "peft":
+                raise StateError(
+                    f"adapter_names: {name!r} has layout='peft', which moves the positions of its rows and not of the "
+                    "others; run its rows in a batch of their own",
+                    field="adapter_names",
+                    found=name,
+                )
+        by_name = {name: prefix.keys_values() for name, prefix in active.items()}
+        sites = dict.fromkeys(site for by_site in by_name.values() for site in by_site)
+        return Binding(
+            call,
+            {site: stacked([by_name.get(name or "", {}).get(site) for name in order]) for site in sites},
+            order,
+            projected=any(prefix.encoder.transform is not None for prefix in active.values()),
         )
 
     def binding(self) -> Binding:
@@ -149,8 +190,9 @@ class Stage:
             return self.latest  # a layer recomputed by a checkpoint function that we did not see
         return self.bind()
 
-    def prefix_of(self, site: str) -> tuple[Tensor, Tensor] | None:
-        return self.binding().prefixes.get(site)
+    def prefix_of(self, site: str, batch: int | None = None) -> KeysValues | None:
+        """What a site gets for a batch of this size; left out, that of the call, after generate() repeated its rows."""
+        return self.binding().prefix_of(site, batch)
 
     def shift(self) -> int:
         return self.binding().shift
@@ -203,12 +245,6 @@ def _rerun(stage: Stage, binding: Binding, function: Callable[..., Any], *args: 
     finally:
         local.running.pop()
         local.binding = before
-
-
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(pairs) == 1:
-        return pairs[0]
-    return torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1)
 
 
 def _past_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

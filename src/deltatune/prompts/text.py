@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltatune.errors import AdapterNameError, ConfigError, DataError, TargetError
+from deltatune.errors import ConfigError, DataError, TargetError
 from deltatune.prompts.capture import capture, rows_of
 from deltatune.prompts.sites import Site
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from deltatune.prompts.config import KeyValueConfig
-    from deltatune.prompts.key_values import Prefix
 
 
 def initialize_kv_prefix_from_text(
@@ -41,40 +40,14 @@ def initialize_kv_prefix_from_text(
         use_chat_template: Put the text into a system message where the tokenizer has a chat template.
         max_length: Cut the text to this many tokens.
     """
-    prefix = _prefix(model, adapter_name)
-    if num_virtual_tokens not in (None, prefix.config.num_virtual_tokens):
-        raise ConfigError(
-            f"num_virtual_tokens={num_virtual_tokens}, but the prefix {prefix.name!r} has "
-            f"{prefix.config.num_virtual_tokens}; leave it out",
-            field="num_virtual_tokens",
-            found=num_virtual_tokens,
-            expected=prefix.config.num_virtual_tokens,
-        )
-    if prefix.encoder.transform is not None:
-        raise ConfigError(
-            f"the prefix {prefix.name!r} has prefix_projection=True, whose MLP cannot start from keys and values; "
-            "set prefix_projection=False",
-            field="prefix_projection",
-            found=True,
-        )
+    from deltatune.prompts.starts import fillable
+
+    prefix = fillable(model, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
     ids = token_ids(tokenizer, text, use_chat_template)[:max_length]
     with torch.no_grad():
         rows = text_rows(prefix.stage.model, prefix.config, prefix.sites, ids)
         prefix.encoder.fill(rows)
     return rows
-
-
-def _prefix(model: Any, adapter_name: str | None) -> Prefix:
-    wanted = [adapter_name] if adapter_name is not None else [n for n in model.active_adapters if n in model.prefixes]
-    if len(wanted) != 1 or wanted[0] not in model.prefixes:
-        raise AdapterNameError(
-            f"initialize_kv_prefix_from_text: adapter_name={adapter_name!r} names no single prefix; there are "
-            f"{list(model.prefixes)}",
-            field="adapter_name",
-            found=adapter_name,
-            expected=list(model.prefixes),
-        )
-    return model.prefixes[wanted[0]]
 
 
 def token_ids(tokenizer: Any, text: str, use_chat_template: bool = False) -> list[int]:
@@ -86,6 +59,11 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool = False) -> lis
 
 def rows_of_config(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site]) -> Tensor:
     """Rows of a prefix that is to start as `init_text` or `init_token_ids`."""
+    return text_rows(model, config, sites, ids_of_config(model, config, "num_virtual_tokens"))
+
+
+def ids_of_config(model: PreTrainedModel, config: Any, field: str) -> list[int]:
+    """Tokens of `init_text` or `init_token_ids`, of which there must be `config.length`, the field `field`."""
     ids = config.init_token_ids
     if ids is None:
         if config.tokenizer_name_or_path is None:
@@ -96,27 +74,18 @@ def rows_of_config(model: PreTrainedModel, config: KeyValueConfig, sites: list[S
         from transformers import AutoTokenizer
 
         ids = token_ids(AutoTokenizer.from_pretrained(config.tokenizer_name_or_path), config.init_text or "")
-    return text_rows(model, config, sites, ids)
+    _check_ids(model, ids, config.length, field)
+    return ids
 
 
-def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site], ids: list[int]) -> Tensor:
-    """Rows (P, width) from the first P of the tokens `ids`."""
-    count = config.length
+def _check_ids(model: PreTrainedModel, ids: list[int], count: int, field: str) -> None:
     if len(ids) < count:
         raise DataError(
             f"the text has {len(ids)} tokens, the prefix {count} virtual tokens; give a longer text or set "
-            f"num_virtual_tokens={len(ids)}",
-            field="num_virtual_tokens",
+            f"{field}={len(ids)}",
+            field=field,
             found=len(ids),
             expected=count,
-        )
-    again = [site.name for site in sites if site.calls > 1]
-    if again:
-        raise TargetError(
-            f"{type(model).__name__}: {again[0]!r} attends several times in a pass, each time with other keys and "
-            "values; a prefix that they share cannot start from text",
-            field="init_text",
-            found=again,
         )
     size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     outside = [token for token in ids if not 0 <= token < size]
@@ -124,6 +93,20 @@ def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site],
         raise DataError(
             f"token ids {outside[:3]} are outside of the vocabulary of {type(model).__name__}, which has {size} tokens",
             found=outside,
+        )
+
+
+def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site], ids: list[int]) -> Tensor:
+    """Rows (P, width) from the first P of the tokens `ids`."""
+    count = config.length
+    _check_ids(model, ids, count, "num_virtual_tokens")
+    again = [site.name for site in sites if site.calls > 1]
+    if again:
+        raise TargetError(
+            f"{type(model).__name__}: {again[0]!r} attends several times in a pass, each time with other keys and "
+            "values; a prefix that they share cannot start from text",
+            field="init_text",
+            found=again,
         )
     first = -count if config.layout == "native" else 0
     pairs = capture(model, sites, torch.tensor([ids], device=model.device), first)

@@ -16,7 +16,7 @@ from deltatune.train.result import TrainResult
 
 NAME = "report.html"
 # scores of which more is better, and those of which less is
-RISING = {"bleu", "rouge_l", "exact_match", "accuracy", "macro_f1"}
+RISING = {"bleu", "rouge_l", "exact_match", "accuracy", "macro_f1", "precision", "recall", "f1"}
 
 
 def write_report(result: TrainResult, command: str | None = None) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import deltatune
 from deltatune import inject, registry
 from deltatune.adapter import Adapter
+from deltatune.inputs.prompt import Input
 from deltatune.layer import AdaptedLayer
 from deltatune.model import PeftModel
 from deltatune.prompts.encoder import KeyValueEncoder
@@ -29,6 +30,7 @@ from deltatune.trace.report import (
     ConfigStop,
     CopyStop,
     GradientStop,
+    InputStop,
     LayerStop,
     LossStop,
     MethodStop,
@@ -77,6 +79,7 @@ def report(
         copies=copies,
         loss=loss,
         gradient=_sum(model, names, gradients, prefixes, layers, copies),
+        inputs=[_input(prompt) for name in names if isinstance(prompt := model.prompts.get(name), Input)],
     )
     made.stops = stops(made)
     return made
@@ -134,7 +137,20 @@ def _task(model: PeftModel, base: nn.Module) -> TaskStop:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- prefixes
+# -------------------------------------------------------------------------------------------------- prompts, prefixes
+
+
+def _input(prompt: Input) -> InputStop:
+    weight = prompt.encoder.embedding.weight
+    used = 2 if prompt.config.reaches_decoder and len(weight) > prompt.config.length else 1
+    paths = [path for _, path in sorted(prompt.stage.places.paths.items())][:used]  # the encoder's first
+    return InputStop(
+        where=where(type(prompt.encoder)),
+        adapter=prompt.name,
+        virtual_tokens=prompt.config.length,
+        rows=list(weight.shape),
+        sides=dict.fromkeys(paths, int(prompt.config.length)),
+    )
 
 
 def _prefix(prefix: Prefix, watch: Watch, gradients: Gradients) -> PrefixStop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,10 @@ def _traced(ready: Ready, model: PeftModel, texts: Sequence[str] | None, targets
 def batch_of(ready: Ready, texts: Sequence[str] | None, targets: Sequence[str] | None) -> dict[str, Any]:
     """Texts and targets as a padded batch with labels."""
     from deltatune.data.collate import Collator
-    from deltatune.data.formats import Example
+    from deltatune.data.example import Example
+    from deltatune.data.features import Features
+    from deltatune.data.passages import Passage, windows
+    from deltatune.data.tagging import Tagged
 
     texts = list(TEXTS if texts is None else texts)
     if not texts:
@@ -125,10 +129,16 @@ def batch_of(ready: Ready, texts: Sequence[str] | None, targets: Sequence[str] |
     elif ready.labels is not None:
         usual = [ready.labels.keys[0]] * len(texts)
     wanted = usual if targets is None else list(targets)
-    rows = [
-        ready.encoder(Example(text, answer, line), "trace")[0]
-        for line, (text, answer) in enumerate(zip(texts, wanted), 1)
-    ]
+    rows: list[Features]
+    if ready.task == "token_classification":
+        rows = [ready.encoder(Tagged.of(text), "trace")[0] for text in texts]
+    elif ready.task == "question_answering":
+        rows = [replace(windows(ready.encoder, Passage.of(text))[0], labels=[0, 0]) for text in texts]
+    else:
+        rows = [
+            ready.encoder(Example(text, answer, line), "trace")[0]
+            for line, (text, answer) in enumerate(zip(texts, wanted), 1)
+        ]
     return dict(Collator(ready.tokenizer.pad_token_id or 0, ready.task)(rows))
 
 

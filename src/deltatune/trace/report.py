@@ -113,6 +113,21 @@ class Part:
 
 
 @dataclass
+class InputStop:
+    """The prompt of one adapter: rows before the embedded tokens.
+
+    Attributes:
+        sides: Embedding -> rows that stand before what it gives.
+    """
+
+    where: str
+    adapter: str
+    virtual_tokens: int
+    rows: Shape
+    sides: dict[str, int]
+
+
+@dataclass
 class PrefixStop:
     """The prefix encoder of one adapter, and what it hands to the attentions.
 
@@ -277,6 +292,7 @@ class TraceReport:
     loss: LossStop
     gradient: GradientStop
     stops: list[Stop] = field(default_factory=list)
+    inputs: list[InputStop] = field(default_factory=list)
 
     @property
     def dead(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def example(
                 expected=list(known),
             )
     assert entry is not None
-    if entry.adapter is None:
-        options.setdefault("num_virtual_tokens", 20)
+    for field, size in (("num_virtual_tokens", 20), ("adapter_len", 10)):
+        if field in {known.name for known in dataclasses.fields(entry.config)}:
+            options.setdefault(field, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         build = {"t5": _t5, "gpt2": _gpt2, "bert": _bert}[architecture]

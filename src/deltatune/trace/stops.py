@@ -26,6 +26,13 @@ def stops(report: TraceReport) -> list[Stop]:
             "task",
         )
     )
+    for index, prompt in enumerate(report.inputs):
+        tokens = report.batch.get("input_ids") or report.batch.get("inputs_embeds")
+        before = " and ".join(f"{count} before what {path} gives" for path, count in prompt.sides.items())
+        summary = f"rows {shape(prompt.rows)}, {before}"
+        if tokens:
+            summary += f": {tokens[1]} tokens become {tokens[1] + prompt.virtual_tokens}, outputs keep {tokens[1]}"
+        made.append(Stop("prompt", prompt.where, summary, "inputs", index=index))
     for index, prefix in enumerate(report.prefixes):
         way = " → ".join(f"{step} {shape(size)}" for step, size in prefix.steps)
         made.append(Stop("prefix encoder", prefix.where, way, "prefixes", index=index))

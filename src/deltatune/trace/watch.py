@@ -104,7 +104,7 @@ class Watch:
                     mask_type=_mask_type(mask),
                     bias_before=bias_before,
                     bias_after=_shape(kwargs.get("position_bias")),
-                    prefix=self._prefix_length(module),
+                    prefix=self._prefix_length(module, key.shape[0]),
                 )
             )
             return inner(module, query, key, value, mask, *args, **kwargs)
@@ -112,10 +112,10 @@ class Watch:
         return looked_at
 
     @staticmethod
-    def _prefix_length(module: nn.Module) -> int:
+    def _prefix_length(module: nn.Module, batch: int) -> int:
         slot = vars(module).get(attention.SLOT)
-        prefix = None if slot is None else slot.stage.prefix_of(slot.site)
-        return 0 if prefix is None else prefix[0].shape[1]
+        prefix = None if slot is None else slot.stage.prefix_of(slot.site, batch)
+        return 0 if prefix is None else prefix.count
 
 
 def _shape(value: Any) -> Shape | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.data.example import TEXT_TASKS
 from deltatune.data.labels import Labels
 from deltatune.errors import ConfigError, FormatError
 from deltatune.train.settings import TrainSettings
@@ -37,7 +38,7 @@ def load_base(settings: TrainSettings, labels: Labels | None = None, device: tor
         model, tokenizer = _demo(settings)
         return finish_base(model.to(dtype), tokenizer, settings)
     model, tokenizer, fresh = _load(settings, labels, dtype)
-    if settings.task == "classification":  # the head is new, the model below it must not be
+    if settings.task not in TEXT_TASKS:  # the head is new, the model below it must not be
         fresh = [name for name in fresh if name.startswith(f"{model.base_model_prefix}.")]
     notices = []
     if fresh:
@@ -86,7 +87,7 @@ def check_device(name: str) -> None:
 def _demo(settings: TrainSettings) -> tuple[nn.Module, Any]:
     from deltatune.demo.base import load_base as load_embedded
 
-    if settings.task == "classification":
+    if settings.task not in TEXT_TASKS:
         raise ConfigError(
             "model_name_or_path='demo' is a text-to-text model; use task: seq2seq, or name an encoder",
             field="task",
@@ -114,6 +115,8 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "causal": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
+        "token_classification": transformers.AutoModelForTokenClassification,
+        "question_answering": transformers.AutoModelForQuestionAnswering,
     }
     options: dict[str, Any] = {"dtype": dtype}
     if labels is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.data.example import TEXT_TASKS
 from deltatune.data.prepare import Corpus
 from deltatune.train import checkpoint as checkpoints
 from deltatune.train import snapshot
@@ -31,8 +32,8 @@ def finish(loop: Loop, tokenizer: Any, source: Path | None) -> TrainResult:
     if corpus.eval is not None:
         after["eval"] = {**judge.loss(loop.stepper.bare, corpus.eval), **scores}
     if corpus.test is not None:
-        questions = judge.questions(corpus.test, settings.num_scored)
-        answers = judge.answers(loop.stepper.bare, questions) if settings.num_scored else []
+        questions = judge.questions(corpus.test, settings.num_scored if corpus.task in TEXT_TASKS else 0)
+        answers = judge.answers(loop.stepper.bare, questions)
         test_scores = judge.text_scores(answers, questions)
         after["test"] = {**judge.loss(loop.stepper.bare, corpus.test), **test_scores}
     trained, total = count_parameters(loop.stepper.bare)
@@ -112,7 +113,7 @@ def _answers(
 
 def _asked(judge: Judge, corpus: Corpus) -> int:
     """How many inputs are answered: those scored and those shown are the same ones."""
-    scored = corpus.eval is not None and corpus.task != "classification" and corpus.columns.form != "text"
+    scored = corpus.eval is not None and corpus.task in TEXT_TASKS and corpus.columns.form != "text"
     return max(judge.settings.num_samples, judge.settings.num_scored if scored else 0)
 
 

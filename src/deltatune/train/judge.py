@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from deltatune.data.encode import Encoder
+from deltatune.data.example import TEXT_TASKS, Example
+from deltatune.data.passages import Passage
 from deltatune.data.prepare import Corpus, Part
+from deltatune.data.tagging import Tagged
 from deltatune.errors import TrainError
-from deltatune.evaluate import Question, accuracy, answer, bleu, dataset_loss, exact_match, macro_f1, rouge_l
+from deltatune.evaluate import Question, answer, bleu, dataset_loss, exact_match, read, rouge_l, shown
 from deltatune.train import randomness
 from deltatune.train.base import autocast
 from deltatune.train.events import Listener
+from deltatune.train.scores import row_scores
 from deltatune.train.settings import TrainSettings
 
 
@@ -36,9 +40,10 @@ class Judge:
     stop: Callable[[], bool] = lambda: False
 
     def loss(self, model: nn.Module, part: Part) -> dict[str, float]:
-        """`loss`, and with classes their scores, without them the perplexity."""
+        """`loss`, and the perplexity of text, or the scores of what was predicted for each row."""
         size = self.settings.per_device_eval_batch_size
-        rows = sorted(part.features, key=lambda row: row.length)
+        order = sorted(range(len(part.features)), key=lambda i: part.features[i].length)
+        rows = [part.features[i] for i in order]
         count = -(-len(rows) // size)
         self.listener.on_stage("evaluate", count)
         assert self.corpus.collator is not None
@@ -53,22 +58,24 @@ class Judge:
                 path=part.source,
                 found=found.mean,
             )
-        if self.settings.task == "classification":
-            true = [row.labels[0] for row in rows]
-            scores = {"accuracy": accuracy(found.predicted, true), "macro_f1": macro_f1(found.predicted, true)}
-            return {"loss": found.mean, **scores}
-        return {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700.0))}
+        if self.settings.task in TEXT_TASKS:
+            return {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700.0))}
+        assert self.corpus.encoder is not None
+        predicted = dict(zip(order, found.predicted))
+        scores = row_scores(part, [predicted[i] for i in range(len(rows))], self.corpus.encoder)
+        return {"loss": found.mean, **scores}
 
     def questions(self, part: Part, count: int) -> list[Question]:
         """`count` different inputs, evenly spread over the rows, each with all its references."""
         assert self.corpus.encoder is not None
         if self.corpus.columns.form == "text":
             return [_continuation(self.corpus.encoder, e.text) for e in _spread(part.examples, count)]
-        answers: dict[str, list[str]] = {}
+        answers: dict[tuple[str, int | None], list[str]] = {}
         for example in part.examples:
-            answers.setdefault(example.text, []).append(self._shown(example.target or ""))
+            answers.setdefault((example.text, example.task_id), []).extend(self._references(example))
         chosen = _spread(list(answers.items()), count)
-        return [Question(text, self.corpus.encoder.prompt(text), tuple(refs)) for text, refs in chosen]
+        prompt = self.corpus.encoder.prompt
+        return [Question(text, prompt(text), tuple(refs), task_id) for (text, task_id), refs in chosen]
 
     def answers(self, model: nn.Module, questions: list[Question]) -> list[str]:
         if not questions:
@@ -78,11 +85,23 @@ class Judge:
         with randomness.untouched(), autocast(self.settings, self.device):
             if self.settings.task == "classification":
                 return self._classes(model, questions)
+            task_ids = self._task_ids(questions)
+            if self.settings.task not in TEXT_TASKS:
+                return read(
+                    model,
+                    self.corpus.encoder,
+                    [question.text for question in questions],
+                    task_ids=task_ids,
+                    batch_size=self.settings.per_device_eval_batch_size,
+                    device=self.device,
+                    after_batch=self._done,
+                )
             return answer(
                 model,
                 self.tokenizer,
                 [question.prompt for question in questions],
                 causal=self.settings.task == "causal",
+                task_ids=task_ids,
                 max_new_tokens=self.corpus.encoder.max_target_length,
                 max_length=self.corpus.encoder.max_length,
                 num_beams=self.settings.num_beams,
@@ -92,8 +111,8 @@ class Judge:
             )
 
     def text_scores(self, answers: list[str], questions: list[Question]) -> dict[str, float]:
-        """Scores of generated answers; nothing for classes (scored over all rows) and for plain text."""
-        if not answers or self.settings.task == "classification" or self.corpus.columns.form == "text":
+        """Scores of generated answers; nothing for other tasks (scored over all rows) and for plain text."""
+        if not answers or self.settings.task not in TEXT_TASKS or self.corpus.columns.form == "text":
             return {}
         references = [question.references for question in questions]
         return {
@@ -107,14 +126,27 @@ class Judge:
         was_training = model.training
         model.eval()
         inputs = self.corpus.collator.inputs([question.prompt for question in questions])
+        task_ids = self._task_ids(questions)
+        if task_ids is not None:
+            inputs["task_ids"] = torch.tensor(task_ids)
         with torch.no_grad():
             logits = model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
         model.train(was_training)
         return [self.corpus.labels.names[i] for i in logits.argmax(-1).tolist()]
 
-    def _shown(self, target: str) -> str:
-        labels = self.corpus.labels
-        return target if labels is None or target not in labels.keys else labels.names[labels.keys.index(target)]
+    def _task_ids(self, questions: list[Question]) -> list[int] | None:
+        assert self.corpus.collator is not None
+        ids = [question.task_id for question in questions if question.task_id is not None]
+        return ids if ids and self.corpus.collator.task_ids else None
+
+    def _references(self, example: Example) -> list[str]:
+        """Every answer that is right, as people read it."""
+        if isinstance(example, Tagged):
+            return [shown(example.words, example.tags)]
+        if isinstance(example, Passage):
+            return list(dict.fromkeys(span.text for span in example.answers))
+        target, labels = example.target or "", self.corpus.labels
+        return [target if labels is None or target not in labels.keys else labels.names[labels.keys.index(target)]]
 
     def _done(self, count: int) -> None:
         self.listener.on_stage_progress(count)

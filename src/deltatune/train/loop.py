@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deltatune.data.encode import Features
+from deltatune.data.features import Features
 from deltatune.data.order import Order
 from deltatune.data.prepare import Corpus
 from deltatune.errors import LimitError, SaveError, TrainError

@@ -11,12 +11,14 @@ from deltatune.config import PeftConfig, PeftType, TaskType
 from deltatune.errors import ConfigError
 from deltatune.registry import METHODS
 from deltatune.suggest import did_you_mean
-from deltatune.train.defaults import FULL, method_name, peft_type
+from deltatune.train.defaults import FULL, PRESETS, method_name, peft_type
 
 TASK_TYPES = {
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "causal": TaskType.CAUSAL_LM,
     "classification": TaskType.SEQ_CLS,
+    "token_classification": TaskType.TOKEN_CLS,
+    "question_answering": TaskType.QUESTION_ANS,
 }
 # set by us or by loading, never by a user of `train`
 _FIXED = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}
@@ -24,7 +26,7 @@ _FIXED = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_vers
 
 def method_names() -> list[str]:
     """Every method `train` knows."""
-    return [*sorted(member.name.lower() for member in METHODS), FULL]
+    return [*sorted([*(member.name.lower() for member in METHODS), *PRESETS]), FULL]
 
 
 def normal_method(name: Any) -> str:

@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores at a step: `loss`, and `accuracy` and `macro_f1`, or `bleu`, `rouge_l`, `exact_match`."""
+    """Scores at a step: `loss`, and those of the task (`deltatune.train.scores`), or of text (`bleu`, `rouge_l`)."""
 
     step: int
     scores: dict[str, float]

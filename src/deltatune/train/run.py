@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def load_corpus(
         target_column=settings.target_column,
         text_column=settings.text_column,
         label_column=settings.label_column,
+        task_column=settings.task_column,
     )
 
 
@@ -156,7 +158,8 @@ def _train(
 
     base.model.to(device)
     judge = Judge(settings, corpus, base.tokenizer, device, listener)
-    before = before_training(judge, base.model, corpus) if kept is None else kept.state["progress"]["before"]
+    untrained = replace(judge, corpus=corpus.without_task_ids())
+    before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]
 
     randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
     bare = adapt(base.model, settings.method, settings.task, settings.method_options)
@@ -233,8 +236,19 @@ def _train(
 
 def _tell_lengths(corpus: Corpus, listener: Listener) -> None:
     for part in (corpus.train, corpus.eval, corpus.test):
-        if part is not None and part.lengths is not None and part.lengths.truncated:
-            lengths = part.lengths
+        if part is None or part.lengths is None:
+            continue
+        lengths = part.lengths
+        if lengths.truncated and corpus.columns.form == "passages":
+            listener.on_notice(
+                f"{part.source}: {lengths.truncated} of {lengths.rows} contexts are longer than a window of max_length"
+            )
+        elif lengths.truncated:
             listener.on_notice(
                 f"{part.source}: {lengths.truncated} of {lengths.rows} rows were cut to max_length or max_target_length"
+            )
+        if lengths.dropped:
+            listener.on_notice(
+                f"{part.source}: {lengths.dropped} of {lengths.rows} rows are left out, because their answers fit into "
+                "no window of max_length"
             )

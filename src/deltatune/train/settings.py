@@ -15,7 +15,7 @@ from deltatune.train.aliases import CANONICAL, canonical, unknown_key
 from deltatune.train.defaults import FULL, learning_rate, with_defaults
 from deltatune.train.method import method_fields, method_names, normal_method, peft_config
 
-Task = Literal["seq2seq", "causal", "classification"]
+Task = Literal["seq2seq", "causal", "classification", "token_classification", "question_answering"]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
@@ -24,6 +24,10 @@ TASKS = {
     "causal": "causal", "causal_lm": "causal", "lm": "causal", "clm": "causal",
     "classification": "classification", "seq_cls": "classification", "sequence_classification": "classification",
     "text_classification": "classification",
+    "token_classification": "token_classification", "token_cls": "token_classification",
+    "tagging": "token_classification", "ner": "token_classification",
+    "question_answering": "question_answering", "question_ans": "question_answering", "qa": "question_answering",
+    "extractive_qa": "question_answering",
 }  # fmt: skip
 
 
@@ -33,8 +37,8 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
     model_name_or_path: str = Field("demo", min_length=1, description="model folder, hub name, or demo")
-    task: Task = Field("seq2seq", description="seq2seq, causal or classification")
-    method: str = Field("lora", description="lora, prefix_tuning, ia3, oft, hra, or full for no adapter")
+    task: Task = Field("seq2seq", description=", ".join(dict.fromkeys(TASKS.values())))
+    method: str = Field("lora", description="name of a method, such as lora or prefix_tuning; full for no adapter")
     method_options: dict[str, Any] = Field(default_factory=dict, description="options of the method's config")
 
     train_file: str | None = Field(None, description="jsonl, json, csv, tsv or txt, also compressed")
@@ -47,9 +51,12 @@ class TrainSettings(BaseModel):
     target_column: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    task_column: str | None = Field(None, description="number of the task of a row, for methods with num_tasks")
     max_train_samples: int | None = Field(None, ge=1)
     max_eval_samples: int | None = Field(None, ge=1)
-    max_length: int = Field(512, ge=2, description="tokens of an input (causal: input and answer)")
+    max_length: int = Field(
+        512, ge=2, description="tokens of an input (causal: with its answer; question_answering: of a window)"
+    )
     max_target_length: int = Field(128, ge=1, description="tokens of an answer")
     separator: str = Field("\n", description="between input and answer of a causal model")
     completion_only_loss: bool = Field(True, description="causal: learn the answer only, not the input")
@@ -108,6 +115,8 @@ class TrainSettings(BaseModel):
             raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
         if self.eval_file is not None and self.eval_split:
             raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
+        if self.task_column is not None and "num_tasks" not in method_fields(self.method):
+            raise _refused("task_column", self.task_column, f"a method with num_tasks beside it, not {self.method}")
         for name, value in (("num_train_epochs", self.num_train_epochs), ("learning_rate", self.learning_rate)):
             if value is not None and not math.isfinite(value):
                 raise _refused(name, value, "a finite number")
@@ -186,11 +195,12 @@ def _read(path: Path) -> dict[str, Any]:
 def _task(value: Any) -> str:
     key = str(getattr(value, "value", value)).lower().replace("-", "_")
     if key not in TASKS:
+        known = list(dict.fromkeys(TASKS.values()))
         raise ConfigError(
-            f"task={value!r} is not known; expected seq2seq, causal or classification",
+            f"task={value!r} is not known; expected {', '.join(known)}",
             field="task",
             found=value,
-            expected=["seq2seq", "causal", "classification"],
+            expected=known,
         )
     return TASKS[key]
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from deltatune.data.collate import Collator
-from deltatune.data.encode import Features
+from deltatune.data.example import TEXT_TASKS
+from deltatune.data.features import Features
 from deltatune.errors import LimitError, TrainError
 from deltatune.train.base import autocast
 from deltatune.train.optim import first_bad_gradient
@@ -111,7 +112,7 @@ class Stepper:
     def _loss(self, rows: list[Features]) -> torch.Tensor:
         device = self.accelerator.device
         batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.collator(rows).items()}
-        if self.settings.task != "classification":
+        if self.settings.task in TEXT_TASKS:
             batch["use_cache"] = False
         with autocast(self.settings, device):
             return self.model(**batch).loss
