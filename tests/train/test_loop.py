@@ -147,6 +147,13 @@ def test_rows_longer_than_the_model_has_positions_are_cut_and_told(settings, tmp
     assert any("1 of 2 rows were cut" in text for text in notices.texts)
 
 
+def test_virtual_tokens_at_the_input_find_room_among_the_positions(settings):
+    rows = [{"text": "red cat " * 100, "label": 0}, {"text": "blue dog", "label": 1}]  # 64 positions
+    options = {"method": "prompt_tuning", "num_virtual_tokens": 10, "max_steps": 1}
+    result = train(settings("classification", **options), train_rows=rows)
+    assert result.steps == 1 and len(result.model.prompt_encoder) == 1
+
+
 def test_bad_data_is_refused_before_the_model_is_looked_for_and_leaves_nothing(settings, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"input": "red"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl: columns \['input'\]"):

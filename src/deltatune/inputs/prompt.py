@@ -19,6 +19,8 @@ from deltatune.selection import Selection
 class Input(Graft):
     """One adapter's prompt on one model."""
 
+    takes_positions = True
+
     encoder: InputEncoder
 
     def __init__(self, name: str, config: Any, encoder: InputEncoder, stage: InputStage) -> None:

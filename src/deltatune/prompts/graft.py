@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,7 +15,10 @@ class Graft:
 
     Attributes:
         encoder: The trainable part; the `PeftModel` registers it as a module, frees and freezes it.
+        takes_positions: Whether the virtual tokens use up positions of the base, as tokens do.
     """
+
+    takes_positions: ClassVar[bool] = False
 
     name: str
     config: Any

@@ -57,6 +57,14 @@ def peft_config(method: str, task: str, options: dict[str, Any]) -> PeftConfig:
     return METHODS[member].config(task_type=TASK_TYPES[task], **options)
 
 
+def positions_taken(method: str, task: str, options: dict[str, Any]) -> int:
+    """Positions of the base that virtual tokens use up, so that rows must be shorter by as many."""
+    member = peft_type(method)
+    if member is None or not getattr(METHODS[member].graft, "takes_positions", False):
+        return 0
+    return peft_config(method, task, options).length  # type: ignore[attr-defined]
+
+
 def adapt(model: nn.Module, method: str, task: str, options: dict[str, Any]) -> nn.Module:
     """The model to train: adapted, or as it is with every parameter trainable."""
     if method == FULL:

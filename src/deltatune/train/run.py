@@ -27,7 +27,7 @@ from deltatune.train.judge import Judge
 from deltatune.train.lock import output_lock
 from deltatune.train.loop import Loop, Position
 from deltatune.train.memory import MemoryMeter
-from deltatune.train.method import adapt, enable_checkpointing
+from deltatune.train.method import adapt, enable_checkpointing, positions_taken
 from deltatune.train.optim import build_optimizer, build_scheduler
 from deltatune.train.pace import Pace
 from deltatune.train.result import HISTORY, TrainResult, history_lines
@@ -135,7 +135,8 @@ def _train(
     for notice in base.notices:
         listener.on_notice(notice)
     listener.on_stage("tokens")
-    limit = base.positions or settings.max_length
+    taken = positions_taken(settings.method, settings.task, settings.method_options)
+    limit = base.positions - taken if base.positions else settings.max_length
     corpus = corpus.encode(
         base.tokenizer,
         max_length=min(settings.max_length, limit),
