@@ -16,6 +16,8 @@ def test_the_stop_of_a_prompt_names_rows_and_places(method, architecture, tmp_pa
     report = trace(model, batch)
     (stop,) = report.inputs
     both = architecture == "t5" and method == "multitask_prompt_tuning"
+    trained = [p for p in report.gradient.others if "prompt_encoder" in p.name]
+    assert stop.parameters and not trained
     assert stop.rows == [8 if both else 4, 32] and list(stop.sides.values()) == [4] * (2 if both else 1)
     for path in stop.sides:
         model.get_base_model().get_submodule(path)

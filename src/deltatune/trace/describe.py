@@ -59,6 +59,7 @@ def report(
         for path, layer in inject.adapted_layers(base)
         if any(name in layer.adapters for name in names)
     ]
+    inputs = [_input(prompt, gradients) for name in names if isinstance(prompt := model.prompts.get(name), Input)]
     copies = [
         CopyStop(where(type(kept)), path, name, _plain_parameters(kept.modules_to_save[name], gradients))
         for path, kept in inject.trained_copies(base)
@@ -78,8 +79,8 @@ def report(
         calls=watch.calls,
         copies=copies,
         loss=loss,
-        gradient=_sum(model, names, gradients, prefixes, layers, copies),
-        inputs=[_input(prompt) for name in names if isinstance(prompt := model.prompts.get(name), Input)],
+        gradient=_sum(model, names, gradients, prefixes, inputs, layers, copies),
+        inputs=inputs,
     )
     made.stops = stops(made)
     return made
@@ -140,7 +141,7 @@ def _task(model: PeftModel, base: nn.Module) -> TaskStop:
 # -------------------------------------------------------------------------------------------------- prompts, prefixes
 
 
-def _input(prompt: Input) -> InputStop:
+def _input(prompt: Input, gradients: Gradients) -> InputStop:
     weight = prompt.encoder.embedding.weight
     used = 2 if prompt.config.reaches_decoder and len(weight) > prompt.config.length else 1
     paths = [path for _, path in sorted(prompt.stage.places.paths.items())][:used]  # the encoder's first
@@ -150,6 +151,7 @@ def _input(prompt: Input) -> InputStop:
         virtual_tokens=prompt.config.length,
         rows=list(weight.shape),
         sides=dict.fromkeys(paths, int(prompt.config.length)),
+        parameters=gradients.parameters(prompt.encoder),
     )
 
 
@@ -267,17 +269,19 @@ def _sum(
     names: tuple[str, ...],
     gradients: Gradients,
     prefixes: list[PrefixStop],
+    inputs: list[InputStop],
     layers: list[LayerStop],
     copies: list[CopyStop],
 ) -> GradientStop:
     base = model.base_model.model
     known = {id(p) for name in names for p in inject.adapter_parameters(base, name)}
-    known |= {id(p) for name in names if name in model.prefixes for p in model.prefixes[name].encoder.parameters()}
+    told = [prompt for name in names if isinstance(prompt := model.prompts.get(name), (Prefix, Input))]
+    known |= {id(p) for prompt in told for p in prompt.encoder.parameters()}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     others = [gradients.parameter(name, p) for name, p in trainable if id(p) not in known]
     listed: list[Parameter] = [*others]
-    for prefix in prefixes:
-        listed += prefix.parameters
+    for prompt in [*prefixes, *inputs]:
+        listed += prompt.parameters
     for stop in [*(part for layer in layers for part in layer.adapters), *copies]:
         listed += stop.parameters
     dead = sum(p.size for p in listed if p.gradient.state == DEAD)

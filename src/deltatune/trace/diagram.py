@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltatune.trace.report import PrefixStop, TraceReport
+from deltatune.trace.report import DEAD, InputStop, PrefixStop, TraceReport
 from deltatune.trace.words import name, number, plural, shape
 
 
@@ -25,12 +25,13 @@ class Way:
 
 
 def ways(report: TraceReport) -> list[Way]:
-    """One drawing for each prefix, one for all wrapped layers."""
+    """One drawing for each prefix and each prompt at the input, one for all wrapped layers."""
     batch = Box("batch", [f"{key} {shape(size)}" for key, size in list(report.batch.items())[:1]], "frozen")
     loss = Box("loss", ["no loss" if report.loss.value is None else number(report.loss.value)], "loss")
     made = [
         Way(prefix.adapter, [batch, _attention(report, prefix), loss], _prefix(prefix)) for prefix in report.prefixes
     ]
+    made += [Way(prompt.adapter, [batch, _embedding(prompt), loss], _prompt(prompt)) for prompt in report.inputs]
     if report.layers:
         layers = Box("wrapped layers", [plural(len(report.layers), "layer"), "weights frozen"], "frozen")
         made.append(Way(" + ".join(report.active), [batch, layers, loss], [_adapters(report)]))
@@ -61,6 +62,19 @@ def _prefix(prefix: PrefixStop) -> list[Box]:
             [plural(len(prefix.parts), "part"), f"{dead} without gradient" if dead else each],
             "dead" if dead else "train",
         ),
+    ]
+
+
+def _embedding(prompt: InputStop) -> Box:
+    return Box("embedded tokens", [f"+ {prompt.virtual_tokens} rows in front", "outputs without them"], "frozen")
+
+
+def _prompt(prompt: InputStop) -> list[Box]:
+    dead = sum(part.size for part in prompt.parameters if part.gradient.state == DEAD)
+    rows = [f"rows {shape(prompt.rows)}", *([f"{dead} without gradient"] if dead else [])]
+    return [
+        Box("virtual tokens", [f"P = {prompt.virtual_tokens}"], "train"),
+        Box(name(prompt.where), rows, "dead" if dead else "train"),
     ]
 
 

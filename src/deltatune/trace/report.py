@@ -125,6 +125,7 @@ class InputStop:
     virtual_tokens: int
     rows: Shape
     sides: dict[str, int]
+    parameters: list[Parameter]
 
 
 @dataclass
@@ -305,6 +306,8 @@ class TraceReport:
                 else:
                     dead = [p.name for p in part.parameters if p.gradient.state == DEAD]
                     parts += [f"{part.adapter}: {layer.path}.{name}" for name in dead]
+        for prompt in self.inputs:
+            parts += [f"{prompt.adapter}: {p.name}" for p in prompt.parameters if p.gradient.state == DEAD]
         for copy in self.copies:
             parts += [f"{copy.adapter}: {copy.path}.{p.name}" for p in copy.parameters if p.gradient.state == DEAD]
         return parts + [p.name for p in self.gradient.others if p.gradient.state == DEAD]

@@ -47,6 +47,7 @@ class _Show:
             "registry": self.method,
             "prefix encoder": self.encoder,
             "keys and values": self.parts,
+            "prompt": self.prompt,
             "attention": self.attention,
             "wrapped layers": self.layers,
             "trained copies": self.copies,
@@ -67,6 +68,10 @@ class _Show:
 
     def encoder(self, node: Tree, index: int) -> None:
         for parameter in self.report.prefixes[index].parameters:
+            node.add(_parameter(parameter))
+
+    def prompt(self, node: Tree, index: int) -> None:
+        for parameter in self.report.inputs[index].parameters:
             node.add(_parameter(parameter))
 
     def parts(self, node: Tree, index: int) -> None:
