@@ -239,6 +239,13 @@ class PeftModel(Persistence, nn.Module):
         self._known(names)
         self.base_model.set_adapter(names, inference_mode)
         self._train_only(names, inference_mode)
+        for path, copies in inject.trained_copies(self.base_model.model):
+            rivals = [name for name in names if name in copies.modules_to_save]
+            if len(rivals) > 1:
+                warn(
+                    f"set_adapter: {', '.join(map(repr, rivals))} have a copy of {path!r} each, and that of "
+                    f"{rivals[-1]!r} alone acts and trains; activate one of them to train its own"
+                )
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

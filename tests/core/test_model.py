@@ -213,6 +213,12 @@ def test_each_adapter_has_its_own_head(classifier):
     assert not torch.allclose(logits(classifier, inputs), first)
     trains = [name for name, p in classifier.named_parameters() if p.requires_grad and "classifier" in name]
     assert len(trains) == 2 and all(".other." in name for name in trains)
+    with pytest.warns(PeftWarning, match="that of 'other' alone acts and trains"):
+        classifier.set_adapter(["default", "other"])
+    classifier(**inputs).logits.sum().backward()
+    heads = classifier.get_base_model().classifier.modules_to_save
+    assert all(p.grad is None for p in heads["default"].parameters())
+    assert all(p.grad is not None for p in heads["other"].parameters())
     classifier.delete_adapter("default")
     classifier.delete_adapter("other")
     assert type(classifier.get_base_model().classifier) is nn.Linear

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
 from deltatune import PeftModel, PrefixTuningConfig, get_peft_model
+from deltatune.errors import PeftWarning
+from deltatune.inject import trained_copies
 
 TOKENS: dict[str, Any] = {
     "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -137,6 +141,13 @@ def redraw(model: PeftModel, seed: int = 3) -> None:
     with torch.no_grad():
         for parameter in model.prompt_encoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6)
+
+
+def activate_together(model: PeftModel, names: list[str]) -> None:
+    """Several adapters active; where each has a head of its own, it must be said that one of them acts alone."""
+    rivals = any(len(copies.modules_to_save) > 1 for _, copies in trained_copies(model.get_base_model()))
+    with pytest.warns(PeftWarning, match="alone acts and trains") if rivals else nullcontext():
+        model.set_adapter(names)
 
 
 def batch(name: str, left: bool = False, seed: int = 1) -> dict[str, Tensor]:

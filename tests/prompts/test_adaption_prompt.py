@@ -17,7 +17,7 @@ from deltatune.prompts.capture import capture
 from deltatune.prompts.gates import Gates
 from deltatune.trace import trace
 from deltatune.trace.samples import example
-from tests.prompts.models import KINDS, bare, batch, redraw
+from tests.prompts.models import KINDS, activate_together, bare, batch, redraw
 
 REACHED = ["gpt2", "llama", "glm", "mistral", "recurrent", "bert", "albert", "t5", "bart"]
 TEXT = [9, 33, 12, 40]
@@ -194,14 +194,14 @@ def test_a_prefix_beside_it_is_that_prefix_on_the_gated_model(name):
     model = gated(name)
     model.add_adapter("prefix", PrefixTuningConfig(task_type=KINDS[name][1], num_virtual_tokens=2))
     alone = logits(model, name)
-    model.set_adapter(["default", "prefix"])
+    activate_together(model, ["default", "prefix"])
     both = logits(model, name)
     model.set_adapter("prefix")
     prefix = logits(model, name)
     assert (both - alone).abs().max() > 0.01 and (both - prefix).abs().max() > 0.01
     for learned in model.prompt_encoder["default"]:
         learned.adaption_gate.data.zero_()
-    model.set_adapter(["default", "prefix"])
+    activate_together(model, ["default", "prefix"])
     assert torch.equal(logits(model, name), prefix)
 
 

@@ -12,6 +12,7 @@ import torch
 from deltatune import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from deltatune.errors import StateError
 from tests.prompts.inputs import METHODS, batch, by_hand, model_of, prompted, task
+from tests.prompts.models import activate_together
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -119,7 +120,7 @@ def test_unloaded_leaves_the_model_as_it_was(name):
 def test_two_prompts_are_the_prompt_of_both_their_rows(name):
     model, inputs = prompted(name), batch(name)
     model.add_adapter("b", PromptTuningConfig(task_type=task(name), num_virtual_tokens=2))
-    model.set_adapter(["default", "b"])
+    activate_together(model, ["default", "b"])
     rows = torch.cat([model.prompt_encoder[adapter].embedding.weight for adapter in ("default", "b")])
     joined = prompted(name, num_virtual_tokens=6)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from deltatune.prompts import attention
 from deltatune.prompts.key_values import Prefix
 from deltatune.prompts.prefix import PrefixEncoder
 from deltatune.selection import Selection
-from tests.prompts.models import KINDS, bare, batch, gradients, prefixed
+from tests.prompts.models import KINDS, activate_together, bare, batch, gradients, prefixed
 
 
 def state(model: torch.nn.Module) -> list[dict]:
@@ -57,7 +57,7 @@ def test_one_name_is_one_prefix():
 def test_two_prefixes_are_the_prefix_of_both_their_rows(name):
     model, inputs = prefixed(name), batch(name)
     model.add_adapter("b", PrefixTuningConfig(task_type=KINDS[name][1], num_virtual_tokens=2))
-    model.set_adapter(["default", "b"])
+    activate_together(model, ["default", "b"])
     rows = [model.prompt_encoder[adapter].embedding.weight for adapter in ("default", "b")]
     joined = prefixed(name, num_virtual_tokens=6)
     with torch.no_grad():

@@ -79,6 +79,9 @@ def test_text_that_cannot_serve_is_refused():
         prefixed("llama", init_token_ids=[5, 6])
     with pytest.raises(DataError, match=r"\[640\] are outside of the vocabulary of LlamaForCausalLM"):
         prefixed("llama", init_token_ids=[5, 6, 640, 7])
+    for name in ("gpt2", "bert"):  # learned positions, 64 of them
+        with pytest.raises(DataError, match=r"the text has 65 tokens, \w+ has 64 positions"):
+            prefixed(name, init_token_ids=[5] * 65)
     with pytest.raises(ConfigError, match="init_text needs tokenizer_name_or_path"):
         prefixed("llama", init_text="hello", init_token_ids=None)
     with pytest.raises(TargetError, match="attends several times in a pass"):

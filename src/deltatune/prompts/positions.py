@@ -74,10 +74,10 @@ class PositionShift:
     def before_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Move the positions that a module is told; where it is told none, the number of tokens before the first."""
         shift = self.stage.shift()
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        name = next((name for name in _position_arguments(module) if given.get(name) is not None), None)
         if not shift:
             return args, kwargs
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        name = next((name for name in _position_arguments(module) if given.get(name) is not None), None)
         if name is None:
             return args, {**kwargs, _position_arguments(module)[-1]: shift}
         if name in kwargs:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltatune.errors import ConfigError, DataError, TargetError
 from deltatune.prompts.capture import capture, rows_of
+from deltatune.prompts.positions import learned_tables
 from deltatune.prompts.sites import Site
 
 if TYPE_CHECKING:
@@ -96,6 +97,17 @@ def _check_ids(model: PreTrainedModel, ids: list[int], count: int, field: str) -
         )
 
 
+def _check_room(model: PreTrainedModel, sites: list[Site], length: int) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest and learned_tables(model, [site.name for site in sites]):
+        raise DataError(
+            f"the text has {length} tokens, {type(model).__name__} has {longest} positions; shorten the text",
+            field="init_text",
+            found=length,
+            expected=longest,
+        )
+
+
 def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site], ids: list[int]) -> Tensor:
     """Rows (P, width) from the first P of the tokens `ids`."""
     count = config.length
@@ -108,6 +120,7 @@ def text_rows(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site],
             field="init_text",
             found=again,
         )
+    _check_room(model, sites, len(ids))
     first = -count if config.layout == "native" else 0
     pairs = capture(model, sites, torch.tensor([ids], device=model.device), first)
     return rows_of(pairs, count)
