@@ -28,11 +28,7 @@ _NAMES = {
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
-    "deltatune.model": (
-        *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction"),
-        *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
-        *("PeftModelForTokenClassification", "get_peft_model"),
-    ),
+    "deltatune.model": ("PeftModel",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "deltatune.prompts.compose": ("compose_cartridge_adapters", "compose_prefix_folders", "compose_prefixes"),
@@ -49,6 +45,11 @@ _NAMES = {
     ),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS",),
+    "deltatune.tasks": (
+        *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModelForCausalLM", "PeftModelForFeatureExtraction"),
+        *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
+        *("PeftModelForTokenClassification", "get_peft_model"),
+    ),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

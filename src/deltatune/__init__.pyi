@@ -27,15 +27,7 @@ from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
-from deltatune.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from deltatune.model import PeftModel as PeftModel
-from deltatune.model import PeftModelForCausalLM as PeftModelForCausalLM
-from deltatune.model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-from deltatune.model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-from deltatune.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-from deltatune.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-from deltatune.model import PeftModelForTokenClassification as PeftModelForTokenClassification
-from deltatune.model import get_peft_model as get_peft_model
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
@@ -67,6 +59,14 @@ from deltatune.status import TunerLayerStatus as TunerLayerStatus
 from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status
 from deltatune.status import get_model_status as get_model_status
+from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from deltatune.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+from deltatune.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from deltatune.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from deltatune.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from deltatune.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from deltatune.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+from deltatune.tasks import get_peft_model as get_peft_model
 
 __version__: str
 __all__: list[str]

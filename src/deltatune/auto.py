@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from deltatune.config import PeftConfig, TaskType
 from deltatune.errors import ConfigError
-from deltatune.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from deltatune.model import PeftModel
+from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 
 class _AutoPeftModel:

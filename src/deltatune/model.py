@@ -1,6 +1,6 @@
 """`PeftModel`: a frozen base model, the configs of its adapters by name, and which of them are active.
 
-- `get_peft_model(model, config)` picks the task class, freezes the model and grafts the adapter onto it;
+- `get_peft_model(model, config)` picks the task class (`deltatune.tasks`), which freezes the model and grafts onto it;
 - `PeftModel.from_pretrained(model, folder)` does the same with the adapter's tensors from a folder;
 - `model(...)` and `model.generate(...)` are the base model's own: the grafts act where they sit.
 """
@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from deltatune import inject
-from deltatune.config import PeftConfig, TaskType
+from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
 from deltatune.inputs.stage import INPUT
@@ -45,7 +44,6 @@ class PeftModel(Persistence, nn.Module):
     """
 
     heads: ClassVar[tuple[str, ...]] = ()  # modules that a task trains whole besides the adapter
-    columns: ClassVar[tuple[str, ...]] = ()  # what its models read of a data set
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
@@ -69,22 +67,6 @@ class PeftModel(Persistence, nn.Module):
         self.training = model.training
 
     # ------------------------------------------------------------------------------------------------------- calling
-
-    def __init_subclass__(cls) -> None:
-        """Let the signature of `forward` name the columns: transformers' Trainer drops all others of a data set."""
-        super().__init_subclass__()
-        if "columns" not in vars(cls) or "forward" in vars(cls):
-            return
-
-        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-            return PeftModel.forward(self, *args, **kwargs)
-
-        own = inspect.signature(PeftModel.forward)
-        first, *rest = own.parameters.values()
-        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in cls.columns]
-        forward.__signature__ = own.replace(parameters=[first, rest[0], *named, *rest[1:]])  # type: ignore[attr-defined]
-        forward.__doc__ = PeftModel.forward.__doc__
-        cls.forward = forward
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
@@ -364,77 +346,6 @@ class PeftModel(Persistence, nn.Module):
             if name.startswith("__") or "_modules" not in self.__dict__ or "base_model" not in self._modules:
                 raise
         return getattr(self._modules["base_model"], name)
-
-
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    heads = ("classifier", "score", "classification_head")
-    columns = (*_TEXT, "labels")
-
-
-class PeftModelForTokenClassification(PeftModel):
-    heads = ("classifier", "score")
-    columns = (*_TEXT, "labels")
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    heads = ("qa_outputs",)
-    columns = (*_TEXT, "start_positions", "end_positions")
-
-
-class PeftModelForCausalLM(PeftModel):
-    columns = (*_TEXT, "labels")
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    columns = (*_TEXT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels")
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    columns = _TEXT
-
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Freeze a model and graft a small trainable part onto it, in place.
-
-    Args:
-        model: Any `nn.Module`; methods that act on attention or inputs need a transformers model.
-        peft_config: Which method, where, how large. It is filled in with what the model tells (targets, sizes).
-        mixed: Accepted; adapters of different methods can always stand on one model.
-
-    Raises:
-        PeftError: The config does not fit the model, which is left as it was.
-    """
-    if revision is not None:
-        peft_config.revision = revision
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
-    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

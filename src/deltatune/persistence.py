@@ -96,7 +96,8 @@ class Persistence:
         Raises:
             PeftError: The folder is damaged or does not fit the model, which is left as it was.
         """
-        from deltatune.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+        from deltatune.model import PeftModel
+        from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
         check_name(adapter_name)
         saved = storage.read(model_id, config=config, key_mapping=key_mapping, **kwargs)

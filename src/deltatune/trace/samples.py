@@ -9,8 +9,9 @@ import torch
 
 from deltatune.config import PeftType, TaskType
 from deltatune.errors import ConfigError
-from deltatune.model import PeftModel, get_peft_model
+from deltatune.model import PeftModel
 from deltatune.registry import METHODS
+from deltatune.tasks import get_peft_model
 
 ARCHITECTURES = ("t5", "gpt2", "bert")
 _VOCABULARY = 64
