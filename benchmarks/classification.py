@@ -32,9 +32,9 @@ SCHEDULE = {"lr_scheduler_type": "linear", "warmup_ratio": 0.06, "weight_decay":
 
 # method -> (its options, its grid, the likeliest value first). Three values for each: a factor of about three apart.
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "prefix": ({"method": "prefix_tuning", "num_virtual_tokens": 20}, (1e-2, 3e-3, 3e-2)),
-    "lora": ({"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}, (1e-3, 3e-4, 3e-3)),
-    "full": ({"method": "full"}, (1e-4, 3e-5, 3e-4)),
+    "prefix": ({"method": "prefix_tuning", "num_virtual_tokens": 20}, (3e-2, 1e-2, 1e-1)),
+    "lora": ({"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}, (3e-3, 1e-3, 1e-2)),
+    "full": ({"method": "full"}, (3e-4, 1e-4, 1e-3)),
     "probe": ({}, (0.01, 0.1, 1.0)),  # C of the logistic regression
 }
 NAMES = {
