@@ -44,7 +44,7 @@ _NAMES = {
         *("initialize_kv_prefix_from_past_key_values", "prompt_embeddings_from_past_key_values", "to_cache"),
     ),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
-    "deltatune.registry": ("METHODS",),
+    "deltatune.registry": ("METHODS", "register_method"),
     "deltatune.tasks": (
         *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModelForCausalLM", "PeftModelForFeatureExtraction"),
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),

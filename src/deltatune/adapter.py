@@ -8,7 +8,7 @@ Applied     adapter after map: a map, so stacking adapters is composition
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -48,12 +48,15 @@ class Adapter(nn.Module):
 
     Class attributes declare what the laws need to know about a method:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
-        identity_at_birth: True, or the reason why a fresh adapter changes the output.
+        identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
+            where an option decides.
+        mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
     """
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
-    identity_at_birth: ClassVar[bool | str] = True
+    identity_at_birth: bool | str = True
+    mergeable: bool | str = True
     views: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -136,12 +139,21 @@ class Method:
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
+        learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
+        train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
     """
 
-    peft_type: PeftType
+    peft_type: PeftType | str
     config: type[PeftConfig]
     adapter: type[Adapter] | None
     key_prefix: str
     default_targets: Callable[[str], Any] | None = None
     graft: type[Any] | None = None
     encoder: type[nn.Module] | None = None
+    learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
+    train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
+
+    @property
+    def name(self) -> str:
+        """The method as settings and the command line write it."""
+        return str(getattr(self.peft_type, "value", self.peft_type)).lower()

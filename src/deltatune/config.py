@@ -142,7 +142,7 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = PEER_VERSION
         self.task_type = _member(TaskType, "task_type", self.task_type)
-        self.peft_type = _member(PeftType, "peft_type", self.peft_type)
+        self.peft_type = _method_name(self.peft_type)
         self.validate()
 
     def validate(self) -> None:
@@ -217,9 +217,9 @@ def config_class(peft_type: str | PeftType, source: str = "config") -> type[Peft
     """The config class of a method's name."""
     from deltatune.registry import METHODS
 
-    member = _member(PeftType, "peft_type", peft_type, source)
+    member = _method_name(peft_type, source)
     if member not in METHODS:
-        built = sorted(method.name for method in METHODS)
+        built = sorted(method.name.upper() for method in METHODS.values())
         raise ConfigError(
             f"{source}: method {member.name} is not available in this version, which has {', '.join(built)}",
             field="peft_type",
@@ -227,6 +227,13 @@ def config_class(peft_type: str | PeftType, source: str = "config") -> type[Peft
             expected=built,
         )
     return METHODS[member].config
+
+
+def _method_name(value: Any, source: str = "config") -> Any:
+    """A member of `PeftType`, or the name under which another package has registered its method."""
+    from deltatune.registry import METHODS
+
+    return value if isinstance(value, str) and value in METHODS else _member(PeftType, "peft_type", value, source)
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

@@ -33,7 +33,7 @@ def inject_adapter_in_model(
     method = METHODS[peft_config.peft_type]  # type: ignore[index]
     if method.adapter is None:
         raise ConfigError(
-            f"inject_adapter_in_model: {method.peft_type.name} acts outside of single layers; use get_peft_model",
+            f"inject_adapter_in_model: {method.name.upper()} acts outside of single layers; use get_peft_model",
             field="peft_type",
         )
     present = [layer.selection for _, layer in inject.adapted_layers(model)]

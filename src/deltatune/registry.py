@@ -1,25 +1,60 @@
-"""Every method there is: one import and one entry each."""
+"""Every method there is: one import and one entry each, and `register_method` for methods of other packages."""
 
 from __future__ import annotations
 
 from deltatune.adapter import Method
 from deltatune.config import PeftType
-from deltatune.methods import hra, ia3, lora, oft
-from deltatune.prompts import adaption_prompt, cartridge, cpt, multitask, p_tuning, prefix, prompt_tuning
+from deltatune.errors import ConfigError
+from deltatune.methods.hra import METHOD as HRA
+from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.lora import METHOD as LORA
+from deltatune.methods.oft import METHOD as OFT
+from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
+from deltatune.prompts.cartridge import METHOD as CARTRIDGE
+from deltatune.prompts.cpt import METHOD as CPT
+from deltatune.prompts.multitask import METHOD as MULTITASK_PROMPT_TUNING
+from deltatune.prompts.p_tuning import METHOD as P_TUNING
+from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
+from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
 
-METHODS: dict[PeftType, Method] = {
+METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
     for method in (
-        lora.METHOD,
-        ia3.METHOD,
-        oft.METHOD,
-        hra.METHOD,
-        prefix.METHOD,
-        cartridge.METHOD,
-        adaption_prompt.METHOD,
-        prompt_tuning.METHOD,
-        p_tuning.METHOD,
-        multitask.METHOD,
-        cpt.METHOD,
+        LORA,
+        IA3,
+        OFT,
+        HRA,
+        PREFIX_TUNING,
+        CARTRIDGE,
+        ADAPTION_PROMPT,
+        PROMPT_TUNING,
+        P_TUNING,
+        MULTITASK_PROMPT_TUNING,
+        CPT,
     )
 }
+
+
+def register_method(method: Method) -> Method:
+    """Add a method of another package: from now on its configs, files and command line names are known.
+
+    Its `peft_type` is a new upper-case name, which its config sets as its `peft_type` too.
+
+    Raises:
+        ConfigError: The name is taken, or is not upper-case.
+    """
+    name = str(getattr(method.peft_type, "value", method.peft_type))
+    if name != name.upper() or not name.isidentifier():
+        raise ConfigError(
+            f"register_method: peft_type={name!r} has to be an upper-case identifier; use {name.upper()!r}",
+            field="peft_type",
+            found=name,
+        )
+    if name in METHODS and METHODS[name] is not method:
+        raise ConfigError(
+            f"register_method: peft_type={name!r} is a method already; choose another name",
+            field="peft_type",
+            found=name,
+        )
+    METHODS[method.peft_type] = method
+    return method

@@ -110,7 +110,7 @@ def test_every_step_of_the_guide_names_a_function(page: Path):
 
 
 def test_every_method_has_a_page_and_every_page_a_method():
-    assert {page.stem for page in METHOD_PAGES} == {*(method.value.lower() for method in METHODS), *PRESETS}
+    assert {page.stem for page in METHOD_PAGES} == {*(method.name for method in METHODS.values()), *PRESETS}
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=title)

@@ -77,9 +77,7 @@ class Holder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- methods
 
-LAYER_METHODS: dict[str, Method] = {
-    name.value.lower(): method for name, method in METHODS.items() if method.adapter is not None
-}
+LAYER_METHODS: dict[str, Method] = {method.name: method for method in METHODS.values() if method.adapter is not None}
 _SIZES = (4, 2, 1, 0)
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {

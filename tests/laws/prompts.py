@@ -26,9 +26,7 @@ from deltatune.prompts.config import PromptLearningConfig
 from tests.prompts.models import KINDS, bare, batch
 
 BASES = ("llama", "bert", "t5")
-PROMPT_METHODS: dict[str, Method] = {
-    name.value.lower(): method for name, method in METHODS.items() if method.graft is not None
-}
+PROMPT_METHODS: dict[str, Method] = {method.name: method for method in METHODS.values() if method.graft is not None}
 _TOKENS = [9, 33, 12, 40]
 # What a config needs before it means anything, by the field's name.
 _SIZES: dict[str, Any] = {

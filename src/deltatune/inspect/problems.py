@@ -60,7 +60,7 @@ def _surplus(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
         parts = name.split(".")
         own = any(part.startswith(method.key_prefix) for part in parts)
         if not own and not whole & set(parts) and ".base_layer." not in name:
-            yield f"{name} belongs neither to {method.peft_type.name} nor to modules_to_save"
+            yield f"{name} belongs neither to {method.name.upper()} nor to modules_to_save"
 
 
 def _gaps(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from deltatune.config import PeftConfig, config
 from deltatune.patterns import check_patterns
@@ -40,3 +40,8 @@ class LayerConfig(PeftConfig):
     def validate(self) -> None:
         super().validate()
         check_patterns(self)
+
+
+def all_linear(given: dict[str, Any]) -> dict[str, Any]:
+    """`train_options` of methods that do best on every linear layer."""
+    return {"target_modules": "all-linear"}

@@ -13,7 +13,7 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import orthonormal, reflect
-from deltatune.methods.common import LayerConfig
+from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.lora import usual_targets
 
 
@@ -52,6 +52,8 @@ class Reflections(Adapter):
     def __init__(self, layer: LinearMap, r: int, gram_schmidt: bool, symmetric: bool) -> None:
         super().__init__()
         self.hra_r, self.gram_schmidt, self.vectors_in = r, gram_schmidt, layer.kind == "linear"
+        if not symmetric:
+            self.identity_at_birth = "equal neighbours, which would cancel, were not asked for or are not possible"
         u = torch.empty(layer.in_features, r // 2 if symmetric else r)
         nn.init.kaiming_uniform_(u, a=math.sqrt(5))
         self.hra_u = nn.Parameter(u.repeat_interleave(2, dim=1) if symmetric else u)
@@ -87,4 +89,6 @@ class Reflections(Adapter):
         return layer(x)
 
 
-METHOD = Method(PeftType.HRA, HRAConfig, Reflections, key_prefix="hra_", default_targets=usual_targets)
+METHOD = Method(
+    PeftType.HRA, HRAConfig, Reflections, key_prefix="hra_", default_targets=usual_targets, train_options=all_linear
+)

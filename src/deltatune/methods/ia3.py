@@ -49,6 +49,8 @@ class IA3(Adapter):
         trailing = len(layer.down_shape(1)) - 2  # files keep a convolution's vector as (1, channels, 1, 1)
         matrix_of_outputs = trailing == 0 and not on_input
         shape = (features, 1) if matrix_of_outputs else (1, features, *[1] * trailing)
+        if not ones:
+            self.identity_at_birth = "init_ia3_weights=False draws the vector"
         self.ia3_l = nn.Parameter(torch.ones(shape) if ones else torch.randn(shape))
 
     @classmethod
@@ -102,4 +104,4 @@ def usual_targets(model_type: str) -> Any:
     return found and {"target_modules": set(found[0]), "feedforward_modules": set(found[1])}
 
 
-METHOD = Method(PeftType.IA3, IA3Config, IA3, key_prefix="ia3_", default_targets=usual_targets)
+METHOD = Method(PeftType.IA3, IA3Config, IA3, key_prefix="ia3_", default_targets=usual_targets, learning_rate=8e-3)

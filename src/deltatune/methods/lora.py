@@ -14,7 +14,7 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, block_diagonal
-from deltatune.methods.common import LayerConfig
+from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
 
 # Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
@@ -136,6 +136,8 @@ class LoRA(Adapter):
         self.lora_B = Factor(*layer.up_shape(r), bias=layer.out_features if bias else None)
         self.blocks = r // self.lora_B.matrix.shape[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
+        if init is False:
+            self.identity_at_birth = "init_lora_weights=False draws both factors"
         self._start(init)
 
     @classmethod
@@ -265,4 +267,17 @@ def usual_targets(model_type: str) -> Any:
     return _TARGETS.get(model_type)
 
 
-METHOD = Method(PeftType.LORA, LoraConfig, LoRA, key_prefix="lora_", default_targets=usual_targets)
+def _train_options(given: dict[str, Any]) -> dict[str, Any]:
+    rank = given.get("r", 8)
+    return {**all_linear(given), "r": rank, "lora_alpha": 2 * rank if isinstance(rank, int) else rank}
+
+
+METHOD = Method(
+    PeftType.LORA,
+    LoraConfig,
+    LoRA,
+    key_prefix="lora_",
+    default_targets=usual_targets,
+    learning_rate=2e-4,
+    train_options=_train_options,
+)

@@ -12,7 +12,7 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, cayley, cayley_neumann, skew_symmetric
-from deltatune.methods.common import LayerConfig
+from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.lora import usual_targets
 
 
@@ -97,6 +97,8 @@ class OFT(Adapter):
         limit = config.eps if config.coft else None
         made = cls(layer, size, config.block_share, terms, limit, config.module_dropout)
         nn.init.zeros_(made.oft_R.weight) if config.init_weights else nn.init.normal_(made.oft_R.weight, std=0.1)
+        if not config.init_weights:
+            made.identity_at_birth = "init_weights=False draws the rotations"
         return made
 
     @property
@@ -136,4 +138,6 @@ def _within(Q: Tensor, limit: float) -> Tensor:
     return Q + (drawn - Q).detach()
 
 
-METHOD = Method(PeftType.OFT, OFTConfig, OFT, key_prefix="oft_", default_targets=usual_targets)
+METHOD = Method(
+    PeftType.OFT, OFTConfig, OFT, key_prefix="oft_", default_targets=usual_targets, train_options=all_linear
+)

@@ -113,4 +113,6 @@ METHOD = Method(
     key_prefix="adaption_",
     graft=Gates,
     encoder=AdaptionPromptEncoder,
+    learning_rate=9e-3,
+    train_options=lambda given: {"adapter_len": 10},
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltatune import checks
 from deltatune.adapter import Method
 from deltatune.config import PeftType, config
-from deltatune.prompts.config import KeyValueConfig
+from deltatune.prompts.config import KeyValueConfig, twenty_tokens
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.key_values import Prefix
 
@@ -78,4 +78,13 @@ class CartridgeEncoder(KeyValueEncoder):
         self.trainable_embedding.copy_(trainable)
 
 
-METHOD = Method(PeftType.CARTRIDGE, CartridgeConfig, None, key_prefix="prompt_", graft=Prefix, encoder=CartridgeEncoder)
+METHOD = Method(
+    PeftType.CARTRIDGE,
+    CartridgeConfig,
+    None,
+    key_prefix="prompt_",
+    graft=Prefix,
+    encoder=CartridgeEncoder,
+    learning_rate=1e-2,
+    train_options=twenty_tokens,
+)

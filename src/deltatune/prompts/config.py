@@ -131,3 +131,8 @@ class KeyValueConfig(PromptLearningConfig):
             )
         shape = [self.num_attention_heads, self.token_dim // self.num_attention_heads]
         return [shape * 2] * self.num_layers
+
+
+def twenty_tokens(given: dict[str, Any]) -> dict[str, Any]:
+    """`train_options` of methods whose configs do not say how many virtual tokens there are."""
+    return {"num_virtual_tokens": 20}

@@ -183,4 +183,6 @@ def weighted_loss(logits: Tensor, labels: Tensor, types: Tensor, decay: float) -
     return (losses.view_as(labels) * weights)[counted].mean()
 
 
-METHOD = Method(PeftType.CPT, CPTConfig, None, key_prefix="prompt_", graft=Input, encoder=CPTEmbedding)
+METHOD = Method(
+    PeftType.CPT, CPTConfig, None, key_prefix="prompt_", graft=Input, encoder=CPTEmbedding, learning_rate=1e-3
+)

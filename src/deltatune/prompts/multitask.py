@@ -18,6 +18,7 @@ from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.inputs.encoder import ROWS
 from deltatune.inputs.prompt import Input
+from deltatune.prompts.config import twenty_tokens
 from deltatune.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 COLUMNS, SCALES = "prefix_task_cols", "prefix_task_rows"
@@ -171,4 +172,6 @@ METHOD = Method(
     key_prefix="prompt_",
     graft=Input,
     encoder=MultitaskPromptEmbedding,
+    learning_rate=3e-2,
+    train_options=twenty_tokens,
 )

@@ -17,7 +17,7 @@ from deltatune.config import PeftType, config
 from deltatune.inputs.encoder import ROWS, InputEncoder
 from deltatune.inputs.prompt import Input
 from deltatune.notice import warn
-from deltatune.prompts.config import PromptLearningConfig
+from deltatune.prompts.config import PromptLearningConfig, twenty_tokens
 
 
 class PromptEncoderReparameterizationType(str, Enum):
@@ -106,4 +106,13 @@ class PromptEncoder(InputEncoder):
             self.start_at(tensors[ROWS])
 
 
-METHOD = Method(PeftType.P_TUNING, PromptEncoderConfig, None, key_prefix="prompt_", graft=Input, encoder=PromptEncoder)
+METHOD = Method(
+    PeftType.P_TUNING,
+    PromptEncoderConfig,
+    None,
+    key_prefix="prompt_",
+    graft=Input,
+    encoder=PromptEncoder,
+    learning_rate=1e-3,
+    train_options=twenty_tokens,
+)

@@ -29,7 +29,7 @@ from deltatune import checks
 from deltatune.adapter import Method
 from deltatune.config import PeftType, TaskType, config
 from deltatune.errors import ConfigError
-from deltatune.prompts.config import KeyValueConfig
+from deltatune.prompts.config import KeyValueConfig, twenty_tokens
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.key_values import Prefix
 
@@ -130,6 +130,17 @@ class PrefixEncoder(KeyValueEncoder):
         self.transform = None
 
 
+def _learning_rate(given: dict[str, Any]) -> float:
+    return 1e-3 if given.get("prefix_projection") else 1e-2  # through the MLP each step moves every virtual token
+
+
 METHOD = Method(
-    PeftType.PREFIX_TUNING, PrefixTuningConfig, None, key_prefix="prompt_", graft=Prefix, encoder=PrefixEncoder
+    PeftType.PREFIX_TUNING,
+    PrefixTuningConfig,
+    None,
+    key_prefix="prompt_",
+    graft=Prefix,
+    encoder=PrefixEncoder,
+    learning_rate=_learning_rate,
+    train_options=twenty_tokens,
 )

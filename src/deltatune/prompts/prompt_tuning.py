@@ -15,7 +15,7 @@ from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.inputs.encoder import InputEncoder, embedded, repeated
 from deltatune.inputs.prompt import Input
-from deltatune.prompts.config import PromptLearningConfig
+from deltatune.prompts.config import PromptLearningConfig, twenty_tokens
 
 
 class PromptTuningInit(str, Enum):
@@ -109,5 +109,12 @@ class PromptEmbedding(InputEncoder):
 
 
 METHOD = Method(
-    PeftType.PROMPT_TUNING, PromptTuningConfig, None, key_prefix="prompt_", graft=Input, encoder=PromptEmbedding
+    PeftType.PROMPT_TUNING,
+    PromptTuningConfig,
+    None,
+    key_prefix="prompt_",
+    graft=Input,
+    encoder=PromptEmbedding,
+    learning_rate=3e-2,
+    train_options=twenty_tokens,
 )

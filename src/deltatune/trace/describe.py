@@ -115,7 +115,7 @@ def _method(name: str, config: Any) -> MethodStop:
     return MethodStop(
         where="deltatune.registry:METHODS",
         adapter=name,
-        method=entry.peft_type.value,
+        method=entry.name.upper(),
         config_class=where(entry.config),
         trained_class=where(entry.adapter or entry.encoder),
         formula=" ".join(

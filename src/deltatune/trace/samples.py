@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deltatune.config import PeftType, TaskType
+from deltatune.config import TaskType
 from deltatune.errors import ConfigError
 from deltatune.model import PeftModel
 from deltatune.registry import METHODS
@@ -30,9 +30,9 @@ def example(
     Raises:
         ConfigError: There is no such method, architecture or option.
     """
-    entry = METHODS.get(getattr(PeftType, str(method).upper().replace("-", "_"), None))  # type: ignore[arg-type]
+    entry = METHODS.get(str(method).upper().replace("-", "_"))
     for field, value, known in (
-        ("method", None if entry is None else method, sorted(key.value.lower() for key in METHODS)),
+        ("method", None if entry is None else method, sorted(entry.name for entry in METHODS.values())),
         ("architecture", architecture if architecture in ARCHITECTURES else None, ARCHITECTURES),
     ):
         if value is None:

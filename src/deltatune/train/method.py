@@ -26,7 +26,7 @@ _FIXED = {"task_type", "peft_type", "inference_mode", "auto_mapping", "peft_vers
 
 def method_names() -> list[str]:
     """Every method `train` knows."""
-    return [*sorted([*(member.name.lower() for member in METHODS), *PRESETS]), FULL]
+    return [*sorted([*(method.name for method in METHODS.values()), *PRESETS]), FULL]
 
 
 def normal_method(name: Any) -> str:
