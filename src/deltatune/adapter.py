@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from deltatune.config import PeftConfig, PeftType
@@ -33,10 +34,13 @@ class LinearMap(Protocol):
     def bias(self) -> Tensor | None: ...  # (out,)
     @property
     def kind(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...  # of the values, whatever they are packed in
     def __call__(self, x: Any) -> Tensor: ...  # the layer's own fast way
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...  # with another (any, in) matrix
     def matrix(self, stored: Tensor) -> Tensor: ...  # a weight in the layer's own layout -> (out, in)
     def store(self, weight: Tensor) -> Tensor: ...  # and back
+    def hold(self, weight: Tensor) -> nn.Parameter: ...  # (out, in) -> the parameter in which the layer would keep it
     def down_shape(self, rank: int) -> tuple[int, ...]: ...  # in which files keep a factor that reads the input
     def up_shape(self, rank: int) -> tuple[int, ...]: ...  # in which files keep a factor that writes the output
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor: ...  # matrix (out, h) over the feature axis of an output
@@ -97,6 +101,10 @@ class Applied:
         return self.inner.kind
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
     def weight(self) -> Tensor:
         return self.adapter.adapt(self.inner.weight)
 
@@ -115,6 +123,9 @@ class Applied:
 
     def store(self, weight: Tensor) -> Tensor:
         return self.inner.store(weight)
+
+    def hold(self, weight: Tensor) -> nn.Parameter:
+        return self.inner.hold(weight)
 
     def down_shape(self, rank: int) -> tuple[int, ...]:
         return self.inner.down_shape(rank)

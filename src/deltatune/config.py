@@ -233,7 +233,8 @@ def _method_name(value: Any, source: str = "config") -> Any:
     """A member of `PeftType`, or the name under which another package has registered its method."""
     from deltatune.registry import METHODS
 
-    return value if isinstance(value, str) and value in METHODS else _member(PeftType, "peft_type", value, source)
+    registered = METHODS.get(value)
+    return _member(PeftType, "peft_type", value, source) if registered is None else registered.peft_type
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

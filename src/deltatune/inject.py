@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,10 +104,10 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
             raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
         if module.merged:
             raise StateError(f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}")
-        layer, weight = module.as_map(), module.base_layer.weight
+        layer, holder = module.as_map(), module.base_layer
     else:
-        layer, weight = targets.as_map(module), module.weight
-    assert layer is not None and isinstance(weight, torch.Tensor)
+        layer, holder = targets.as_map(module), module
+    assert layer is not None
     if layer.kind not in kind.base_kinds:
         raise TargetError(
             f"target {path!r} is a {type(getattr(module, 'base_layer', module)).__name__}, which {kind.__name__} "
@@ -122,9 +123,10 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
             field="r",
             expected=limit,
         )
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if half and autocast else weight.dtype
-    return kind.build(layer, config, path).to(device=weight.device, dtype=dtype)
+    half = layer.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half and autocast else layer.dtype
+    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    return kind.build(layer, config, path).to(device=device, dtype=dtype)
 
 
 def _wrap(

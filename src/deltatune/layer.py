@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
+from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
 from deltatune.selection import Selection, by_adapter
@@ -19,11 +20,16 @@ from deltatune.weight import LazyWeight
 
 @dataclass
 class Merged:
-    """Adapters whose change is in the base layer now, and the parameters that were there before."""
+    """Adapters whose change is in the base layer now, and the parameters that were there before.
+
+    Attributes:
+        lost: What rounding to the layer's precision changed, as a share of the update: |held - W'| / |W' - W|.
+    """
 
     names: tuple[str, ...]
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lost: float = 0.0
 
 
 class AdaptedLayer(LayerViews, nn.Module):
@@ -77,7 +83,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def weight(self) -> Tensor:
         stored: Tensor = self.base_layer.weight  # type: ignore[assignment]
         names = [name for name in self.selection.names() if name in self.adapters]
-        if not names or self.stash is not None:
+        if not names or self.stash is not None or not stored.is_floating_point():  # packed: no matrix to be read
             return stored
 
         def compute() -> Tensor:
@@ -110,7 +116,9 @@ class AdaptedLayer(LayerViews, nn.Module):
         try:
             self.eval()
             with torch.no_grad():
-                weight, bias = self.stored_weight(names), self.as_map(names).bias
+                base, adapted = self.as_map(), self.as_map(names)
+                weight, bias = adapted.weight, adapted.bias
+                held = base.hold(weight)
         finally:
             self.train(training)
         if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):
@@ -118,7 +126,8 @@ class AdaptedLayer(LayerViews, nn.Module):
         if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
         assert old_weight is not None
-        return Merged(names, _like(weight, old_weight), _bias_like(bias, old_bias, old_weight))
+        like_old = old_weight if old_bias is None else old_bias
+        return Merged(names, held, None if bias is None else like(bias, like_old), _lost(base, weight, held))
 
     def merge(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
@@ -167,12 +176,12 @@ def _own(module: nn.Module, name: str) -> nn.Parameter | None:
     return getattr(module, name, None)
 
 
-def _like(value: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(old.dtype).clone(), requires_grad=old.requires_grad)
-
-
-def _bias_like(value: Tensor | None, old: nn.Parameter | None, weight: nn.Parameter) -> nn.Parameter | None:
-    return None if value is None else _like(value, weight if old is None else old)
+@torch.no_grad()
+def _lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
+    if weight.dtype == held.dtype:
+        return 0.0
+    missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
+    return (missed / update).item() if update > 0 else 0.0
 
 
 def _put(module: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:

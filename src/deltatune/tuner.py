@@ -15,6 +15,8 @@ from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
 
+LOST_WORTH_SAYING = 0.1  # of the update, in one layer
+
 
 class Tuner(nn.Module):
     """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
@@ -26,6 +28,7 @@ class Tuner(nn.Module):
         self.model = model
         self.selection = Selection()
         self.peft_config = configs  # the same dict as the PeftModel's
+        self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -72,14 +75,23 @@ class Tuner(nn.Module):
         if any(layer.merged for layer in layers):
             raise StateError("adapters are merged already; call unmerge_adapter() first")
         planned: list[tuple[Any, Merged]] = []
+        paths: list[str] = []
         for path, layer in inject.adapted_layers(self.model):
             if any(name in layer.adapters for name in names):
                 try:
                     planned.append((layer, layer.merged_parameters(names, safe_merge)))
+                    paths.append(path)
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
         for layer, merged in planned:
             layer.merge(merged)
+        self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
+        path, lost = max(self.merge_loss.items(), key=lambda item: item[1], default=("", 0.0))
+        if lost > LOST_WORTH_SAYING:
+            warn(
+                f"merge_adapter: rounding to the base's precision lost up to {lost:.0%} of the update (at {path}; "
+                "base_model.merge_loss has every layer); merge into a float32 copy of the base to keep it"
+            )
 
     def unmerge_adapter(self) -> None:
         """Put the original parameters back, bit for bit."""

@@ -10,9 +10,11 @@ from deltatune.adapter import LinearMap
 from deltatune.bases.conv import Conv
 from deltatune.bases.embedding import Embedding
 from deltatune.bases.linear import Linear
+from deltatune.bases.packed import Bitsandbytes4bit, Bitsandbytes8bit, Opaque, PackedLinear, Torchao
 from deltatune.bases.transposed import Transposed
 
-KINDS = (Linear, Transposed, Embedding, Conv)
+# torchao before Linear: its layers are nn.Linear, whose weight claims the type of the values
+KINDS = (Torchao, Linear, Transposed, Embedding, Conv, Bitsandbytes4bit, Bitsandbytes8bit, Opaque)
 
 
 def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap | None:
@@ -25,4 +27,5 @@ def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = 
 
 def supported() -> list[str]:
     """Names of the layer types that can be adapted, for error messages."""
-    return [name for kind in KINDS for name in kind.types]
+    plain_first = sorted(KINDS, key=lambda kind: issubclass(kind, PackedLinear))
+    return [name for kind in plain_first for name in kind.types]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune.bases.parameter import like
 from deltatune.errors import MergeError
 
 _RUN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -32,6 +33,10 @@ class Conv:
         self.sizes: tuple[int, ...] = self.module.kernel_size
         self.kernel = prod(self.sizes)
         self.in_features, self.out_features = self.module.in_channels * self.kernel, self.module.out_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -79,6 +84,9 @@ class Conv:
                 expected=1,
             )
         return own.reshape(shape)
+
+    def hold(self, weight: Tensor) -> nn.Parameter:
+        return like(self.store(weight), self.module.weight)
 
     def down_shape(self, rank: int) -> tuple[int, ...]:
         return (rank, self.module.in_channels, *self.sizes)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deltatune.bases.parameter import like
 
 
 class Embedding:
@@ -23,6 +26,10 @@ class Embedding:
         self.module, self.args, self.kwargs = cast(nn.Embedding, module), args, kwargs or {}
         self.in_features, self.out_features = self.module.num_embeddings, self.module.embedding_dim
         self.embed_scale = _scale(module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -53,6 +60,9 @@ class Embedding:
 
     def store(self, weight: Tensor) -> Tensor:
         return weight.T.contiguous()
+
+    def hold(self, weight: Tensor) -> nn.Parameter:
+        return like(self.store(weight), self.module.weight)
 
     def down_shape(self, rank: int) -> tuple[int, ...]:
         return (rank, self.in_features)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deltatune.bases.parameter import like
 
 
 class Transposed:
@@ -23,6 +26,10 @@ class Transposed:
     def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         self.module, self.args, self.kwargs = cast(Any, module), args, kwargs or {}
         self.in_features, self.out_features = self.module.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -49,6 +56,9 @@ class Transposed:
 
     def store(self, weight: Tensor) -> Tensor:
         return weight.T.contiguous()
+
+    def hold(self, weight: Tensor) -> nn.Parameter:
+        return like(self.store(weight), self.module.weight)
 
     def down_shape(self, rank: int) -> tuple[int, ...]:
         return (rank, self.in_features)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltatune.bases import as_map
+from deltatune.bases.packed import PackedLinear
 from deltatune.copies import TrainedCopies
 from deltatune.layer import AdaptedLayer
 
@@ -23,9 +26,18 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
     """
     structure, values = hashlib.sha256(), hashlib.sha256()
     dtypes, count, skipped, seen = set(), 0, set(without), set()
-    for name, tensor in sorted(base_parameters(model)):
+    packed = dict(_packed_weights(model))
+    plain = {name: tensor for name, tensor in base_parameters(model) if name not in packed}
+    for name in sorted({*plain, *packed}):
         if skipped & set(name.split(".")):
             continue
+        if name in packed:  # counts as the matrix it stands for, so that an adapter crosses over from base to base
+            shape, kind = packed[name]
+            structure.update(f"{name} {shape}\n".encode())
+            count += prod(shape)
+            dtypes.add(kind)
+            continue
+        tensor = plain[name]
         structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
         count += tensor.numel() if id(tensor) not in seen else 0  # tied parameters once
         seen.add(id(tensor))
@@ -58,6 +70,21 @@ def difference(made_for: dict[str, Any], present: dict[str, Any]) -> str | None:
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the parameters of the bare model, adapters looked through."""
     yield from _walk(model, "")
+
+
+def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[tuple[int, int], str]]]:
+    """Name, shape of the matrix, and kind of packing of the quantised layers."""
+    for name, child in module._modules.items():
+        if isinstance(child, AdaptedLayer):
+            child = child.base_layer
+        elif isinstance(child, TrainedCopies):
+            child = child.original_module
+        if child is None:
+            continue
+        layer = as_map(child)
+        if isinstance(layer, PackedLinear):
+            yield f"{prefix}{name}.weight", ((layer.out_features, layer.in_features), type(layer).__name__)
+        yield from _packed_weights(child, f"{prefix}{name}.")
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,154 @@
+"""Linear layers that keep their weight packed: quantised by bitsandbytes, torchao, or in another way.
+
+What they have in common is `PackedLinear`: the layer runs with its own kernel, and its values are unpacked only where a
+method needs the matrix itself. A kind of packing says how its values are unpacked and, if they can be, packed again.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.bases.linear import Linear
+from deltatune.errors import MergeError
+
+
+class PackedLinear(Linear):
+    """A linear layer whose `module.weight` is not the matrix."""
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """The matrix (out, in) of what the layer keeps."""
+        raise NotImplementedError
+
+    def pack(self, weight: Tensor) -> nn.Parameter:
+        raise MergeError(
+            f"{type(self.module).__name__} cannot be packed again here; keep the adapter unmerged, or merge it into "
+            "an unquantised copy of the base",
+            found=type(self.module).__name__,
+        )
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return self.unpack(stored)
+
+    def hold(self, weight: Tensor) -> nn.Parameter:
+        return self.pack(weight)
+
+
+class Bitsandbytes4bit(PackedLinear):
+    """`bitsandbytes.nn.Linear4bit`: blocks of 4-bit codes with a scale each.   https://arxiv.org/abs/2305.14314"""
+
+    types = ("Linear4bit",)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        library = sys.modules.get("bitsandbytes")  # no instance can exist before its library is loaded
+        return library is not None and isinstance(module, library.nn.Linear4bit)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        stored: Any = self.module.weight
+        compute = cast(Any, self.module).compute_dtype
+        return compute or (stored.dtype if stored.quant_state is None else stored.quant_state.dtype)
+
+    def unpack(self, stored: Any) -> Tensor:
+        if stored.quant_state is None:  # codes are made when the layer moves to its device
+            return stored.data
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(stored.data, stored.quant_state)
+
+    def pack(self, weight: Tensor) -> nn.Parameter:
+        old: Any = self.module.weight
+        options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+        made = type(old)(weight.detach().cpu(), requires_grad=False, quant_storage=old.quant_storage, **options)
+        return made.to(old.device)
+
+
+class Bitsandbytes8bit(PackedLinear):
+    """`bitsandbytes.nn.Linear8bitLt`: 8-bit rows with a scale each.   https://arxiv.org/abs/2208.07339"""
+
+    types = ("Linear8bitLt",)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        library = sys.modules.get("bitsandbytes")
+        return library is not None and isinstance(module, library.nn.Linear8bitLt)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        bias = self.module.bias
+        return torch.float32 if bias is None else bias.dtype
+
+    def unpack(self, stored: Any) -> Tensor:
+        if stored.dtype != torch.int8:
+            return stored.data
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        state: Any = self.module.state
+        scales = stored.SCB if stored.SCB is not None else state.SCB
+        return int8_vectorwise_dequant(stored.data, scales)
+
+    def pack(self, weight: Tensor) -> nn.Parameter:
+        old, state = cast(Any, self.module.weight), cast(Any, self.module.state)
+        if old.SCB is None:  # the layer took codes and scales over at its first call; it will again after `unmerge`
+            old.CB, old.SCB = old.data, state.SCB
+        made = type(old)(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+        return made.to(old.device)
+
+
+class Torchao(PackedLinear):
+    """`nn.Linear` with a weight of torchao's tensor classes."""
+
+    types = ("Linear of torchao",)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        library = sys.modules.get("torchao")
+        if library is None or not isinstance(module, nn.Linear):
+            return False
+        return isinstance(module.weight, library.utils.TorchAOBaseTensor)
+
+    def unpack(self, stored: Any) -> Tensor:
+        return stored.dequantize()
+
+
+class Opaque(PackedLinear):
+    """Any other layer that says its features and keeps integer codes: GPTQ, AWQ, HQQ, AQLM, EETQ, ...
+
+    Its matrix is what it answers to the rows of the identity, so nothing has to be known of how it packs.
+    """
+
+    types = ("other quantised linear layers",)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        sides = [getattr(module, name, None) for name in ("in_features", "out_features")]
+        if not all(isinstance(side, int) for side in sides) or any(True for _ in module.children()):
+            return False
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == (sides[1], sides[0]):
+            return False
+        return any(not tensor.is_floating_point() for tensor in _tensors(module))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((tensor.dtype for tensor in _tensors(self.module) if tensor.is_floating_point()), torch.float32)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    @property
+    def weight(self) -> Tensor:
+        device = next(_tensors(self.module)).device
+        with torch.no_grad():
+            answer = self.module(torch.eye(self.in_features, device=device, dtype=self.dtype))
+            return (answer if self.bias is None else answer - self.bias).T
+
+
+def _tensors(module: nn.Module) -> Any:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)

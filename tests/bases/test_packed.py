@@ -1,0 +1,168 @@
+"""Quantised linear layers: every method on every way of packing, with the layer's own kernel underneath.
+
+bitsandbytes and torchao run here on the CPU. The kind that covers all other packings is shown a layer that packs as
+GPTQ does: 4-bit codes in int32 words, scales and zero points in half precision, no `weight` at all.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from deltatune import PeftModel, get_peft_model
+from deltatune.bases import as_map
+from deltatune.errors import MergeError, PeftWarning
+from tests.laws.examples import LAYER_METHODS, adapters, config_of, move
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Words(nn.Module):
+    """y = x W^T + b with W = (code - zero) * scale, eight codes in a word."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        self.register_buffer("scales", (high - low) / 15)
+        self.register_buffer("zeros", low / self.scales)
+        codes = ((weight / self.scales - self.zeros).round().clamp(0, 15)).to(torch.int32)
+        words = sum(codes[:, k::8] << (4 * k) for k in range(8))
+        self.register_buffer("qweight", words)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.stack([(self.qweight >> (4 * k)) & 15 for k in range(8)], dim=2).flatten(1)
+        return nn.functional.linear(x, ((codes + self.zeros) * self.scales).to(x.dtype), self.bias)
+
+
+def four_bits(linear: nn.Linear, kind: str = "nf4") -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(*linear.weight.shape[::-1], linear.bias is not None, torch.float32, quant_type=kind)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def eight_bits(linear: nn.Linear) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(*linear.weight.shape[::-1], linear.bias is not None, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def torchao(linear: nn.Linear) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    return linear
+
+
+PACKED = {
+    "bitsandbytes-nf4": four_bits,
+    "bitsandbytes-fp4": lambda linear: four_bits(linear, "fp4"),
+    "bitsandbytes-8bit": eight_bits,
+    "torchao-int8": torchao,
+    "words": Words,
+}
+REPACKED = ("bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-8bit")
+METHODS = [name for name, method in LAYER_METHODS.items() if "linear" in method.adapter.base_kinds]
+
+
+def base(packing: str, bias: bool = True) -> Holder:
+    torch.manual_seed(0)
+    return Holder(PACKED[packing](nn.Linear(16, 8, bias=bias))).eval()
+
+
+def adapted(packing: str, method: str) -> PeftModel:
+    config = config_of(method)
+    model = get_peft_model(base(packing), config)
+    move(model, 0.1)
+    return model
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layer_is_the_map_of_its_unpacked_weight(packing, bias, x):
+    layer = base(packing, bias).layer
+    seen = as_map(layer)
+    assert seen.kind == "linear" and seen.weight.shape == (8, 16) and seen.weight.dtype == seen.dtype == torch.float32
+    assert_close(seen.apply(x, seen.weight, seen.bias), layer(x), rtol=1e-5, atol=2e-2 if "8bit" in packing else 1e-5)
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_adapts_it(method, packing, x):
+    model = adapted(packing, method)
+    plain = copy.deepcopy(base(packing).layer)
+    before = plain(x)
+    layer = model.get_base_model().layer
+    out = model(x)
+    weight = layer.as_map(["default"])
+    if weight.adapter.mergeable is True:
+        expected = layer.as_map().apply(x, weight.weight, weight.bias)
+        assert_close(out, expected, rtol=1e-3, atol=3e-2 if "8bit" in packing else 1e-4)
+    assert not torch.allclose(out, before, atol=1e-3), "the adapter had no effect"
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    out.square().sum().backward()
+    for parameter in adapters(model):
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:merge_adapter")
+@pytest.mark.parametrize("packing", REPACKED)
+def test_merging_packs_again_says_what_that_lost_and_unmerging_is_exact(packing, x):
+    model = adapted(packing, "lora")
+    before, unpacked = model(x), model.get_base_model().layer.as_map(["default"]).weight
+    with model.disable_adapter():
+        plain = model(x)
+    model.base_model.merge_adapter()
+    layer = model.get_base_model().layer
+    rounding = (as_map(layer.base_layer).weight - unpacked).norm() / unpacked.norm()
+    assert 0 < rounding < 0.15
+    assert_close(model(x), before, rtol=0, atol=0.5)
+    assert 0 < model.base_model.merge_loss["layer"] < 2
+    model.base_model.unmerge_adapter()
+    assert torch.equal(model(x), before)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+
+
+def test_a_merge_that_loses_much_of_the_update_says_so():
+    model = adapted("bitsandbytes-nf4", "lora")
+    with pytest.warns(PeftWarning, match=r"rounding to the base's precision lost up to .* of the update"):
+        model.base_model.merge_adapter()
+
+
+@pytest.mark.parametrize("packing", [name for name in PACKED if name not in REPACKED])
+def test_what_cannot_be_packed_again_refuses_to_merge(packing, x):
+    model = adapted(packing, "lora")
+    before = model(x)
+    with pytest.raises(MergeError, match=r"layer: .* cannot be packed again"):
+        model.base_model.merge_adapter()
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_an_adapter_trained_on_the_plain_base_loads_onto_the_packed_one(packing, x, tmp_path):
+    torch.manual_seed(0)
+    plain = get_peft_model(Holder(nn.Linear(16, 8)).eval(), config_of("lora"))
+    move(plain, 0.1)
+    plain.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(packing), tmp_path)
+    assert_close(loaded(x), plain(x), rtol=0, atol=0.5)
