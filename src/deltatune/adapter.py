@@ -20,10 +20,17 @@ from deltatune.config import PeftConfig, PeftType
 class LinearMap(Protocol):
     """A frozen layer seen as a matrix.
 
+    keeps           names of the module's parameters that are `weight` and `bias`
+    only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
+    parts           modules inside of it that are adapted with it
+
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
     positions (`kernel` of them per channel), an embedding's counts its rows.
     """
 
+    keeps: tuple[str, str]
+    only_weight: bool
+    parts: tuple[str, ...]
     in_features: int
     out_features: int
     kernel: int
@@ -95,6 +102,7 @@ class Applied:
     def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
         self.adapter, self.inner = adapter, inner
         self.in_features, self.out_features, self.kernel = inner.in_features, inner.out_features, inner.kernel
+        self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property
     def kind(self) -> str:
@@ -112,7 +120,9 @@ class Applied:
     def bias(self) -> Tensor | None:
         return self.adapter.adapt_bias(self.inner.bias)
 
-    def __call__(self, x: Any) -> Tensor:
+    def __call__(self, x: Any) -> Any:
+        if self.only_weight:
+            return self.inner.apply(x, self.weight, self.bias)
         return self.adapter(x, self.inner)
 
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:

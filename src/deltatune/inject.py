@@ -58,7 +58,8 @@ def graft(
         if id(module) not in built:
             built[id(module)] = _build(method.adapter, module, resolved, path, name, autocast_adapter_dtype)
     with _undone_on_error() as undo:
-        for path, module in list(targets.walk(model)):  # a layer that has another name too is adapted under both
+        # backwards: parts before what they are in; a layer that has another name too is adapted under both
+        for path, module in reversed(list(targets.walk(model))):
             if id(module) not in built:
                 continue
             wrapper = _wrap(model, path, module, AdaptedLayer, selection, undo)
@@ -126,7 +127,15 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
     device = next(itertools.chain(holder.parameters(), holder.buffers())).device
-    return kind.build(layer, config, path).to(device=device, dtype=dtype)
+    made = kind.build(layer, config, path)
+    if layer.only_weight and made.mergeable is not True:
+        raise TargetError(
+            f"target {path!r} is a {type(holder).__name__}, which is adapted through its weight alone, and no weight "
+            f"can hold {kind.__name__}: {made.mergeable}; target layers around it",
+            field="target_modules",
+            path=path,
+        )
+    return made.to(device=device, dtype=dtype)
 
 
 def _wrap(
@@ -161,7 +170,7 @@ def _inner(wrapper: AdaptedLayer | TrainedCopies) -> nn.Module:
 
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter off; a wrapper left without adapters is taken off too."""
-    for path, module in list(targets.walk(model)):
+    for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             module.adapters.pop(name) if name in module.adapters else None
             empty = not len(module.adapters)

@@ -14,7 +14,7 @@ from deltatune.bases import as_map
 from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
-from deltatune.selection import Selection, by_adapter
+from deltatune.selection import Call, Selection, by_adapter
 from deltatune.weight import LazyWeight
 
 
@@ -69,25 +69,52 @@ class AdaptedLayer(LayerViews, nn.Module):
         if self.stash is not None:
             return self._merged_forward(x, args, kwargs)
         if call.rows is not None:
-            return self._mixed_forward(x, call.rows_of(len(x)), args, kwargs)
+            return self._mixed_forward(x, call, args, kwargs)
         return self.as_map(call.names, args, kwargs)(x)
 
-    def _mixed_forward(self, x: Tensor, rows: tuple[str | None, ...], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""
-        here = tuple(name if name and name in self.adapters else None for name in rows)
+        if self.as_map().only_weight:
+            names = self._one_for_all(call)
+            with self.selection.use(Call(names)):  # parts whose weight it reads follow
+                return self.as_map(names, args, kwargs)(x)
+        here = tuple(name if name and name in self.adapters else None for name in call.rows_of(len(x)))
         return by_adapter(here, x, lambda name, part: self.as_map([name] if name else [], args, kwargs)(part))
+
+    def _one_for_all(self, call: Call) -> tuple[str, ...]:
+        """The adapters whose weight is every row's.
+
+        Raises:
+            StateError: Rows differ, and one weight cannot be all of theirs.
+        """
+        if call.rows is None:
+            return call.names
+        here = {name if name and name in self.adapters else None for name in call.rows}
+        if len(here) > 1:
+            raise StateError(
+                f"adapter_names: rows cannot differ in a {type(self.base_layer).__name__} whose weight is read instead "
+                "of the layer being called; call the model once per adapter",
+                field="adapter_names",
+                found=call.rows,
+            )
+        return tuple(name for name in here if name)
 
     # -------------------------------------------------------------------------------------- for those who read weights
 
     @property
     def weight(self) -> Tensor:
-        stored: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        names = [name for name in self.selection.names() if name in self.adapters]
+        return self._seen("weight")
+
+    def _seen(self, name: str) -> Tensor:
+        """The adapted matrix under the name that the base layer has for it."""
+        stored: Tensor = getattr(self.base_layer, name)
+        call = self.selection.current()
+        names = [name for name in call.rows or call.names if name and name in self.adapters]
         if not names or self.stash is not None or not stored.is_floating_point():  # packed: no matrix to be read
             return stored
 
         def compute() -> Tensor:
-            return self.stored_weight(names).to(stored.dtype)
+            return self.stored_weight(self._one_for_all(call)).to(stored.dtype)
 
         # Under the compiler an unused matrix is dropped from the graph, and a wrapper would only break it.
         return compute() if torch.compiler.is_compiling() else LazyWeight(stored, compute)
@@ -96,7 +123,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def bias(self) -> Tensor | None:
         if self.stash is not None:
             return self.base_layer.bias  # type: ignore[return-value]
-        return self.as_map(self.selection.names()).bias
+        return self.as_map(self._one_for_all(self.selection.current())).bias
 
     def stored_weight(self, names: Iterable[str]) -> Tensor:
         """The adapted weight in the base layer's own layout."""
@@ -111,7 +138,7 @@ class AdaptedLayer(LayerViews, nn.Module):
             MergeError: The layer cannot hold the result, or (with `check`) it is not finite.
         """
         names = tuple(name for name in names if name in self.adapters)
-        old_weight, old_bias = _own(self.base_layer, "weight"), _own(self.base_layer, "bias")
+        old_weight, old_bias = self._kept()
         training = self.training
         try:
             self.eval()
@@ -131,14 +158,27 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def merge(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
-        old = Merged(new.names, self.base_layer.weight, getattr(self.base_layer, "bias", None))  # type: ignore[arg-type]
-        _put(self.base_layer, new.weight, new.bias)
+        weight, bias = self._kept()
+        assert weight is not None
+        old = Merged(new.names, weight, bias)
+        self._put(new)
         self.stash = old
 
     def unmerge(self) -> None:
         if self.stash is not None:
-            _put(self.base_layer, self.stash.weight, self.stash.bias)
+            self._put(self.stash)
             self.stash = None
+
+    def _kept(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        weight, bias = self.as_map().keeps
+        return getattr(self.base_layer, weight, None), getattr(self.base_layer, bias, None)
+
+    def _put(self, new: Merged) -> None:
+        """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
+        weight, bias = self.as_map().keeps
+        setattr(self.base_layer, weight, new.weight)
+        if bias in self.base_layer._parameters:
+            self.base_layer.register_parameter(bias, new.bias)
 
     def _merged_forward(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """As long as adapters are merged they are what acts; a call without adapters runs on the kept weights."""
@@ -163,7 +203,10 @@ class AdaptedLayer(LayerViews, nn.Module):
             if name.startswith("__") or "_modules" not in self.__dict__:  # being copied or unpickled
                 raise
         found, view = self.view(name)
-        return view if found else getattr(self._modules["base_layer"], name)
+        if found:
+            return view
+        value = getattr(self._modules["base_layer"], name)
+        return self._seen(name) if isinstance(value, nn.Parameter) and name == self.as_map().keeps[0] else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):  # tying and resizing write to the layer they think they see
@@ -172,20 +215,9 @@ class AdaptedLayer(LayerViews, nn.Module):
             super().__setattr__(name, value)
 
 
-def _own(module: nn.Module, name: str) -> nn.Parameter | None:
-    return getattr(module, name, None)
-
-
 @torch.no_grad()
 def _lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
     if weight.dtype == held.dtype:
         return 0.0
     missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
     return (missed / update).item() if update > 0 else 0.0
-
-
-def _put(module: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
-    module.weight = weight
-    if "bias" in module._parameters:
-        module.register_parameter("bias", bias)

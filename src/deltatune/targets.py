@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.adapter import LinearMap
 from deltatune.bases import as_map, supported
 from deltatune.config import PeftConfig, TaskType
 from deltatune.copies import TrainedCopies
@@ -33,7 +34,9 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
         yield path, child
         if isinstance(child, TrainedCopies):
             yield from walk(child.original_module, path)
-        elif not isinstance(child, AdaptedLayer):
+        elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it
+            yield from walk(child.base_layer, f"{path}.base_layer")
+        else:
             yield from walk(child, path)
 
 
@@ -50,6 +53,7 @@ def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
             found.pop(path, None)
     else:
         found = {path: module for path, module in modules.items() if name_matches(config.target_modules, path)}
+        found = {path: module for path, module in modules.items() if path in found or _is_part(path, found)}
     found = {path: found[path] for path in found if not _excluded(config, path)}
     found = {path: found[path] for path in found if _in_layers(config, path)}
     if not found:
@@ -60,8 +64,20 @@ def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = module.as_map() if isinstance(module, AdaptedLayer) else as_map(module)
-    return layer is not None and layer.kind == "linear"
+    layer = _map(module)
+    return layer is not None and layer.kind == "linear" and not layer.only_weight
+
+
+def _is_part(path: str, found: dict[str, nn.Module]) -> bool:
+    """Whether a module is adapted because the one around it is."""
+    parent, _, child = path.rpartition(".")
+    around = found.get(parent.removesuffix(".base_layer"))
+    layer = None if around is None or around is found.get(path) else _map(around)
+    return layer is not None and child in layer.parts
+
+
+def _map(module: nn.Module) -> LinearMap | None:
+    return module.as_map() if isinstance(module, AdaptedLayer) else as_map(module)
 
 
 def _outputs(model: nn.Module, task_type: Any) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from deltatune.adapter import LinearMap
+from deltatune.bases.attention import JointProjection
 from deltatune.bases.conv import Conv
 from deltatune.bases.embedding import Embedding
 from deltatune.bases.linear import Linear
@@ -14,7 +15,7 @@ from deltatune.bases.packed import Bitsandbytes4bit, Bitsandbytes8bit, Opaque, P
 from deltatune.bases.transposed import Transposed
 
 # torchao before Linear: its layers are nn.Linear, whose weight claims the type of the values
-KINDS = (Torchao, Linear, Transposed, Embedding, Conv, Bitsandbytes4bit, Bitsandbytes8bit, Opaque)
+KINDS = (Torchao, Linear, Transposed, Embedding, Conv, JointProjection, Bitsandbytes4bit, Bitsandbytes8bit, Opaque)
 
 
 def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap | None:

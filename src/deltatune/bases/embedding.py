@@ -15,6 +15,9 @@ class Embedding:
     kind = "embedding"
     kernel = 1
     types = ("Embedding",)
+    keeps: tuple[str, str] = ("weight", "bias")
+    only_weight: bool = False
+    parts: tuple[str, ...] = ()
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

@@ -14,7 +14,10 @@ from deltatune.bases.parameter import like
 class Linear:
     kind = "linear"
     kernel = 1
-    types = ("Linear",)
+    types: tuple[str, ...] = ("Linear",)
+    keeps: tuple[str, str] = ("weight", "bias")
+    only_weight: bool = False
+    parts: tuple[str, ...] = ()
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

@@ -16,6 +16,9 @@ class Transposed:
     kind = "linear"
     kernel = 1
     types = ("Conv1D",)
+    keeps: tuple[str, str] = ("weight", "bias")
+    only_weight: bool = False
+    parts: tuple[str, ...] = ()
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

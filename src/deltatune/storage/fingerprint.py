@@ -88,14 +88,16 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    stash = None
+    merged: dict[str, Tensor | None] = {}
     if isinstance(module, AdaptedLayer):
-        stash, module = module.stash, module.base_layer
+        stash, keeps, module = module.stash, module.as_map().keeps, module.base_layer
+        if stash is not None:
+            merged = dict(zip(keeps, (stash.weight, stash.bias)))
     elif isinstance(module, TrainedCopies):
         module = module.original_module
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            kept = getattr(stash, name, None) if stash is not None else None
+            kept = merged.get(name)
             yield prefix + name, parameter if kept is None else kept
     for name, child in module._modules.items():
         if child is not None:
