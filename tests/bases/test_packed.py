@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from deltatune import PeftModel, get_peft_model
 from deltatune.bases import as_map
 from deltatune.errors import MergeError, PeftWarning
-from tests.laws.examples import LAYER_METHODS, adapters, config_of, move
+from tests.laws.examples import LAYER_METHODS, adapters, config_of, drawn, move
 
 
 class Holder(nn.Module):
@@ -103,8 +103,10 @@ def test_the_layer_is_the_map_of_its_unpacked_weight(packing, bias, x):
     assert_close(seen.apply(x, seen.weight, seen.bias), layer(x), rtol=1e-5, atol=2e-2 if "8bit" in packing else 1e-5)
 
 
-@pytest.mark.parametrize("packing", PACKED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method,packing",
+    [pytest.param(m, p, id=f"{m}-{p}", marks=drawn(0.3, "packed", m, p)) for m in METHODS for p in PACKED],
+)
 def test_every_method_adapts_it(method, packing, x):
     model = adapted(packing, method)
     plain = copy.deepcopy(base(packing).layer)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
+import random
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +29,7 @@ from deltatune.bases import as_map
 from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
 
+SHARE = 1 / 8  # of the cases that `make test` runs; with all of them it would take half an hour
 LAYER = "layer"  # where the adapted layer is in `Holder`
 
 # --------------------------------------------------------------------------------------------------------- base layers
@@ -183,13 +188,39 @@ class Case:
 
 
 def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any]:
-    """All cases as pytest parameters; without `options` each method's default only."""
+    """All cases as pytest parameters; without `options` each method's default only.
+
+    Each law draws its own part of them for `make test`, another part under another seed, which the header of the run
+    shows; the rest are marked slow, and `make test-all` runs every one.
+    """
+    caller = sys._getframe(1)
+    law = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"
     return [
-        pytest.param(Case(name, variant, base), id=f"{name}-{variant}-{base}")
+        pytest.param(Case(name, variant, base), id=f"{name}-{variant}-{base}", marks=_marks(law, name, variant, base))
         for name in LAYER_METHODS
         for variant in (variants(name) if options else ("default",))
         for base in bases
         if (variant == "default" or base in SWEPT) and _possible(name, variant, base)
+    ]
+
+
+def _marks(law: str, name: str, variant: str, base: str) -> tuple[Any, ...]:
+    """Every method meets every law on a linear layer each time; of the rest a share is drawn."""
+    return () if variant == "default" and base == "linear" else drawn(SHARE, law, name, variant, base)
+
+
+def drawn(share: float, *what: str) -> tuple[Any, ...]:
+    """Marks of a case that `make test` draws with probability `share`."""
+    chosen = random.Random(f"{os.environ['DELTATUNE_LAW_SEED']} {what}").random() < share
+    return () if chosen else (pytest.mark.slow,)
+
+
+def pairs(law: str) -> list[Any]:
+    """All pairs of methods as pytest parameters; `make test` draws some, about three for each method."""
+    share = min(3 / len(LAYER_METHODS), 1)
+    return [
+        pytest.param(first, second, id=f"{first}-{second}", marks=drawn(share, law, first, second))
+        for first, second in itertools.product(LAYER_METHODS, repeat=2)
     ]
 
 

@@ -1,7 +1,5 @@
 """Several adapters on one layer are composed; one layer under several names is adapted once, under all of them."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -10,9 +8,9 @@ from torch.testing import assert_close
 from deltatune import get_peft_model
 from deltatune.errors import PeftWarning
 from deltatune.layer import AdaptedLayer
-from tests.laws.examples import BASES, LAYER_METHODS, Case, Holder, base_values, cases, config_of, move, same
+from tests.laws.examples import BASES, LAYER_METHODS, Case, Holder, base_values, cases, config_of, move, pairs, same
 
-PAIRS = [pytest.param(a, b, id=f"{a}-{b}") for a, b in itertools.product(LAYER_METHODS, repeat=2)]
+PAIRS = pairs("stacking")
 KINDS = ("linear", "transposed", "conv2d-circular")
 
 
