@@ -224,6 +224,7 @@ def pairs(law: str) -> list[Any]:
     ]
 
 
+@functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
     layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
     if layer.kind not in adapter.base_kinds:
