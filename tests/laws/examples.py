@@ -82,8 +82,17 @@ class Holder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- methods
 
-LAYER_METHODS: dict[str, Method] = {method.name: method for method in METHODS.values() if method.adapter is not None}
-_SIZES = (4, 2, 1, 0)
+ONLY = os.environ.get("DELTATUNE_LAW_METHODS", "").split()  # names, while one works on a method; empty: all
+LAYER_METHODS: dict[str, Method] = {
+    method.name: method
+    for method in METHODS.values()
+    if method.adapter is not None and (not ONLY or method.name in ONLY)
+}
+# Values to try for options whose defaults are too large for small layers, by the option's name, best first.
+_SMALL: dict[str, tuple[Any, ...]] = {
+    "r": (4, 2, 1, 0),
+    "oft_block_size": (4, 2, 1, 0),
+}
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
@@ -98,8 +107,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
 def small(method_name: str) -> dict[str, Any]:
     """The sizes with which a method fits every base layer that its maths allows."""
     method = LAYER_METHODS[method_name]
-    fields = [field.name for field in dataclasses.fields(method.config) if _is_size(field)]
-    for values in itertools.product(_SIZES, repeat=len(fields)):
+    fields = [field.name for field in dataclasses.fields(method.config) if field.name in _SMALL]
+    for values in itertools.product(*(_SMALL[name] for name in fields)):
         sizes = dict(zip(fields, values))
         try:
             config = method.config(target_modules=[LAYER], **sizes)
@@ -109,11 +118,7 @@ def small(method_name: str) -> dict[str, Any]:
         except PeftError:
             continue
         return sizes
-    raise AssertionError(f"no small sizes found for {method_name}; name its size fields in `_is_size`")
-
-
-def _is_size(field: dataclasses.Field) -> bool:
-    return field.name == "r" or field.name.endswith("_block_size")
+    raise AssertionError(f"no small sizes found for {method_name}; name its size fields in `_SMALL`")
 
 
 @functools.cache

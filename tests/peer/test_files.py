@@ -11,6 +11,8 @@ import deltatune
 from deltatune.errors import PeftWarning
 from tests.core.tiny import batch, logits, tiny
 from tests.laws.examples import move
+from tests.peer import crossing
+from tests.peer.crossing import EXACT
 from tests.peer.pairs import (
     ATTENTION,
     EMBEDDING,
@@ -25,29 +27,11 @@ from tests.peer.pairs import (
     theirs,
 )
 
-EXACT = {"rtol": 1e-5, "atol": 1e-5}
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
 
 
 def crosses_over(method, arch, tmp_path, **options):
-    """Both ways, and what we save of PEFT's adapter is what PEFT saved."""
-    their_config, our_config = configs(method, arch, **options)
-    model, inputs = theirs(arch, their_config), batch(arch)
-    expected = logits(model, inputs)
-    with torch.no_grad(), model.disable_adapter():
-        assert not torch.allclose(logits(model, inputs), expected, atol=1e-3), "PEFT's adapter does nothing here"
-    folder = saved_by_peft(model, tmp_path / "theirs")
-    ours = deltatune.PeftModel.from_pretrained(tiny(arch), folder)
-    assert_close(logits(ours, inputs), expected, **EXACT)
-
-    ours.save_pretrained(tmp_path / "again")
-    assert_close(logits(loaded_by_peft(tiny(arch), tmp_path / "again"), inputs), expected, **EXACT)
-
-    torch.manual_seed(5)
-    made = scatter(deltatune.get_peft_model(tiny(arch), our_config), 11)
-    made.save_pretrained(tmp_path / "ours")
-    assert_close(logits(loaded_by_peft(tiny(arch), tmp_path / "ours"), inputs), logits(made, inputs), **EXACT)
-    return model, made
+    return crossing.crosses_over(*configs(method, arch, **options), arch, tmp_path)
 
 
 @quiet

@@ -1,24 +1,11 @@
 """Trained side by side from the same start, the losses are the same."""
 
 import pytest
-import torch
 
 import deltatune
-from tests.core.tiny import batch, tiny
+from tests.core.tiny import tiny
+from tests.peer.crossing import losses
 from tests.peer.pairs import ATTENTION, configs, saved_by_peft, theirs
-
-
-def losses(model, arch: str, steps: int) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    found = []
-    for step in range(steps):
-        loss = model(**batch(arch, rows=3, seed=step % 4)).loss
-        found.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("arch", ATTENTION)

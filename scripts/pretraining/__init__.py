@@ -1,0 +1,1 @@
+"""What the embedded base model learns from: a tokenizer, invented names, copying puzzles, records, and public text."""
