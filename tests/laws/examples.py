@@ -93,6 +93,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
     "group_size": (4, 2),
+    "boft_block_size": (4, 2),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -103,6 +104,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "num_cayley_neumann_terms": (2, 3, 8),
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
+    "boft_n_butterfly_factor": (2, 3),
 }
 
 
