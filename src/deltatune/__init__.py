@@ -50,6 +50,8 @@ _NAMES = {
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
         *("PeftModelForTokenClassification", "get_peft_model"),
     ),
+    "deltatune.shadow.config": ("ShadowConfig",),
+    "deltatune.shadow.detached": ("detached_shadow",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

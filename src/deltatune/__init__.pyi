@@ -56,6 +56,8 @@ from deltatune.prompts.serve import to_cache as to_cache
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.registry import register_method as register_method
+from deltatune.shadow.config import ShadowConfig as ShadowConfig
+from deltatune.shadow.detached import detached_shadow as detached_shadow
 from deltatune.status import TunerLayerStatus as TunerLayerStatus
 from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status

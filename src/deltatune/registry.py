@@ -16,6 +16,7 @@ from deltatune.prompts.multitask import METHOD as MULTITASK_PROMPT_TUNING
 from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
+from deltatune.shadow.graft import METHOD as SHADOW
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -31,6 +32,7 @@ METHODS: dict[PeftType | str, Method] = {
         P_TUNING,
         MULTITASK_PROMPT_TUNING,
         CPT,
+        SHADOW,
     )
 }
 
