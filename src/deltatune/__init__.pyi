@@ -24,10 +24,12 @@ from deltatune.functional import inject_adapter_in_model as inject_adapter_in_mo
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.hira import HiraConfig as HiraConfig
+from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig

@@ -11,7 +11,7 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
-from deltatune.state_dict import ROOT, Loaded, check, check_finite, collect, fill, without_base_copies
+from deltatune.state_dict import ROOT, Loaded, check, check_finite, collect, fill, translated, without_base_copies
 from deltatune.storage import folder as storage
 
 if TYPE_CHECKING:
@@ -155,5 +155,6 @@ class Persistence:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
             if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
                 saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
+            saved.tensors = translated(self.base_model.model, name, saved.tensors)
             check(saved.tensors, self.adapter_tensors(name), saved.source)
         self.fill_adapter(name, saved.tensors)

@@ -6,10 +6,12 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.hira import METHOD as HIRA
+from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.road import METHOD as ROAD
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -27,6 +29,8 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         HIRA,
+        ROAD,
+        BOFT,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

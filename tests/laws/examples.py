@@ -92,6 +92,8 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "group_size": (4, 2),
+    "boft_block_size": (4, 2),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -101,6 +103,9 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({LAYER: 8},),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "variant": ("road_2", "road_4"),
+    "group_size": (4,),
+    "boft_n_butterfly_factor": (2, 3),
 }
 
 
