@@ -26,6 +26,7 @@ _NAMES = {
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.boft": ("BOFTConfig",),
+    "deltatune.methods.beft": ("BeftConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),

@@ -25,6 +25,7 @@ from deltatune.functional import set_peft_model_state_dict as set_peft_model_sta
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.hira import HiraConfig as HiraConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
+from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig

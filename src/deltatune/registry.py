@@ -7,6 +7,7 @@ from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.boft import METHOD as BOFT
+from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
@@ -31,6 +32,7 @@ METHODS: dict[PeftType | str, Method] = {
         HIRA,
         ROAD,
         BOFT,
+        BEFT,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

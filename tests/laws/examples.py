@@ -195,7 +195,23 @@ class Case:
     @property
     def mergeable(self) -> bool:
         """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
-        return "grouped" not in self.base and "depthwise" not in self.base
+        return "grouped" not in self.base and "depthwise" not in self.base and not self.adds_bias
+
+    @property
+    def adds_bias(self) -> bool:
+        """A layer without bias cannot hold one."""
+        layer = _map(BASES[self.base])
+        return layer.bias is None and self._adapter(layer).adapt_bias(None) is not None
+
+    @property
+    def changes_weight(self) -> bool:
+        """Some methods change the bias alone."""
+        layer = _map(BASES[self.base])
+        weight = layer.weight
+        return self._adapter(layer).adapt(weight) is not weight
+
+    def _adapter(self, layer: LinearMap) -> Adapter:
+        return _adapter(LAYER_METHODS[self.method]).build(layer, self.config(), LAYER)
 
 
 def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any]:
