@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -30,14 +31,20 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     return default
 
 
+def by_layer(config: Any) -> dict[str, dict[str, Any]]:
+    """The fields of a config that hold other values for some layers: `rank_pattern` and all that are called so."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)}
+
+
 def check_patterns(config: Any) -> None:
     """Refuse regular expressions that do not compile and layer numbers without a list of names to number."""
     owner = type(config).__name__
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), str):
             _compile(owner, field, getattr(config, field))
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, {}):
+    for field, values in by_layer(config).items():
+        for pattern in values:
             _compile(owner, field, pattern)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ConfigError(
