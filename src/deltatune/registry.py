@@ -8,6 +8,7 @@ from deltatune.errors import ConfigError
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
@@ -33,6 +34,7 @@ METHODS: dict[PeftType | str, Method] = {
         ROAD,
         BOFT,
         BEFT,
+        C3A,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

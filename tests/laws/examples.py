@@ -94,6 +94,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "oft_block_size": (4, 2, 1, 0),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
+    "block_size": (4, 2, 1),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -106,6 +107,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
+    "block_size_pattern": ({LAYER: 1},),
 }
 
 
