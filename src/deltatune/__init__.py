@@ -24,7 +24,10 @@ _NAMES = {
     "deltatune.errors": ("PeftError", "PeftWarning"),
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
+    "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.boft": ("BOFTConfig",),
+    "deltatune.methods.beft": ("BeftConfig",),
+    "deltatune.methods.c3a": ("C3AConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),
@@ -52,6 +55,8 @@ _NAMES = {
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
         *("PeftModelForTokenClassification", "get_peft_model"),
     ),
+    "deltatune.shadow.config": ("ShadowConfig",),
+    "deltatune.shadow.detached": ("detached_shadow",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
