@@ -32,6 +32,7 @@ _NAMES = {
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.road": ("RoadConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),

@@ -5,14 +5,15 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
-from deltatune.methods.hira import METHOD as HIRA
-from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
@@ -33,6 +34,7 @@ METHODS: dict[PeftType | str, Method] = {
         HIRA,
         ROAD,
         BOFT,
+        PSOFT,
         BEFT,
         C3A,
         PREFIX_TUNING,
