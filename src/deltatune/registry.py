@@ -5,10 +5,10 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
-from deltatune.methods.hira import METHOD as HIRA
-from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
