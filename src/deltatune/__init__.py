@@ -27,6 +27,7 @@ _NAMES = {
     "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
+    "deltatune.methods.loha": ("LoHaConfig",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.model": ("PeftModel",),

@@ -8,6 +8,7 @@ from deltatune.errors import ConfigError
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -26,6 +27,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         HIRA,
+        LOHA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
