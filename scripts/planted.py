@@ -72,5 +72,16 @@ MUTANTS = [
     Mutant("loha", "factors exchanged, forward", "A1[:, :, None] * A2[:, None]", "A2[:, :, None] * A1[:, None]"),
     Mutant("loha", "dropout not scaled up", "rescale=True", "rescale=False"),
     Mutant("loha", "core forgotten", "tucker(self.hada_t2, A2, B2)", "tucker(self.hada_t1, A2, B2)"),
+    Mutant("lokr", "forgotten scale", "alpha / r, dropout", "1.0, dropout"),
+    Mutant(
+        "lokr",
+        "factors exchanged",
+        "torch.kron(w1, w2 if w2.ndim == 3 else w2.flatten(1))",
+        "torch.kron(w2.flatten(1), w1)",
+    ),
+    Mutant("lokr", "x not as rows of n, forward", "return h.mT.flatten(-2)", "return h.flatten(-2)"),
+    Mutant("lokr", "full matrix one rank late", "if r >= max(q, n) / 2", "if r > max(q, n) / 2"),
+    Mutant("lokr", "order of a Conv1d", "w2 if w2.ndim == 3 else w2.flatten(1)", "w2.flatten(1)"),
+    Mutant("lokr", "scale of the rows forgotten", "return scale * (first", "return (first"),
     Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
 ]

@@ -28,6 +28,7 @@ _NAMES = {
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.loha": ("LoHaConfig",),
+    "deltatune.methods.lokr": ("LoKrConfig",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.model": ("PeftModel",),

@@ -64,12 +64,14 @@ class Adapter(nn.Module):
         identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
             where an option decides.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
     """
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
+    bounded_r: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

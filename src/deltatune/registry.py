@@ -9,6 +9,7 @@ from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.loha import METHOD as LOHA
+from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -28,6 +29,7 @@ METHODS: dict[PeftType | str, Method] = {
         HRA,
         HIRA,
         LOHA,
+        LOKR,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

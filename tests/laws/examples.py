@@ -97,7 +97,8 @@ _SMALL: dict[str, tuple[Any, ...]] = {
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian"),
+    "init_weights": (False, "gaussian", "lycoris"),
+    "decompose_factor": (2, 4),
     "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
