@@ -30,6 +30,8 @@ _NAMES = {
     "deltatune.methods.c3a": ("C3AConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
+    "deltatune.methods.loha": ("LoHaConfig",),
+    "deltatune.methods.lokr": ("LoKrConfig",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.methods.road": ("RoadConfig",),

@@ -29,6 +29,8 @@ from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
+from deltatune.methods.loha import LoHaConfig as LoHaConfig
+from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.road import RoadConfig as RoadConfig

@@ -25,7 +25,8 @@ class LinearMap(Protocol):
     parts           modules inside of it that are adapted with it
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
-    positions (`kernel` of them per channel), an embedding's counts its rows.
+    positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
+    block-diagonal: each group of outputs reads its own share of the channels.
     """
 
     keeps: tuple[str, str]
@@ -34,6 +35,7 @@ class LinearMap(Protocol):
     in_features: int
     out_features: int
     kernel: int
+    groups: int
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -62,12 +64,14 @@ class Adapter(nn.Module):
         identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
             where an option decides.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
     """
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
+    bounded_r: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -105,7 +109,8 @@ class Applied:
 
     def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
         self.adapter, self.inner = adapter, inner
-        self.in_features, self.out_features, self.kernel = inner.in_features, inner.out_features, inner.kernel
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self.kernel, self.groups = inner.kernel, inner.groups
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property

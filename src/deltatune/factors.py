@@ -39,6 +39,32 @@ def block_diagonal(matrix: Tensor, blocks: int) -> Tensor:
     return matrix if blocks == 1 else torch.block_diag(*matrix.chunk(blocks))
 
 
+def tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A kernel (out, in, ...) from a core (r, r, ...) and factors (r, out) and (r, in): FedPara's proposition 3."""
+    return torch.einsum("ij...,ip,jq->pq...", core, up, down)
+
+
+class RowDropout(nn.Module):
+    """Dropout, in training, of features of an update's output and of the update as a whole, for all rows of a batch.
+
+    With `rescale` the kept features are divided by their share, so that their expected sum stays.
+    """
+
+    def __init__(self, features: float, whole: float, rescale: bool) -> None:
+        super().__init__()
+        self.features, self.whole, self.rescale = features, whole, rescale
+
+    def forward(self, update: Tensor, layer: LinearMap) -> Tensor:
+        if not self.training:
+            return update
+        if self.whole:
+            update = update * (torch.rand((), device=update.device) > self.whole)
+        if self.features:
+            kept = (torch.rand(layer.out_features, device=update.device) > self.features).float()
+            update = layer.scale(update, kept / kept.mean().clamp_min(1e-6) if self.rescale else kept)
+        return update
+
+
 def skew_symmetric(entries: Tensor, size: int) -> Tensor:
     """(blocks, size (size - 1) / 2) -> (blocks, size, size): the entries above the diagonal, and Q^T = -Q."""
     rows, columns = torch.triu_indices(size, size, 1, device=entries.device)

@@ -116,13 +116,13 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
             field="target_modules",
             path=path,
         )
-    if getattr(config, "r", 0) and config.r > max(layer.in_features, layer.out_features):  # type: ignore[attr-defined]
-        limit = max(layer.in_features, layer.out_features)
+    longer = max(layer.in_features, layer.out_features)
+    if kind.bounded_r and getattr(config, "r", 0) and config.r > longer:  # type: ignore[attr-defined]
         raise ConfigError(
             f"{type(config).__name__}: r={config.r} is larger than both sides of {path} "  # type: ignore[attr-defined]
             f"({layer.out_features}, {layer.in_features}); use at most {min(layer.in_features, layer.out_features)}",
             field="r",
-            expected=limit,
+            expected=longer,
         )
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype

@@ -11,6 +11,8 @@ from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.loha import METHOD as LOHA
+from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.road import METHOD as ROAD
@@ -35,6 +37,8 @@ METHODS: dict[PeftType | str, Method] = {
         BOFT,
         BEFT,
         C3A,
+        LOHA,
+        LOKR,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

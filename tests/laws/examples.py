@@ -100,8 +100,9 @@ _SMALL: dict[str, tuple[Any, ...]] = {
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian"),
-    "rank_pattern": ({LAYER: 8},),
+    "init_weights": (False, "gaussian", "lycoris"),
+    "decompose_factor": (2, 4),
+    "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "variant": ("road_2", "road_4"),
