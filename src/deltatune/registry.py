@@ -6,6 +6,7 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
@@ -26,6 +27,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         BEFT,
+        GLORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
