@@ -98,17 +98,25 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "group_size": (4, 2),
+    "boft_block_size": (4, 2),
+    "block_size": (4, 2, 1),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
+    "init_weights": (False, "gaussian"),
     "rank_pattern": ({LAYER: 8},),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
+    "variant": ("road_2", "road_4"),
+    "group_size": (4,),
+    "boft_n_butterfly_factor": (2, 3),
+    "block_size_pattern": ({LAYER: 1},),
 }
 
 

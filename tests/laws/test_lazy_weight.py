@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from deltatune import get_peft_model
 from deltatune.adapter import Applied
 from deltatune.errors import StateError
-from tests.core.tiny import batch, tiny
+from tests.core.tiny import TASKS, batch, tiny
 from tests.laws.examples import LAYER_METHODS, Case, adapters, cases, config_of, move
 
 KINDS = ("linear", "transposed", "embedding", "conv2d-circular")
@@ -26,8 +26,10 @@ def dense(monkeypatch):
 @pytest.mark.parametrize("name", LAYER_METHODS)
 @pytest.mark.parametrize("architecture", ["t5", "llama", "gpt2", "bert"])
 def test_a_forward_and_backward_of_a_model_builds_no_dense_weight(name, architecture, dense):
-    sizes = {} if architecture != "t5" else {"feed_forward_proj": "gated-gelu"}
-    model = get_peft_model(tiny(architecture, **sizes), config_of(name, target_modules="all-linear"))
+    # three labels, of the head of `tiny`, would have no half
+    sizes = {"t5": {"feed_forward_proj": "gated-gelu"}, "bert": {"num_labels": 4}}.get(architecture, {})
+    config = config_of(name, target_modules="all-linear", task_type=TASKS[architecture])  # heads fit no block size
+    model = get_peft_model(tiny(architecture, **sizes), config)
     move(model, 0.1)
     out = model(**batch(architecture))
     out.loss.backward()

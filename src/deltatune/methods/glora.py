@@ -145,16 +145,12 @@ class GLoRA(Adapter):
         out, columns = self.full["B"]
         return X.new_ones(1, columns), X.reshape(-1, 1).expand(out, 1)
 
-    def derived_tensors(self) -> dict[str, Tensor]:
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """PEFT's files hold a zero for every entry of a support that is not there."""
-        absent = [letter for letter in self.full if getattr(self, f"glora_{letter}") is None]
-        return {f"glora_{letter}.zeros": torch.zeros(()).expand(self.full[letter]) for letter in absent}
-
-    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name in self.derived_tensors().keys() & tensors.keys():
-            if tensors[name].any():
-                raise MismatchError(f"{name} holds numbers other than zero, which no support here can hold", key=name)
-        super().load_file_tensors(tensors)
+        zeros = {name: tensor for name, tensor in tensors.items() if name.endswith(".zeros")}
+        if wrong := [name for name, tensor in zeros.items() if tensor.any()]:
+            raise MismatchError(f"{wrong[0]} has numbers other than zero, which no support could hold", key=wrong[0])
+        return {name: tensor for name, tensor in tensors.items() if name not in zeros}
 
 
 METHOD = Method(

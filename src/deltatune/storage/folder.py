@@ -64,8 +64,8 @@ def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     trained = getattr(config, "modules_to_save", None) or ()
     facts = {"config": values, "base": fingerprint(model.get_base_model(), trained)}
     tensors = model.adapter_tensors(name, format)
-    left_out = {key: tensor for key, tensor in derived(model.get_base_model(), name).items() if key not in tensors}
-    if noted := {key: number for key, tensor in left_out.items() if (number := witness(tensor)) is not None}:
+    regained = derived(model.get_base_model(), name)
+    if noted := {key: witness(tensor) for key, tensor in regained.items() if key not in tensors}:
         facts["derived"] = noted
     text = json.dumps(values, indent=2, sort_keys=True)
     return {CONFIG_NAME: text.encode(), WEIGHTS_NAME: to_bytes(tensors, facts)}
