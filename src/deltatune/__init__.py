@@ -27,6 +27,7 @@ _NAMES = {
     "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.boft": ("BOFTConfig",),
     "deltatune.methods.beft": ("BeftConfig",),
+    "deltatune.methods.glora": ("GloraConfig",),
     "deltatune.methods.c3a": ("C3AConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),

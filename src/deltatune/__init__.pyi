@@ -26,6 +26,7 @@ from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config

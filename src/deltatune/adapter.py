@@ -86,20 +86,32 @@ class Adapter(nn.Module):
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
+    def adapted_bias(self, layer: LinearMap) -> Tensor | None:
+        """The bias under this adapter; methods in which it depends on the weight override this one."""
+        return self.adapt_bias(layer.bias)
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        return layer.apply(x, self.adapt(layer.weight), self.adapt_bias(layer.bias))
+        return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
     # Files carry PEFT's names and shapes; most methods use them for their parameters and need no translation.
 
     def file_tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
 
+    def derived_tensors(self) -> dict[str, Tensor]:
+        """Frozen tensors that the base or a seed gives again, under the names that files may have for them.
+
+        Where a file holds them, its own are used. Ours leave them out and note a number for each, which tells on
+        loading whether they came out the same.
+        """
+        return {}
+
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
         return tensors
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Fill the parameters; names and shapes have been checked against `file_tensors`."""
+        """Fill the parameters; names and shapes have been checked against `file_tensors` and `derived_tensors`."""
         for name, parameter in self.named_parameters():
             parameter.data.copy_(tensors[name])
 
@@ -127,7 +139,7 @@ class Applied:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.adapter.adapt_bias(self.inner.bias)
+        return self.adapter.adapted_bias(self.inner)
 
     def __call__(self, x: Any) -> Any:
         if self.only_weight:

@@ -11,7 +11,17 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
-from deltatune.state_dict import ROOT, Loaded, check, check_finite, collect, fill, translated, without_base_copies
+from deltatune.state_dict import (
+    ROOT,
+    Loaded,
+    check,
+    check_finite,
+    collect,
+    derived,
+    fill,
+    translated,
+    without_base_copies,
+)
 from deltatune.storage import folder as storage
 
 if TYPE_CHECKING:
@@ -156,5 +166,7 @@ class Persistence:
             if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
                 saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
             saved.tensors = translated(self.base_model.model, name, saved.tensors)
-            check(saved.tensors, self.adapter_tensors(name), saved.source)
+            own = derived(self.base_model.model, name)
+            check(saved.tensors, self.adapter_tensors(name), saved.source, optional=own)
+            storage.check_derived(saved, own)
         self.fill_adapter(name, saved.tensors)

@@ -8,6 +8,7 @@ from deltatune.errors import ConfigError
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
@@ -36,6 +37,7 @@ METHODS: dict[PeftType | str, Method] = {
         ROAD,
         BOFT,
         BEFT,
+        GLORA,
         C3A,
         LOHA,
         LOKR,

@@ -48,10 +48,16 @@ class Base:
         return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
 
 
+def _with_bias(layer: nn.Module) -> nn.Module:
+    """A bias that is not zero, as it starts in Conv1D."""
+    nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
 BASES: dict[str, Base] = {
     "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
     "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
-    "transposed": Base(lambda: Conv1D(8, 12), (5, 12)),
+    "transposed": Base(lambda: _with_bias(Conv1D(8, 12)), (5, 12)),
     "embedding": Base(lambda: nn.Embedding(16, 8), (5,), rows=16),
     "embedding-padded": Base(lambda: nn.Embedding(16, 4, padding_idx=2), (5,), rows=16),
     "conv1d": Base(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 9)),
@@ -105,6 +111,9 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "config_A_B": ("vector", "constant", "none"),
+    "config_C": ("vector", "none"),
+    "config_D_E": ("vector", "none"),
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
@@ -204,7 +213,7 @@ class Case:
     def adds_bias(self) -> bool:
         """A layer without bias cannot hold one."""
         layer = _map(BASES[self.base])
-        return layer.bias is None and self._adapter(layer).adapt_bias(None) is not None
+        return layer.bias is None and self._adapter(layer).adapted_bias(layer) is not None
 
     @property
     def changes_weight(self) -> bool:
