@@ -25,6 +25,7 @@ _NAMES = {
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.methods.c3a": ("C3AConfig",),
+    "deltatune.methods.fourierft": ("FourierFTConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),

@@ -24,6 +24,7 @@ from deltatune.functional import inject_adapter_in_model as inject_adapter_in_mo
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig

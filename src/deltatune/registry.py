@@ -6,6 +6,7 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
@@ -26,6 +27,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         C3A,
+        FOURIERFT,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -93,6 +93,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
     "block_size": (4, 2, 1),
+    "n_frequency": (6,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -102,6 +103,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "block_size_pattern": ({LAYER: 1},),
+    "n_frequency_pattern": ({LAYER: 9},),
 }
 
 
