@@ -85,7 +85,7 @@ def test_the_places_are_those_of_files():
 
 
 def test_what_trains_and_what_is_saved():
-    wrapper, fourier = adapted(Conv1D(2304, 768))
+    _, fourier = adapted(Conv1D(2304, 768))
     assert sum(p.numel() for p in fourier.parameters()) == 1000
     assert set(fourier.file_tensors()) == {"fourierft_spectrum"}
     assert fourier.indices.shape == (2, 1000) and len({tuple(place) for place in fourier.indices.T.tolist()}) == 1000
