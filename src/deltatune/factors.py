@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from deltatune.adapter import LinearMap
+
 
 class Factor(nn.Module):
     """One trainable tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias."""
@@ -26,6 +28,12 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))
+
+
+def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
+    """y + vector (out,), over the features of a layer's output."""
+    ones = torch.ones((), dtype=y.dtype, device=y.device).expand_as(y)
+    return y + layer.scale(ones, vector)
 
 
 def block_diagonal(matrix: Tensor, blocks: int) -> Tensor:
