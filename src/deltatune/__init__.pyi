@@ -28,6 +28,7 @@ from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
+from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.loha import LoHaConfig as LoHaConfig

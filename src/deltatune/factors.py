@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -126,3 +128,15 @@ def correlate(x: Tensor, kernel: Tensor) -> Tensor:
         return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)
     X, C = torch.fft.rfft(parts), torch.fft.rfft(kernel)
     return torch.fft.irfft(torch.einsum("...nf,mnf->...mf", X, C.conj()), n=kernel.shape[-1]).flatten(-2)
+
+
+def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
+    """(2, count) distinct entries of a matrix, by a random stream that files rely on: they hold the seed alone."""
+    drawn = _drawn(rows * columns, count, seed).clone()  # one that autograd may keep, wherever the first was made
+    return torch.stack([drawn // columns, drawn % columns])
+
+
+@functools.lru_cache(maxsize=32)  # a model has few sizes of layers, and each permutation is as large as a layer
+def _drawn(size: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator, device="cpu")[:count].clone()

@@ -10,6 +10,7 @@ from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.hira import METHOD as HIRA
+from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.loha import METHOD as LOHA
@@ -41,6 +42,7 @@ METHODS: dict[PeftType | str, Method] = {
         C3A,
         LOHA,
         LOKR,
+        FOURIERFT,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

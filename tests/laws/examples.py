@@ -101,6 +101,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
+    "n_frequency": (6,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -118,6 +119,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
     "block_size_pattern": ({LAYER: 1},),
+    "n_frequency_pattern": ({LAYER: 9},),
 }
 
 
