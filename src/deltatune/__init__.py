@@ -28,6 +28,7 @@ _NAMES = {
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),

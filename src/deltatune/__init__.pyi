@@ -27,6 +27,7 @@ from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig

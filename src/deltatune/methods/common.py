@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from deltatune.adapter import Method
 from deltatune.config import PeftConfig, config
 from deltatune.patterns import check_patterns
 
@@ -40,6 +41,10 @@ class LayerConfig(PeftConfig):
     def validate(self) -> None:
         super().validate()
         check_patterns(self)
+
+    def beside(self) -> list[tuple[Method, LayerConfig]]:
+        """Adapters of other kinds that come with this one, on layers of their own, under its name and in its file."""
+        return []
 
 
 def all_linear(given: dict[str, Any]) -> dict[str, Any]:
