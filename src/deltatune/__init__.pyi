@@ -23,11 +23,16 @@ from deltatune.functional import get_peft_model_state_dict as get_peft_model_sta
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.methods.hira import HiraConfig as HiraConfig
+from deltatune.methods.boft import BOFTConfig as BOFTConfig
+from deltatune.methods.beft import BeftConfig as BeftConfig
+from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
@@ -57,6 +62,8 @@ from deltatune.prompts.serve import to_cache as to_cache
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.registry import register_method as register_method
+from deltatune.shadow.config import ShadowConfig as ShadowConfig
+from deltatune.shadow.detached import detached_shadow as detached_shadow
 from deltatune.status import TunerLayerStatus as TunerLayerStatus
 from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deltatune.adapter import LinearMap
+
 
 class Factor(nn.Module):
     """One trainable tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias."""
@@ -24,6 +26,12 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))
+
+
+def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
+    """y + vector (out,), over the features of a layer's output."""
+    ones = torch.ones((), dtype=y.dtype, device=y.device).expand_as(y)
+    return y + layer.scale(ones, vector)
 
 
 def block_diagonal(matrix: Tensor, blocks: int) -> Tensor:
@@ -75,3 +83,20 @@ def orthonormal(columns: Tensor) -> Tensor:
             column = column - (earlier @ column) * earlier
         done.append(column / column.norm())
     return torch.stack(done, dim=1)
+
+
+def circulant(kernel: Tensor) -> Tensor:
+    """(m, n, b) -> (m b, n b): m x n circulant blocks, of each of which the kernel holds the first row."""
+    step = torch.arange(kernel.shape[-1], device=kernel.device)
+    blocks = kernel[..., (step - step[:, None]) % len(step)]  # (m, n, b, b), row k is the first one turned k times
+    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def correlate(x: Tensor, kernel: Tensor) -> Tensor:
+    """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C)."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)  # half precision has no FFT
+    parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
+    if not parts.numel():  # nothing to transform, which not every library for FFT takes
+        return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)
+    X, C = torch.fft.rfft(parts), torch.fft.rfft(kernel)
+    return torch.fft.irfft(torch.einsum("...nf,mnf->...mf", X, C.conj()), n=kernel.shape[-1]).flatten(-2)

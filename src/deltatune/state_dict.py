@@ -59,6 +59,19 @@ def collect(model: nn.Module, name: str, root: str = ROOT) -> dict[str, Tensor]:
     return {root + part.prefix + key: tensor for part in found for key, tensor in part.tensors.items()}
 
 
+def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
+    """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
+    found = dict(tensors)
+    for path, layer in adapted_layers(model):
+        prefix = f"{root}{path}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        if own and name in layer.adapters:
+            own = layer.adapters[name].from_file(own)  # type: ignore[operator]
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefix)}
+            found |= {prefix + key: tensor for key, tensor in own.items()}
+    return found
+
+
 def check(
     given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, strict: bool = True
 ) -> tuple[list[str], list[str]]:

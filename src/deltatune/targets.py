@@ -18,7 +18,7 @@ from deltatune.copies import TrainedCopies
 from deltatune.errors import TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
-from deltatune.patterns import name_matches, pattern_value
+from deltatune.patterns import by_layer, name_matches, pattern_value
 from deltatune.suggest import nearest
 
 ALL_LINEAR = "all-linear"
@@ -153,8 +153,8 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in candidates)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, {}):
+    for field, values in by_layer(config).items():
+        for pattern in values:
             if not any(pattern_value({pattern: True}, path, False) for path in found):
                 warn(f"{field}: {pattern!r} matches none of the adapted layers")
 

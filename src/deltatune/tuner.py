@@ -131,13 +131,10 @@ class Tuner(nn.Module):
                 found=unknown,
                 expected=list(self.peft_config),
             )
-        prompts = [name for name in names if self.peft_config[name].is_prompt_learning]
-        if prompts:
-            raise MergeError(
-                f"adapter {prompts[0]!r} is learned tokens, or their keys and values, which no weight can hold; "
-                "it cannot be merged",
-                found=prompts,
-            )
+        for name in names:
+            graft = METHODS[self.peft_config[name].peft_type].graft  # type: ignore[index]
+            if graft is not None:
+                raise MergeError(f"adapter {name!r} is {graft.unmergeable}; it cannot be merged", found=[name])
         return names
 
     def _untie(self) -> None:

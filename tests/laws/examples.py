@@ -96,14 +96,22 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
     "token_indices": ([2, 0, 1],),
+    "group_size": (4, 2),
+    "boft_block_size": (4, 2),
+    "block_size": (4, 2, 1),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
+    "init_weights": (False, "gaussian"),
     "rank_pattern": ({LAYER: 8},),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "variant": ("road_2", "road_4"),
+    "group_size": (4,),
+    "boft_n_butterfly_factor": (2, 3),
+    "block_size_pattern": ({LAYER: 1},),
 }
 
 
@@ -193,7 +201,23 @@ class Case:
     @property
     def mergeable(self) -> bool:
         """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
-        return "grouped" not in self.base and "depthwise" not in self.base
+        return "grouped" not in self.base and "depthwise" not in self.base and not self.adds_bias
+
+    @property
+    def adds_bias(self) -> bool:
+        """A layer without bias cannot hold one."""
+        layer = _map(BASES[self.base])
+        return layer.bias is None and self._adapter(layer).adapt_bias(None) is not None
+
+    @property
+    def changes_weight(self) -> bool:
+        """Some methods change the bias alone."""
+        layer = _map(BASES[self.base])
+        weight = layer.weight
+        return self._adapter(layer).adapt(weight) is not weight
+
+    def _adapter(self, layer: LinearMap) -> Adapter:
+        return _adapter(LAYER_METHODS[self.method]).build(layer, self.config(), LAYER)
 
 
 def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any]:

@@ -13,7 +13,7 @@ from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal
+from deltatune.factors import Factor, block_diagonal, shift
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
@@ -198,8 +198,7 @@ class LoRA(Adapter):
         x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
         update = layer.mix(layer.apply(x, self.A), self.B)
         if self.lora_B.bias is not None:
-            ones = torch.ones((), dtype=update.dtype, device=update.device).expand_as(update)
-            update = update + layer.scale(ones, self.lora_B.bias)
+            update = shift(update, self.lora_B.bias, layer)
         return y + (self.scaling * update).to(y.dtype)
 
     # Files call the factors of an embedding by names of their own, without `.weight`.
