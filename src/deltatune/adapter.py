@@ -79,6 +79,14 @@ class Adapter(nn.Module):
         """A fresh adapter for the layer at `path`, its parameters on the CPU in float32."""
         raise NotImplementedError
 
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        """The same change for a layer that shares the weight of the one this was built for; None where it has none.
+
+        Args:
+            config: What targets that layer too, if anything does.
+        """
+        return None
+
     def adapt(self, weight: Tensor) -> Tensor:
         """W -> W', both (out, in)."""
         raise NotImplementedError
@@ -181,6 +189,7 @@ class Method:
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
+        find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
     """
@@ -190,6 +199,7 @@ class Method:
     adapter: type[Adapter] | None
     key_prefix: str
     default_targets: Callable[[str], Any] | None = None
+    find_targets: Callable[[nn.Module], Any] | None = None
     graft: type[Any] | None = None
     encoder: type[nn.Module] | None = None
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3

@@ -40,6 +40,7 @@ def parts(model: nn.Module, name: str) -> list[Part]:
         Part(f"{path}.", adapter.file_tensors(), adapter.load_file_tensors, adapter.derived_tensors())
         for path, adapter in adapters
     ]
+    found = [part for part in found if part.tensors]  # a tied layer's are those of the layer it follows
     found += [
         Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
         for path, copies in trained_copies(model)

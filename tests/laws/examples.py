@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class Base:
 
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (size, *self.shape)
-        return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
+        if self.rows is None:
+            return torch.randn(shape, dtype=dtype)
+        return (torch.randperm(prod(shape)) % self.rows).reshape(shape)  # the first tokens are always there
 
 
 def _with_bias(layer: nn.Module) -> nn.Module:
@@ -98,6 +101,7 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "token_indices": ([2, 0, 1],),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
@@ -263,6 +267,11 @@ def pairs(law: str) -> list[Any]:
         pytest.param(first, second, id=f"{first}-{second}", marks=drawn(share, law, first, second))
         for first, second in itertools.product(LAYER_METHODS, repeat=2)
     ]
+
+
+def allows(name: str, base: str) -> bool:
+    """Whether a method adapts a base layer."""
+    return _possible(name, "default", base)
 
 
 @functools.cache

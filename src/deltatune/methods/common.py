@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 from deltatune import checks
+from deltatune.adapter import Method
 from deltatune.config import PeftConfig, config
 from deltatune.patterns import check_patterns
 
@@ -42,6 +43,10 @@ class LayerConfig(PeftConfig):
     def validate(self) -> None:
         super().validate()
         check_patterns(self)
+
+    def beside(self) -> list[tuple[Method, LayerConfig]]:
+        """Adapters of other kinds that come with this one, on layers of their own, under its name and in its file."""
+        return []
 
 
 @config
