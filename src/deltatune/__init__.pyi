@@ -6,6 +6,7 @@ from deltatune.adapter import Adapter as Adapter
 from deltatune.adapter import Applied as Applied
 from deltatune.adapter import LinearMap as LinearMap
 from deltatune.adapter import Method as Method
+from deltatune.adapter import Stored as Stored
 from deltatune.auto import AutoPeftModel as AutoPeftModel
 from deltatune.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from deltatune.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -27,6 +28,7 @@ from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig

@@ -1,9 +1,13 @@
-"""Maths that methods share: factors, block-diagonal matrices, rotations, reflections."""
+"""Maths that methods share: factors, block-diagonal matrices, rotations, reflections, random projections."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+
+from deltatune.adapter import LinearMap
 
 
 class Factor(nn.Module):
@@ -75,3 +79,14 @@ def orthonormal(columns: Tensor) -> Tensor:
             column = column - (earlier @ column) * earlier
         done.append(column / column.norm())
     return torch.stack(done, dim=1)
+
+
+def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
+    """Outputs and inputs of the smallest matrix of which every layer's is a corner."""
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    return max(out for out, _ in sizes), max(width for _, width in sizes)
+
+
+def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform start, out of a generator of its own."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
