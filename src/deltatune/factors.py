@@ -1,8 +1,9 @@
-"""Maths that methods share: factors, block-diagonal matrices, rotations, reflections."""
+"""Maths that methods share: factors, block-diagonal matrices, rotations, reflections, random projections."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -140,3 +141,14 @@ def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
 def _drawn(size: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(size, generator=generator, device="cpu")[:count].clone()
+
+
+def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
+    """Outputs and inputs of the smallest matrix of which every layer's is a corner."""
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    return max(out for out, _ in sizes), max(width for _, width in sizes)
+
+
+def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform start, out of a generator of its own."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)

@@ -138,7 +138,7 @@ def small(method_name: str) -> dict[str, Any]:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
                 if (layer := _map(base)).kind in _adapter(method).base_kinds:
-                    _adapter(method).build(layer, config, LAYER)
+                    method.build({LAYER: layer}, config)
         except PeftError:
             continue
         return sizes
@@ -276,11 +276,11 @@ def allows(name: str, base: str) -> bool:
 
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
-    if layer.kind not in adapter.base_kinds:
+    layer, method = _map(BASES[base]), LAYER_METHODS[name]
+    if layer.kind not in _adapter(method).base_kinds:
         return False
     try:
-        adapter.build(layer, config_of(name, variant), LAYER)
+        method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise

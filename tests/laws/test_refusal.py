@@ -103,10 +103,10 @@ def test_a_failure_at_the_kth_layer_is_rolled_back(name, k, monkeypatch):
     model, x, expected = deep()
     before, build, count = picture(model), kind.build, iter(range(99))
 
-    def failing(layer, config, path):
+    def failing(*arguments):
         if next(count) == k:
             raise MemoryError("injected")
-        return build(layer, config, path)
+        return build(*arguments)
 
     monkeypatch.setattr(kind, "build", failing)
     with pytest.raises(MemoryError):
