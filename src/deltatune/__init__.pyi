@@ -6,6 +6,7 @@ from deltatune.adapter import Adapter as Adapter
 from deltatune.adapter import Applied as Applied
 from deltatune.adapter import LinearMap as LinearMap
 from deltatune.adapter import Method as Method
+from deltatune.adapter import Stored as Stored
 from deltatune.auto import AutoPeftModel as AutoPeftModel
 from deltatune.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from deltatune.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -26,13 +27,19 @@ from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
+from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
+from deltatune.methods.loha import LoHaConfig as LoHaConfig
+from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig

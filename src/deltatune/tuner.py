@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltatune import inject
@@ -83,6 +84,7 @@ class Tuner(nn.Module):
                     paths.append(path)
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
+        _keep_tied(planned)
         for layer, merged in planned:
             layer.merge(merged)
         self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
@@ -168,3 +170,13 @@ class Tuner(nn.Module):
             if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
         return getattr(self._modules["model"], name)
+
+
+def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:
+    """Layers that share their weight go on sharing it if it becomes the same for both."""
+    by_weight: dict[int, Merged] = {}
+    for layer, merged in planned:
+        stored = getattr(layer.base_layer, layer.as_map().keeps[0])
+        other = by_weight.setdefault(id(stored), merged)
+        if other is not merged and torch.equal(other.weight, merged.weight):
+            merged.weight = other.weight
