@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from deltatune import PsoftConfig, get_peft_model
-from deltatune.errors import ConfigError
+from deltatune import PeftModel, PsoftConfig, get_peft_model
+from deltatune.errors import ConfigError, MismatchError
 from deltatune.methods.psoft import principal
 
 
@@ -147,3 +147,19 @@ def test_a_rank_that_the_layer_cannot_have_is_refused():
         PsoftConfig(ab_svd_init="zeros")
     with pytest.raises(ConfigError, match=r"cayley_neumann_eps=1.5"):
         PsoftConfig(cayley_neumann_eps=1.5)
+
+
+def test_singular_vectors_of_other_signs_are_not_taken_for_those_of_the_file(tmp_path, monkeypatch):
+    """As another LAPACK gives them: a rotation between them would turn the other way."""
+    bare = lambda: (torch.manual_seed(1), nn.Sequential(nn.Linear(7, 5)))[1]
+    get_peft_model(bare(), PsoftConfig(r=3, target_modules=["0"])).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(bare(), tmp_path)
+    svd, signs = torch.linalg.svd, torch.tensor([1.0, -1, 1, 1, 1])
+
+    def flipped(*args, **kwargs):
+        U, S, Vh = svd(*args, **kwargs)
+        return U * signs, S, signs[:, None] * Vh
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    with pytest.raises(MismatchError, match=r"psoft_A, psoft_B, derived here"):
+        PeftModel.from_pretrained(bare(), tmp_path)

@@ -139,8 +139,7 @@ class PSOFT(Adapter):
         return cls(layer, config)
 
     def derived_tensors(self) -> dict[str, Tensor]:
-        """What the weight of the base gives again, so that files need not hold it."""
-        return {"A": self.A, "B": self.B}
+        return {"psoft_A": self.A, "psoft_B": self.B}
 
     @property
     def change(self) -> Tensor:
