@@ -29,6 +29,7 @@ _NAMES = {
     "deltatune.methods.beft": ("BeftConfig",),
     "deltatune.methods.glora": ("GloraConfig",),
     "deltatune.methods.c3a": ("C3AConfig",),
+    "deltatune.methods.deft": ("DeftConfig",),
     "deltatune.methods.fourierft": ("FourierFTConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),

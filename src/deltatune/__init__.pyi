@@ -27,6 +27,7 @@ from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.deft import DeftConfig as DeftConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig

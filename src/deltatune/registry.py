@@ -8,6 +8,7 @@ from deltatune.errors import ConfigError
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.hira import METHOD as HIRA
@@ -42,6 +43,7 @@ METHODS: dict[PeftType | str, Method] = {
         ROAD,
         BOFT,
         PSOFT,
+        DEFT,
         BEFT,
         GLORA,
         C3A,

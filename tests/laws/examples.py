@@ -124,6 +124,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "boft_n_butterfly_factor": (2, 3),
     "ab_svd_init": ("pissa_init",),
     "psoft_svd": ("lowrank",),
+    "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
 }
