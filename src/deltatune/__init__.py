@@ -20,10 +20,12 @@ _NAMES = {
         *("AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification"),
     ),
     "deltatune.adapter": ("Adapter", "Applied", "LinearMap", "Method"),
+    "deltatune.callback": ("AdapterCallback",),
     "deltatune.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "deltatune.errors": ("PeftError", "PeftWarning"),
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
+    "deltatune.methods.adalora": ("AdaLoraConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),
@@ -50,6 +52,7 @@ _NAMES = {
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
         *("PeftModelForTokenClassification", "get_peft_model"),
     ),
+    "deltatune.schedule": ("Schedule",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -85,6 +85,10 @@ class Adapter(nn.Module):
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapt_bias(layer.bias))
 
+    def penalty(self) -> Tensor | None:
+        """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
+        return None
+
     # Files carry PEFT's names and shapes; most methods use them for their parameters and need no translation.
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -162,6 +166,8 @@ class Method:
         default_targets: Model type -> layers it adapts when the user names none.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
+        run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
     """
 
     peft_type: PeftType | str
@@ -173,6 +179,8 @@ class Method:
     encoder: type[nn.Module] | None = None
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
+    run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
+    schedule: type[Any] | None = None
 
     @property
     def name(self) -> str:

@@ -116,12 +116,13 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
             field="target_modules",
             path=path,
         )
-    if getattr(config, "r", 0) and config.r > max(layer.in_features, layer.out_features):  # type: ignore[attr-defined]
+    rank = getattr(config, config.rank_name, 0)
+    if rank and rank > max(layer.in_features, layer.out_features):
         limit = max(layer.in_features, layer.out_features)
         raise ConfigError(
-            f"{type(config).__name__}: r={config.r} is larger than both sides of {path} "  # type: ignore[attr-defined]
+            f"{type(config).__name__}: {config.rank_name}={rank} is larger than both sides of {path} "
             f"({layer.out_features}, {layer.in_features}); use at most {min(layer.in_features, layer.out_features)}",
-            field="r",
+            field=config.rank_name,
             expected=limit,
         )
     half = layer.dtype in (torch.float16, torch.bfloat16)

@@ -36,7 +36,7 @@ def check_patterns(config: Any) -> None:
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), str):
             _compile(owner, field, getattr(config, field))
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in getattr(config, "patterns", ()):
         for pattern in getattr(config, field, {}):
             _compile(owner, field, pattern)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):

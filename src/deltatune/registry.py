@@ -5,6 +5,7 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
+from deltatune.methods.adalora import METHOD as ADALORA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
@@ -24,6 +25,7 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        ADALORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -152,7 +152,7 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in candidates)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in getattr(config, "patterns", ()):
         for pattern in getattr(config, field, {}):
             if not any(pattern_value({pattern: True}, path, False) for path in found):
                 warn(f"{field}: {pattern!r} matches none of the adapted layers")

@@ -23,6 +23,7 @@ class LayerConfig(PeftConfig):
 
     # Fields that PEFT's config of this method lacks: they are resolved into `target_modules` before saving.
     beyond_peer: ClassVar[frozenset[str]] = frozenset()
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # those of its fields that go by layer name
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
