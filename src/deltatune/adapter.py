@@ -25,7 +25,8 @@ class LinearMap(Protocol):
     parts           modules inside of it that are adapted with it
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
-    positions (`kernel` of them per channel), an embedding's counts its rows.
+    positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
+    block-diagonal: each group of outputs reads its own share of the channels.
     """
 
     keeps: tuple[str, str]
@@ -34,6 +35,7 @@ class LinearMap(Protocol):
     in_features: int
     out_features: int
     kernel: int
+    groups: int
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -62,18 +64,28 @@ class Adapter(nn.Module):
         identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
             where an option decides.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
     """
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
+    bounded_r: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
         """A fresh adapter for the layer at `path`, its parameters on the CPU in float32."""
         raise NotImplementedError
+
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        """The same change for a layer that shares the weight of the one this was built for; None where it has none.
+
+        Args:
+            config: What targets that layer too, if anything does.
+        """
+        return None
 
     def adapt(self, weight: Tensor) -> Tensor:
         """W -> W', both (out, in)."""
@@ -82,8 +94,12 @@ class Adapter(nn.Module):
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
+    def adapted_bias(self, layer: LinearMap) -> Tensor | None:
+        """The bias under this adapter; methods in which it depends on the weight override this one."""
+        return self.adapt_bias(layer.bias)
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        return layer.apply(x, self.adapt(layer.weight), self.adapt_bias(layer.bias))
+        return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
     def penalty(self) -> Tensor | None:
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
@@ -94,8 +110,20 @@ class Adapter(nn.Module):
     def file_tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
 
+    def derived_tensors(self) -> dict[str, Tensor]:
+        """Frozen tensors that the base or a seed gives again, under the names that files may have for them.
+
+        Where a file holds them, its own are used. Ours leave them out and note a number for each, which tells on
+        loading whether they came out the same.
+        """
+        return {}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
+        return tensors
+
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Fill the parameters; names and shapes have been checked against `file_tensors`."""
+        """Fill the parameters; names and shapes have been checked against `file_tensors` and `derived_tensors`."""
         for name, parameter in self.named_parameters():
             parameter.data.copy_(tensors[name])
 
@@ -105,7 +133,8 @@ class Applied:
 
     def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
         self.adapter, self.inner = adapter, inner
-        self.in_features, self.out_features, self.kernel = inner.in_features, inner.out_features, inner.kernel
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self.kernel, self.groups = inner.kernel, inner.groups
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property
@@ -122,7 +151,7 @@ class Applied:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.adapter.adapt_bias(self.inner.bias)
+        return self.adapter.adapted_bias(self.inner)
 
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
@@ -164,6 +193,7 @@ class Method:
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
+        find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
@@ -175,6 +205,7 @@ class Method:
     adapter: type[Adapter] | None
     key_prefix: str
     default_targets: Callable[[str], Any] | None = None
+    find_targets: Callable[[nn.Module], Any] | None = None
     graft: type[Any] | None = None
     encoder: type[nn.Module] | None = None
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3

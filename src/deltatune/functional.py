@@ -15,7 +15,7 @@ from deltatune.names import check_name
 from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.state_dict import ROOT, Loaded, check, collect, fill
+from deltatune.state_dict import ROOT, Loaded, check, collect, derived, fill, translated
 
 
 def inject_adapter_in_model(
@@ -91,9 +91,14 @@ def set_peft_model_state_dict(
     given = {key if wrapped else key.removeprefix(ROOT): value for key, value in peft_model_state_dict.items()}
     if wrapped and not expected.keys() & given.keys():
         given = {ROOT + key: value for key, value in given.items()}
+    if wrapped:
+        given = translated(wrapped.base_model.model, adapter_name, given)
+    else:
+        given = translated(model, adapter_name, given, root="")
     if ignore_mismatched_sizes:
         given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
-    missing, surplus = check(given, expected, "state dict", strict=False)
+    own = derived(wrapped.base_model.model, adapter_name) if wrapped else derived(model, adapter_name, root="")
+    missing, surplus = check(given, expected, "state dict", strict=False, optional=own)
     if missing or surplus:
         warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}")
     if wrapped:

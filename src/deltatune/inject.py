@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltatune import targets
-from deltatune.adapter import Adapter
+from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
@@ -47,16 +47,15 @@ def graft(
     Everything is built and checked before the first module of the model is replaced.
     """
     method = METHODS[config.peft_type]  # type: ignore[index]
-    assert method.adapter is not None
     config.validate()
     resolved: Any = copy.copy(config)
-    targets.with_defaults(resolved, model, method.default_targets)
-    found = targets.find(model, resolved)
     saved = find_saved(model, resolved)
-    built: dict[int, Adapter] = {}
-    for path, module in found.items():
-        if id(module) not in built:
-            built[id(module)] = _build(method.adapter, module, resolved, path, name, autocast_adapter_dtype)
+    built: dict[int, Adapter] = {}  # by the id of the module that each is for
+    for part, options in [(method, resolved), *resolved.beside()]:
+        _build_all(model, part, options, name, autocast_adapter_dtype, built)
+        if part is not method:
+            _refuse_copied(model, built, saved)
+    _build_tied(model, built, saved)
     with _undone_on_error() as undo:
         # backwards: parts before what they are in; a layer that has another name too is adapted under both
         for path, module in reversed(list(targets.walk(model))):
@@ -68,6 +67,87 @@ def graft(
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
         add_copies(model, saved, name, selection, undo)
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
+
+
+def _build_all(
+    model: nn.Module, method: Method, config: Any, name: str, autocast: bool, built: dict[int, Adapter]
+) -> None:
+    """An adapter for every layer that a config targets; `built` gets them."""
+    assert method.adapter is not None
+    targets.with_defaults(config, model, method.default_targets, method.find_targets)
+    before, owners = set(built), _owners(model, built)
+    for path, module in targets.find(model, config).items():
+        if id(module) in before:
+            raise ConfigError(
+                f"{type(config).__name__}: {path} is a target twice, and a layer has one adapter of a name; "
+                "take it out of one of the lists, or add a second adapter",
+                field="target_modules",
+                path=path,
+            )
+        if id(module) not in built:
+            sharing = owners.setdefault(id(_stored(module)), [])
+            followed = (owner.tied(_map(module), config) for owner in sharing)
+            made = next((adapter for adapter in followed if adapter is not None), None)
+            if made is None:
+                made = _build(method.adapter, module, config, path, name, autocast)
+                sharing.append(made)
+            built[id(module)] = made
+
+
+def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
+    """Adapters for layers that no one targets, but whose weight is that of one whose adapter they have to follow."""
+    owners = _owners(model, built)
+    for path, module in targets.walk(model):
+        if targets.map_of(module) is None or _inside(path, saved):
+            continue
+        present = built.get(id(module))
+        for owner in owners.get(id(_stored(module)), []):
+            follows = None if owner is present else owner.tied(_map(module))
+            if follows is not None and present is None:
+                present = built[id(module)] = follows
+            elif follows is not None and type(present) is not type(follows):
+                raise ConfigError(
+                    f"{path} shares its weight with a layer whose {type(owner).__name__} it has to follow, and is a "
+                    f"target of {type(present).__name__} too; take it out of target_modules",
+                    field="target_modules",
+                    path=path,
+                )
+
+
+def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapter]]:
+    """The adapters that are built, by the id of the parameter that they change."""
+    found: dict[int, list[Adapter]] = {}
+    for module in {id(module): module for _, module in targets.walk(model)}.values():
+        if id(module) in built:
+            found.setdefault(id(_stored(module)), []).append(built[id(module)])
+    return found
+
+
+def _refuse_copied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
+    for path, module in targets.walk(model):
+        if id(module) in built and _inside(path, saved):
+            raise ConfigError(
+                f"modules_to_save: {path} is trained whole and has an adapter too; name it in one of the two",
+                field="modules_to_save",
+                path=path,
+            )
+
+
+def _inside(path: str, saved: dict[str, nn.Module]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in saved)
+
+
+def _map(module: nn.Module) -> LinearMap:
+    layer = targets.map_of(module)
+    assert layer is not None
+    return layer
+
+
+def _stored(module: nn.Module) -> Any:
+    """The parameter in which a layer keeps its weight; the layer itself where it is none."""
+    holder = module.base_layer if isinstance(module, AdaptedLayer) else module
+    stored = holder._parameters.get(_map(module).keeps[0])
+    return holder if stored is None else stored
 
 
 def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
@@ -116,14 +196,14 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
             field="target_modules",
             path=path,
         )
-    rank = getattr(config, config.rank_name, 0)
-    if rank and rank > max(layer.in_features, layer.out_features):
-        limit = max(layer.in_features, layer.out_features)
+    rank = getattr(config, config.rank_name, 0) if kind.bounded_r else 0
+    longer = max(layer.in_features, layer.out_features)
+    if rank and rank > longer:
         raise ConfigError(
             f"{type(config).__name__}: {config.rank_name}={rank} is larger than both sides of {path} "
             f"({layer.out_features}, {layer.in_features}); use at most {min(layer.in_features, layer.out_features)}",
             field=config.rank_name,
-            expected=limit,
+            expected=longer,
         )
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
@@ -231,10 +311,12 @@ def freeze(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    seen: set[int] = set()  # tied layers share them
     for _, layer in adapted_layers(model):
         for key, adapter in layer.adapters.items():
             if name is None or key == name:
-                yield from adapter.parameters()
+                yield from (p for p in adapter.parameters() if id(p) not in seen)
+                seen.update(id(p) for p in adapter.parameters())
     for _, copies in trained_copies(model):
         for key, module in copies.modules_to_save.items():
             if name is None or key == name:

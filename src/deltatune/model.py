@@ -140,7 +140,7 @@ class PeftModel(Persistence, nn.Module):
         if kwargs["use_reentrant"]:
             model.activation_checkpointing_enable(kwargs, **options)
             return
-        kwargs.setdefault("context_fn", Recomputation(self.base_model.selection))
+        kwargs.setdefault("context_fn", Recomputation(self.base_model.selection, self.prompts))
         model.activation_checkpointing_enable(kwargs, **options)
         if not hooked:
             model.disable_input_require_grads()

@@ -11,13 +11,21 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
-from deltatune.state_dict import ROOT, Loaded, check, check_finite, collect, fill, without_base_copies
+from deltatune.state_dict import (
+    ROOT,
+    Loaded,
+    check,
+    check_finite,
+    collect,
+    derived,
+    fill,
+    translated,
+    without_base_copies,
+)
 from deltatune.storage import folder as storage
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
-
-PROMPT_ROOT = "base_model."  # PEFT puts no tuner around a model with a prompt, so its keys are one step shorter
 
 
 class Persistence:
@@ -28,7 +36,7 @@ class Persistence:
         self._known([name])
         if name not in self.prompts:
             return collect(self.base_model.model, name)
-        copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+        copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
     def _has_copies(self: Any, name: str) -> bool:
@@ -42,7 +50,7 @@ class Persistence:
         of_prompt = {key: value for key, value in tensors.items() if self.prompts[name].owns(key)}
         if of_prompt:
             self.prompts[name].load_file_tensors(of_prompt)
-        fill(self.base_model.model, name, tensors, PROMPT_ROOT)
+        fill(self.base_model.model, name, tensors, self.prompts[name].root)
 
     def save_pretrained(
         self: Any,
@@ -146,7 +154,7 @@ class Persistence:
     def _load(self: Any, name: str, saved: storage.Saved) -> None:
         """Check the tensors of a folder against an adapter of this model, then fill it."""
         if name in self.prompts:
-            copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+            copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
             heads = {key: value for key, value in saved.tensors.items() if not self.prompts[name].owns(key)}
             check(heads, copies, saved.source)
             if len(heads) == len(saved.tensors):
@@ -157,5 +165,8 @@ class Persistence:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
             if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
                 saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
-            check(saved.tensors, self.adapter_tensors(name), saved.source)
+            saved.tensors = translated(self.base_model.model, name, saved.tensors)
+            own = derived(self.base_model.model, name)
+            check(saved.tensors, self.adapter_tensors(name), saved.source, optional=own)
+            storage.check_derived(saved, own)
         self.fill_adapter(name, saved.tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,20 +20,27 @@ Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
 
 @dataclass
 class Part:
-    """The tensors of one module of an adapter: their key prefix in the file, their present values, how to fill them."""
+    """The tensors of one module of an adapter: their key prefix in the file, their present values, how to fill them.
+
+    `derived` are those that a file may hold and need not.
+    """
 
     prefix: str
     tensors: dict[str, Tensor]
     fill: Callable[[dict[str, Tensor]], None]
+    derived: dict[str, Tensor] = field(default_factory=dict)
 
 
 def parts(model: nn.Module, name: str) -> list[Part]:
     """All that belongs to one adapter of a bare (perhaps adapted) model."""
-    found = [
-        Part(f"{path}.", layer.adapters[name].file_tensors(), layer.adapters[name].load_file_tensors)  # type: ignore
-        for path, layer in adapted_layers(model)
-        if name in layer.adapters
+    adapters: list[tuple[str, Any]] = [
+        (path, layer.adapters[name]) for path, layer in adapted_layers(model) if name in layer.adapters
     ]
+    found = [
+        Part(f"{path}.", adapter.file_tensors(), adapter.load_file_tensors, adapter.derived_tensors())
+        for path, adapter in adapters
+    ]
+    found = [part for part in found if part.tensors]  # a tied layer's are those of the layer it follows
     found += [
         Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
         for path, copies in trained_copies(model)
@@ -58,16 +65,42 @@ def collect(model: nn.Module, name: str, root: str = ROOT) -> dict[str, Tensor]:
     return {root + part.prefix + key: tensor for part in found for key, tensor in part.tensors.items()}
 
 
+def derived(model: nn.Module, name: str, root: str = ROOT) -> dict[str, Tensor]:
+    """File key -> tensor of what one adapter has from its base or a seed."""
+    return {root + part.prefix + key: tensor for part in parts(model, name) for key, tensor in part.derived.items()}
+
+
+def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
+    """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
+    found = dict(tensors)
+    for path, layer in adapted_layers(model):
+        prefix = f"{root}{path}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        if own and name in layer.adapters:
+            own = layer.adapters[name].from_file(own)  # type: ignore[operator]
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefix)}
+            found |= {prefix + key: tensor for key, tensor in own.items()}
+    return found
+
+
 def check(
-    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, strict: bool = True
+    given: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    source: str,
+    strict: bool = True,
+    optional: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Compare a file's tensors with what a model expects; returns missing and surplus keys.
+
+    Args:
+        optional: What a file may hold besides.
 
     Raises:
         MismatchError: Wrong shapes or dtypes, values that are not finite, and (strict) missing or surplus keys.
     """
+    known = {**(optional or {}), **expected}
     missing = sorted(expected.keys() - given.keys())
-    surplus = sorted(given.keys() - expected.keys())
+    surplus = sorted(given.keys() - known.keys())
     if strict and (missing or surplus):
         raise MismatchError(
             f"{source} does not fit the adapter: "
@@ -81,8 +114,8 @@ def check(
             found=surplus,
             expected=missing,
         )
-    for key in given.keys() & expected.keys():
-        _check_tensor(key, given[key], expected[key], source)
+    for key in given.keys() & known.keys():
+        _check_tensor(key, given[key], known[key], source)
     return missing, surplus
 
 
@@ -115,8 +148,9 @@ def check_finite(source: str, key: str, given: Tensor) -> None:
 def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> None:
     """Put tensors that `check` has passed into an adapter."""
     for part in parts(model, name):
-        own = {key: tensors[root + part.prefix + key] for key in part.tensors if root + part.prefix + key in tensors}
-        if len(own) == len(part.tensors):
+        keys = {**part.tensors, **part.derived}
+        own = {key: tensors[root + part.prefix + key] for key in keys if root + part.prefix + key in tensors}
+        if own.keys() >= part.tensors.keys():
             part.fill(own)
         elif own:
             part.fill({**part.tensors, **own})

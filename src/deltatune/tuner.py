@@ -153,6 +153,7 @@ class Tuner(nn.Module):
                     paths.append(path)
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
+        _keep_tied(planned)
         for layer, merged in planned:
             layer.merge(merged)
         self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
@@ -199,13 +200,10 @@ class Tuner(nn.Module):
                 found=unknown,
                 expected=list(self.peft_config),
             )
-        prompts = [name for name in names if self.peft_config[name].is_prompt_learning]
-        if prompts:
-            raise MergeError(
-                f"adapter {prompts[0]!r} is learned tokens, or their keys and values, which no weight can hold; "
-                "it cannot be merged",
-                found=prompts,
-            )
+        for name in names:
+            graft = METHODS[self.peft_config[name].peft_type].graft  # type: ignore[index]
+            if graft is not None:
+                raise MergeError(f"adapter {name!r} is {graft.unmergeable}; it cannot be merged", found=[name])
         return names
 
     def _untie(self) -> None:
@@ -241,3 +239,13 @@ class Tuner(nn.Module):
             if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
         return getattr(self._modules["model"], name)
+
+
+def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:
+    """Layers that share their weight go on sharing it if it becomes the same for both."""
+    by_weight: dict[int, Merged] = {}
+    for layer, merged in planned:
+        stored = getattr(layer.base_layer, layer.as_map().keeps[0])
+        other = by_weight.setdefault(id(stored), merged)
+        if other is not merged and torch.equal(other.weight, merged.weight):
+            merged.weight = other.weight

@@ -61,7 +61,7 @@ class AdaLoraConfig(LayerConfig):
     """
 
     rank_name: ClassVar[str] = "init_r"
-    patterns: ClassVar[tuple[str, ...]] = ()
+    not_by_layer: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
 
     r: int = 8

@@ -110,3 +110,18 @@ def _sample(tensor: Tensor) -> bytes:
     picked = flat[::step][:SAMPLES]
     picked = picked.float() if picked.is_floating_point() else picked
     return bytes(picked.cpu().contiguous().view(torch.uint8).tolist())
+
+
+def witness(tensor: Tensor) -> float:
+    """A number that changes with the values of a tensor and with their order.
+
+    No digest: a factorisation's last bits differ from machine to machine.
+    """
+    flat = tensor.detach().double().flatten()
+    wave = torch.arange(1.0, len(flat) + 1, dtype=torch.float64, device=flat.device).cos_()
+    return (flat @ wave / flat.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def agree(number: float, tensor: Tensor) -> bool:
+    """Whether `number` is this tensor's: exactly for integers, nearly for others."""
+    return abs(witness(tensor) - number) <= (1e-3 if tensor.is_floating_point() else 1e-9)
