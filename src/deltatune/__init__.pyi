@@ -14,6 +14,7 @@ from deltatune.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelFor
 from deltatune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from deltatune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from deltatune.callback import AdapterCallback as AdapterCallback
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType
@@ -24,6 +25,7 @@ from deltatune.functional import get_peft_model_state_dict as get_peft_model_sta
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
@@ -68,6 +70,7 @@ from deltatune.prompts.serve import to_cache as to_cache
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.registry import register_method as register_method
+from deltatune.schedule import Schedule as Schedule
 from deltatune.shadow.config import ShadowConfig as ShadowConfig
 from deltatune.shadow.detached import detached_shadow as detached_shadow
 from deltatune.status import TunerLayerStatus as TunerLayerStatus

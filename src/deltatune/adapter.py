@@ -134,6 +134,10 @@ class Adapter(Stored):
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
+    def penalty(self) -> Tensor | None:
+        """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
+        return None
+
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
         return tensors
@@ -215,6 +219,8 @@ class Method:
         find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
+        run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
     """
 
     peft_type: PeftType | str
@@ -228,6 +234,8 @@ class Method:
     encoder: type[nn.Module] | None = None
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
+    run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
+    schedule: type[Any] | None = None
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""

@@ -232,12 +232,13 @@ def _layer(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
             field="target_modules",
             path=path,
         )
+    rank = getattr(config, config.rank_name, 0) if kind.bounded_r else 0
     longer = max(layer.in_features, layer.out_features)
-    if kind.bounded_r and getattr(config, "r", 0) and config.r > longer:  # type: ignore[attr-defined]
+    if rank and rank > longer:
         raise ConfigError(
-            f"{type(config).__name__}: r={config.r} is larger than both sides of {path} "  # type: ignore[attr-defined]
+            f"{type(config).__name__}: {config.rank_name}={rank} is larger than both sides of {path} "
             f"({layer.out_features}, {layer.in_features}); use at most {min(layer.in_features, layer.out_features)}",
-            field="r",
+            field=config.rank_name,
             expected=longer,
         )
     return layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
+from deltatune.methods.adalora import METHOD as ADALORA
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
@@ -36,6 +37,7 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        ADALORA,
         TRAINABLE_TOKENS,
         HIRA,
         ROAD,

@@ -101,6 +101,9 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "init_r": (4,),
+    "target_r": (2,),
+    "total_step": (10,),
     "token_indices": ([2, 0, 1],),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),

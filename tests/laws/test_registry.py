@@ -8,7 +8,7 @@ import pytest
 import deltatune.methods
 from deltatune.adapter import Method
 from deltatune.registry import METHODS
-from tests.laws.examples import LAYER_METHODS, variants
+from tests.laws.examples import LAYER, LAYER_METHODS, small, variants
 
 FILES = sorted(file.name for file in pkgutil.iter_modules(deltatune.methods.__path__) if file.name != "common")
 
@@ -30,7 +30,7 @@ def test_every_registered_layer_method_has_a_file():
 @pytest.mark.parametrize("name", LAYER_METHODS)
 def test_a_config_names_its_method(name):
     method = LAYER_METHODS[name]
-    assert method.config().peft_type is method.peft_type
+    assert method.config(**small(name)).peft_type is method.peft_type
 
 
 @pytest.mark.parametrize("name", LAYER_METHODS)
