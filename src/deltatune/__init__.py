@@ -24,6 +24,7 @@ _NAMES = {
     "deltatune.errors": ("PeftError", "PeftWarning"),
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
+    "deltatune.methods.gralora": ("GraloraConfig",),
     "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),

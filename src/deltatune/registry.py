@@ -5,6 +5,7 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
+from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
@@ -30,6 +31,7 @@ METHODS: dict[PeftType | str, Method] = {
         HIRA,
         LOHA,
         LOKR,
+        GRALORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

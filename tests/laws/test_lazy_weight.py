@@ -26,8 +26,10 @@ def dense(monkeypatch):
 @pytest.mark.parametrize("name", LAYER_METHODS)
 @pytest.mark.parametrize("architecture", ["t5", "llama", "gpt2", "bert"])
 def test_a_forward_and_backward_of_a_model_builds_no_dense_weight(name, architecture, dense):
-    sizes = {} if architecture != "t5" else {"feed_forward_proj": "gated-gelu"}
-    model = get_peft_model(tiny(architecture, **sizes), config_of(name, target_modules="all-linear"))
+    sizes = {"t5": {"feed_forward_proj": "gated-gelu"}, "bert": {"num_labels": 4}}  # methods of blocks need even sides
+    model = get_peft_model(
+        tiny(architecture, **sizes.get(architecture, {})), config_of(name, target_modules="all-linear")
+    )
     move(model, 0.1)
     out = model(**batch(architecture))
     out.loss.backward()
