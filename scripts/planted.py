@@ -83,5 +83,16 @@ MUTANTS = [
     Mutant("lokr", "full matrix one rank late", "if r >= max(q, n) / 2", "if r > max(q, n) / 2"),
     Mutant("lokr", "order of a Conv1d", "w2 if w2.ndim == 3 else w2.flatten(1)", "w2.flatten(1)"),
     Mutant("lokr", "scale of the rows forgotten", "return scale * (first", "return (first"),
+    Mutant(
+        "gralora", "scale without the hybrid rank", "self.scaling = alpha / (r + hybrid_r)", "self.scaling = alpha / r"
+    ),
+    Mutant("gralora", "shares not exchanged", ".transpose(-3, -2).flatten(-3)", ".flatten(-3)"),
+    Mutant(
+        "gralora",
+        "whole update forgotten in the weight",
+        "update = update + self.gralora_B_general.weight @",
+        "update + self.gralora_B_general.weight @",
+    ),
+    Mutant("gralora", "blocks drawn as one", "in (*A, *B, *(", "in (A, B, *("),
     Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
 ]

@@ -11,6 +11,7 @@ from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
+from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
@@ -49,6 +50,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOKR,
         FOURIERFT,
         VERA,
+        GRALORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

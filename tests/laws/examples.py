@@ -116,6 +116,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (False, "gaussian"),
     "init_weights": (False, "gaussian", "lycoris"),
     "decompose_factor": (2, 4),
+    "gralora_k": (1, 4),
+    "hybrid_r": (2,),
     "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),

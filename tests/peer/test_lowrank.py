@@ -17,13 +17,19 @@ from tests.peer import crossing
 from tests.peer.crossing import EXACT
 from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter, theirs
 
-CONFIGS = {"hira": "HiraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig"}
-SIZES: dict[str, dict[str, Any]] = {"hira": {"r": 4}, "loha": {"r": 3, "alpha": 5}, "lokr": {"r": 1, "alpha": 2}}
+CONFIGS = {"hira": "HiraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "gralora": "GraloraConfig"}
+SIZES: dict[str, dict[str, Any]] = {
+    "hira": {"r": 4},
+    "loha": {"r": 3, "alpha": 5},
+    "lokr": {"r": 1, "alpha": 2},
+    "gralora": {"r": 4, "alpha": 6},
+}
 # PEFT's knows transformers' Conv1D, of which GPT-2 is made, only in some.
 ARCHITECTURES = {
     "hira": ("llama", "bert", "t5", "gpt2"),
     "loha": ("llama", "bert", "t5"),
     "lokr": ("llama", "bert", "t5"),
+    "gralora": ("llama", "bert", "t5", "gpt2"),
 }
 CASES = [(method, arch) for method, known in ARCHITECTURES.items() for arch in known]
 
@@ -79,7 +85,19 @@ def lokr_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
     }
 
 
-OPTIONS = {"hira": hira_options, "loha": loha_options, "lokr": lokr_options}
+def gralora_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    k = draw.choice([1, 2, 4])
+    return {
+        "gralora_k": k,
+        "r": k * draw.choice([1, 2]),
+        "hybrid_r": draw.choice([0, 1, 3]),
+        "alpha": draw.choice([1, 8, 20]),
+        "init_weights": draw.choice([True, False]),
+        "layers_to_transform": draw.choice([None, [1], 0]),
+    }
+
+
+OPTIONS = {"hira": hira_options, "loha": loha_options, "lokr": lokr_options, "gralora": gralora_options}
 
 
 @quiet
