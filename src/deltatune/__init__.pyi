@@ -13,6 +13,8 @@ from deltatune.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelFor
 from deltatune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from deltatune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from deltatune.calls import Value as Value
+from deltatune.calls import call_values as call_values
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType
@@ -28,6 +30,7 @@ from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.model import PeftModel as PeftModel
+from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder

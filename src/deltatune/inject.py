@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import targets
+from deltatune import calls, targets
 from deltatune.adapter import Adapter
+from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
@@ -51,12 +52,12 @@ def graft(
     config.validate()
     resolved: Any = copy.copy(config)
     targets.with_defaults(resolved, model, method.default_targets)
-    found = targets.find(model, resolved)
+    found = targets.find(model, resolved, "block" in method.adapter.base_kinds)
     saved = find_saved(model, resolved)
     built: dict[int, Adapter] = {}
     for path, module in found.items():
         if id(module) not in built:
-            built[id(module)] = _build(method.adapter, module, resolved, path, name, autocast_adapter_dtype)
+            built[id(module)] = _build(method.adapter, model, module, resolved, path, name, autocast_adapter_dtype)
     with _undone_on_error() as undo:
         # backwards: parts before what they are in; a layer that has another name too is adapted under both
         for path, module in reversed(list(targets.walk(model))):
@@ -67,6 +68,7 @@ def graft(
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
         add_copies(model, saved, name, selection, undo)
+        calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
 
 
@@ -99,7 +101,15 @@ def add_copies(
             wrapper.add(name)
 
 
-def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str, name: str, autocast: bool) -> Adapter:
+def _build(
+    kind: type[Adapter],
+    model: nn.Module,
+    module: nn.Module,
+    config: PeftConfig,
+    path: str,
+    name: str,
+    autocast: bool,
+) -> Adapter:
     if isinstance(module, AdaptedLayer):
         if name in module.adapters:
             raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
@@ -108,7 +118,8 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
         layer, holder = module.as_map(), module.base_layer
     else:
         layer, holder = targets.as_map(module), module
-    assert layer is not None
+    if layer is None or layer.kind == "block":
+        layer = Block(holder, width=width_of(model, path))
     if layer.kind not in kind.base_kinds:
         raise TargetError(
             f"target {path!r} is a {type(getattr(module, 'base_layer', module)).__name__}, which {kind.__name__} "
@@ -156,11 +167,13 @@ def _wrap(
 
 
 def resolve(model: nn.Module, path: str) -> nn.Module:
-    """The module at a bare path; copies are passed through to their original."""
+    """The module at a bare path; copies and blocks are passed through to their original."""
     for part in path.split(".") if path else []:
         child = model._modules[part]
         assert child is not None
-        model = child.original_module if isinstance(child, TrainedCopies) else child
+        if isinstance(child, TrainedCopies):
+            child = child.original_module
+        model = child.base_layer if isinstance(child, AdaptedLayer) and child.is_block else child
     return model
 
 
@@ -170,6 +183,7 @@ def _inner(wrapper: AdaptedLayer | TrainedCopies) -> nn.Module:
 
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter off; a wrapper left without adapters is taken off too."""
+    calls.forget(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             module.adapters.pop(name) if name in module.adapters else None
@@ -185,6 +199,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
     """Take every wrapper off. Copies of the adapters in `keep` stay in the model in place of their originals."""
+    calls.forget(model)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             _replace(model, path, module.base_layer)

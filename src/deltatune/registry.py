@@ -9,6 +9,7 @@ from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -24,6 +25,7 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        BOTTLENECK,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from deltatune import METHODS, PeftModel, get_peft_model
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.bases import as_map
+from deltatune.bases import block as block_base
 from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
 
@@ -48,6 +49,17 @@ class Base:
         return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
 
 
+class Block(nn.Module):
+    """Layers together, as those of a transformer: no weight of its own, and more than one output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x)).tanh()
+
+
 BASES: dict[str, Base] = {
     "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
     "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
@@ -63,9 +75,10 @@ BASES: dict[str, Base] = {
         lambda: nn.Conv2d(4, 4, 2, groups=4, padding=1, padding_mode="reflect"), (4, 4, 4)
     ),
     "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
+    "block": Base(lambda: Block(12), (5, 12)),
 }
 PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular")  # where every option is tried
+SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "block")  # where every option is tried
 
 
 class Holder(nn.Module):
@@ -92,6 +105,7 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "size": (4,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -100,6 +114,9 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({LAYER: 8},),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "preset": ("parallel",),
+    "parallel": (True,),
+    "non_linearity": ("swish",),
 }
 
 
@@ -113,7 +130,7 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := _map(base)).kind in _adapter(method).base_kinds:
+                if (layer := map_of(base)).kind in _adapter(method).base_kinds:
                     _adapter(method).build(layer, config, LAYER)
         except PeftError:
             continue
@@ -155,10 +172,9 @@ def _adapter(method: Method) -> type[Adapter]:
     return method.adapter
 
 
-def _map(base: Base) -> LinearMap:
-    layer = as_map(base.make())
-    assert layer is not None
-    return layer
+def map_of(base: Base) -> LinearMap:
+    module = base.make()
+    return as_map(module) or block_base.Block(module, width=base.shape[-1])
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
@@ -186,14 +202,22 @@ class Case:
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         return BASES[self.base].batch(size, dtype)
 
+    @functools.cached_property
+    def has_weight(self) -> bool:
+        """Whether the adapted layer has a weight: not every method is a change of one."""
+        made = _adapter(LAYER_METHODS[self.method]).build(map_of(BASES[self.base]), self.config(), LAYER)
+        return made.mergeable is True
+
     @property
     def mergeable(self) -> bool:
         """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
-        return "grouped" not in self.base and "depthwise" not in self.base
+        return self.has_weight and "grouped" not in self.base and "depthwise" not in self.base
 
 
-def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any]:
+def cases(bases: typing.Iterable[str] = BASES, options: bool = True, weights: bool | None = None) -> list[Any]:
     """All cases as pytest parameters; without `options` each method's default only.
+
+    `weights` limits them to the methods that change a weight, or to those that no weight can hold.
 
     Each law draws its own part of them for `make test`, another part under another seed, which the header of the run
     shows; the rest are marked slow, and `make test-all` runs every one.
@@ -206,6 +230,7 @@ def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any
         for variant in (variants(name) if options else ("default",))
         for base in bases
         if (variant == "default" or base in SWEPT) and _possible(name, variant, base)
+        if weights is None or Case(name, variant, base).has_weight is weights
     ]
 
 
@@ -231,7 +256,7 @@ def pairs(law: str) -> list[Any]:
 
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
+    layer, adapter = map_of(BASES[base]), _adapter(LAYER_METHODS[name])
     if layer.kind not in adapter.base_kinds:
         return False
     try:

@@ -16,9 +16,11 @@ class Graft:
     Attributes:
         encoder: The trainable part; the `PeftModel` registers it as a module, frees and freezes it.
         takes_positions: Whether the virtual tokens use up positions of the base, as tokens do.
+        reads: Arguments of a call beyond those of the base model, which it takes itself.
     """
 
     takes_positions: ClassVar[bool] = False
+    reads: tuple[str, ...] = ()
 
     name: str
     config: Any
