@@ -25,6 +25,7 @@ _NAMES = {
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.methods.hira": ("HiraConfig",),
+    "deltatune.methods.bitfit": ("BitFitConfig",),
     "deltatune.methods.boft": ("BOFTConfig",),
     "deltatune.methods.beft": ("BeftConfig",),
     "deltatune.methods.c3a": ("C3AConfig",),

@@ -76,7 +76,7 @@ def _build_all(
     assert method.adapter is not None
     targets.with_defaults(config, model, method.default_targets, method.find_targets)
     before, owners = set(built), _owners(model, built)
-    for path, module in targets.find(model, config).items():
+    for path, module in targets.find(model, config, method.adapter).items():
         if id(module) in before:
             raise ConfigError(
                 f"{type(config).__name__}: {path} is a target twice, and a layer has one adapter of a name; "
@@ -189,10 +189,10 @@ def _build(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
     else:
         layer, holder = targets.as_map(module), module
     assert layer is not None
-    if layer.kind not in kind.base_kinds:
+    if (fits := kind.fits(layer)) is not True:
         raise TargetError(
             f"target {path!r} is a {type(getattr(module, 'base_layer', module)).__name__}, which {kind.__name__} "
-            f"cannot adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
+            f"cannot adapt; {fits}",
             field="target_modules",
             path=path,
         )

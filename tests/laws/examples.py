@@ -66,9 +66,11 @@ BASES: dict[str, Base] = {
         lambda: nn.Conv2d(4, 4, 2, groups=4, padding=1, padding_mode="reflect"), (4, 4, 4)
     ),
     "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
+    "norm": Base(lambda: nn.LayerNorm(12), (5, 12)),
+    "norm-no-bias": Base(lambda: nn.RMSNorm(8), (5, 8)),
 }
-PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular")  # where every option is tried
+PLAIN = ("linear", "transposed", "embedding", "conv2d-circular", "norm")  # one of each kind, for laws that cost more
+SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "norm")  # where every option is tried
 
 
 class Holder(nn.Module):
@@ -125,7 +127,7 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := _map(base)).kind in _adapter(method).base_kinds:
+                if _adapter(method).fits(layer := _map(base)) is True:
                     _adapter(method).build(layer, config, LAYER)
         except PeftError:
             continue
@@ -265,7 +267,7 @@ def allows(name: str, base: str) -> bool:
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
     layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
-    if layer.kind not in adapter.base_kinds:
+    if adapter.fits(layer) is not True:
         return False
     try:
         adapter.build(layer, config_of(name, variant), LAYER)

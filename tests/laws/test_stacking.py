@@ -23,7 +23,7 @@ from tests.laws.examples import (
 )
 
 PAIRS = pairs("stacking")
-KINDS = ("linear", "transposed", "conv2d-circular")
+KINDS = ("linear", "transposed", "conv2d-circular", "norm")
 
 
 def stacked(first: str, second: str, base: str):
