@@ -19,6 +19,7 @@ from deltatune.errors import TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
 from deltatune.patterns import by_layer, name_matches, pattern_value
+from deltatune.shared import SharedModules
 from deltatune.suggest import nearest
 
 ALL_LINEAR = "all-linear"
@@ -28,7 +29,7 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs")
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of a model as it was before any adapter; a module reachable twice comes twice."""
     for name, child in module._modules.items():  # named_children() leaves out what it has met before
-        if child is None:
+        if child is None or isinstance(child, SharedModules):
             continue
         path = f"{prefix}.{name}" if prefix else name
         yield path, child

@@ -51,10 +51,16 @@ class Base:
         return (torch.randperm(prod(shape)) % self.rows).reshape(shape)  # the first tokens are always there
 
 
+def _with_bias(layer: nn.Module) -> nn.Module:
+    """A bias that is not zero, as it starts in Conv1D."""
+    nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
 BASES: dict[str, Base] = {
     "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
     "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
-    "transposed": Base(lambda: Conv1D(8, 12), (5, 12)),
+    "transposed": Base(lambda: _with_bias(Conv1D(8, 12)), (5, 12)),
     "embedding": Base(lambda: nn.Embedding(16, 8), (5,), rows=16),
     "embedding-padded": Base(lambda: nn.Embedding(16, 4, padding_idx=2), (5,), rows=16),
     "conv1d": Base(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 9)),
@@ -97,23 +103,34 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "init_r": (4,),
+    "target_r": (2,),
+    "total_step": (10,),
     "token_indices": ([2, 0, 1],),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
+    "n_frequency": (6,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian"),
-    "rank_pattern": ({LAYER: 8},),
+    "init_weights": (False, "gaussian", "lycoris"),
+    "decompose_factor": (2, 4),
+    "gralora_k": (1, 4),
+    "hybrid_r": (2,),
+    "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "config_A_B": ("vector", "constant", "none"),
+    "config_C": ("vector", "none"),
+    "config_D_E": ("vector", "none"),
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
     "block_size_pattern": ({LAYER: 1},),
+    "n_frequency_pattern": ({LAYER: 9},),
 }
 
 
@@ -128,7 +145,7 @@ def small(method_name: str) -> dict[str, Any]:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
                 if _adapter(method).fits(layer := _map(base)) is True:
-                    _adapter(method).build(layer, config, LAYER)
+                    method.build({LAYER: layer}, config)
         except PeftError:
             continue
         return sizes
@@ -209,7 +226,7 @@ class Case:
     def adds_bias(self) -> bool:
         """A layer without bias cannot hold one."""
         layer = _map(BASES[self.base])
-        return layer.bias is None and self._adapter(layer).adapt_bias(None) is not None
+        return layer.bias is None and self._adapter(layer).adapted_bias(layer) is not None
 
     @property
     def changes_weight(self) -> bool:
@@ -266,11 +283,11 @@ def allows(name: str, base: str) -> bool:
 
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
-    if adapter.fits(layer) is not True:
+    layer, method = _map(BASES[base]), LAYER_METHODS[name]
+    if _adapter(method).fits(layer) is not True:
         return False
     try:
-        adapter.build(layer, config_of(name, variant), LAYER)
+        method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise

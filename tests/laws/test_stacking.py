@@ -6,6 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from deltatune import get_peft_model
+from deltatune.adapter import Applied
 from deltatune.errors import PeftWarning
 from deltatune.layer import AdaptedLayer
 from tests.laws.examples import (
@@ -44,7 +45,8 @@ def test_two_active_adapters_are_the_second_after_the_first(first, second, base)
     layer = model.get_base_model().layer
     plain, x = layer.as_map(), BASES[base].batch(dtype=torch.float64)
     a, b = layer.adapters["a"], layer.adapters["b"]
-    expected = plain.apply(x, b.adapt(a.adapt(plain.weight)), b.adapt_bias(a.adapt_bias(plain.bias)))
+    first_of_two = Applied(a, plain)
+    expected = plain.apply(x, b.adapt(a.adapt(plain.weight)), b.adapted_bias(first_of_two))
     assert_close(model(x), expected, rtol=1e-7, atol=1e-7)
     model.base_model.merge_adapter()
     assert_close(model(x), expected, rtol=1e-7, atol=1e-7)

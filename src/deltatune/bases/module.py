@@ -16,7 +16,7 @@ from deltatune.bases.parameter import like
 
 class OneWeight:
     kind = "module"
-    kernel = 1
+    kernel = groups = 1
     types = ("norms and other modules with one weight",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False
