@@ -29,6 +29,7 @@ _NAMES = {
     "deltatune.methods.adalora": ("AdaLoraConfig",),
     "deltatune.methods.gralora": ("GraloraConfig",),
     "deltatune.methods.hira": ("HiraConfig",),
+    "deltatune.methods.bitfit": ("BitFitConfig",),
     "deltatune.methods.boft": ("BOFTConfig",),
     "deltatune.methods.beft": ("BeftConfig",),
     "deltatune.methods.glora": ("GloraConfig",),

@@ -29,6 +29,7 @@ from deltatune.functional import set_peft_model_state_dict as set_peft_model_sta
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
+from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig

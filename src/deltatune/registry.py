@@ -7,6 +7,7 @@ from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
 from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.fourierft import METHOD as FOURIERFT
@@ -41,6 +42,7 @@ METHODS: dict[PeftType | str, Method] = {
         HRA,
         ADALORA,
         TRAINABLE_TOKENS,
+        BITFIT,
         HIRA,
         ROAD,
         BOFT,

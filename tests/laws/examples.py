@@ -88,6 +88,11 @@ BASES: dict[str, Base] = {
 }
 PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
 SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "block")  # where every option is tried
+    "norm": Base(lambda: nn.LayerNorm(12), (5, 12)),
+    "norm-no-bias": Base(lambda: nn.RMSNorm(8), (5, 8)),
+}
+PLAIN = ("linear", "transposed", "embedding", "conv2d-circular", "norm")  # one of each kind, for laws that cost more
+SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "norm")  # where every option is tried
 
 
 class Holder(nn.Module):
@@ -159,7 +164,7 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := map_of(base)).kind in _adapter(method).base_kinds:
+                if _adapter(method).fits(layer := map_of(base)) is True:
                     method.build({LAYER: layer}, config)
         except PeftError:
             continue
@@ -307,7 +312,7 @@ def allows(name: str, base: str) -> bool:
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
     layer, method = map_of(BASES[base]), LAYER_METHODS[name]
-    if layer.kind not in _adapter(method).base_kinds:
+    if _adapter(method).fits(layer) is not True:
         return False
     try:
         method.build({LAYER: layer}, config_of(name, variant))
