@@ -31,6 +31,7 @@ _NAMES = {
     "deltatune.methods.loha": ("LoHaConfig",),
     "deltatune.methods.lokr": ("LoKrConfig",),
     "deltatune.methods.lora": ("LoraConfig",),
+    "deltatune.methods.miss": ("MissConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),

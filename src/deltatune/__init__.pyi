@@ -30,6 +30,7 @@ from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.loha import LoHaConfig as LoHaConfig
 from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
+from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig

@@ -12,6 +12,7 @@ from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
+from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
@@ -32,6 +33,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOHA,
         LOKR,
         GRALORA,
+        MISS,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -17,12 +17,19 @@ from tests.peer import crossing
 from tests.peer.crossing import EXACT
 from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter, theirs
 
-CONFIGS = {"hira": "HiraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "gralora": "GraloraConfig"}
+CONFIGS = {
+    "hira": "HiraConfig",
+    "loha": "LoHaConfig",
+    "lokr": "LoKrConfig",
+    "gralora": "GraloraConfig",
+    "miss": "MissConfig",
+}
 SIZES: dict[str, dict[str, Any]] = {
     "hira": {"r": 4},
     "loha": {"r": 3, "alpha": 5},
     "lokr": {"r": 1, "alpha": 2},
     "gralora": {"r": 4, "alpha": 6},
+    "miss": {"r": 4},
 }
 # PEFT's knows transformers' Conv1D, of which GPT-2 is made, only in some.
 ARCHITECTURES = {
@@ -30,6 +37,7 @@ ARCHITECTURES = {
     "loha": ("llama", "bert", "t5"),
     "lokr": ("llama", "bert", "t5"),
     "gralora": ("llama", "bert", "t5", "gpt2"),
+    "miss": ("llama", "bert", "t5"),
 }
 CASES = [(method, arch) for method, known in ARCHITECTURES.items() for arch in known]
 
@@ -97,7 +105,23 @@ def gralora_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
     }
 
 
-OPTIONS = {"hira": hira_options, "loha": loha_options, "lokr": lokr_options, "gralora": gralora_options}
+def miss_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    kind = draw.choice([True, False, "bat", "mini"])
+    return {
+        "init_weights": kind,
+        "r": draw.choice([2, 8] if kind == "bat" else [1, 5, 7, 16]),
+        "mini_r": draw.choice([1, 2, 8]),
+        "layers_to_transform": draw.choice([None, [1], 0]),
+    }
+
+
+OPTIONS = {
+    "hira": hira_options,
+    "loha": loha_options,
+    "lokr": lokr_options,
+    "gralora": gralora_options,
+    "miss": miss_options,
+}
 
 
 @quiet
@@ -125,6 +149,12 @@ def test_random_options(method, seed, tmp_path):
 def test_training(method, arch, tmp_path):
     their_config, _ = configs(method, task_type=TASKS[arch], target_modules=ATTENTION[arch][:3])
     crossing.trains_alike(their_config, arch, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 2}], ids=str)
+def test_training_of_other_kinds_of_miss(options, tmp_path):
+    their_config, _ = configs("miss", task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], **options)
+    crossing.trains_alike(their_config, "llama", tmp_path)
 
 
 @quiet
