@@ -6,6 +6,7 @@ from deltatune.adapter import Adapter as Adapter
 from deltatune.adapter import Applied as Applied
 from deltatune.adapter import LinearMap as LinearMap
 from deltatune.adapter import Method as Method
+from deltatune.adapter import Stored as Stored
 from deltatune.auto import AutoPeftModel as AutoPeftModel
 from deltatune.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from deltatune.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -13,6 +14,7 @@ from deltatune.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelFor
 from deltatune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from deltatune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from deltatune.callback import AdapterCallback as AdapterCallback
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType
@@ -23,6 +25,12 @@ from deltatune.functional import get_peft_model_state_dict as get_peft_model_sta
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from deltatune.methods.beft import BeftConfig as BeftConfig
+from deltatune.methods.boft import BOFTConfig as BOFTConfig
+from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
+from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
@@ -32,6 +40,9 @@ from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
@@ -61,6 +72,9 @@ from deltatune.prompts.serve import to_cache as to_cache
 from deltatune.prompts.text import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from deltatune.registry import METHODS as METHODS
 from deltatune.registry import register_method as register_method
+from deltatune.schedule import Schedule as Schedule
+from deltatune.shadow.config import ShadowConfig as ShadowConfig
+from deltatune.shadow.detached import detached_shadow as detached_shadow
 from deltatune.status import TunerLayerStatus as TunerLayerStatus
 from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -37,16 +38,25 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     return default
 
 
+def by_layer(config: Any) -> dict[str, dict[str, Any]]:
+    """The fields of a config that hold other values for some layers: `rank_pattern` and all that are called so."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = {name: value for name, value in fields.items() if name not in getattr(config, "not_by_layer", ())}
+    return {name: value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)}
+
+
 def check_patterns(config: Any) -> None:
     """Refuse patterns that do not compile or give impossible values, and layer numbers without names to number."""
     owner = type(config).__name__
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), str):
             _compile(owner, field, getattr(config, field))
-    for field, check in PATTERNED.items():
-        for pattern, value in getattr(config, field, {}).items():
+    for field, values in by_layer(config).items():
+        check = PATTERNED.get(field)
+        for pattern, value in values.items():
             _compile(owner, field, pattern)
-            check(owner, f"{field}[{pattern!r}]", value)
+            if check is not None:
+                check(owner, f"{field}[{pattern!r}]", value)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ConfigError(
             f"{owner}: layers_to_transform={config.layers_to_transform!r} needs target_modules as a list of names, "

@@ -24,6 +24,9 @@ class Holder(nn.Module):
     def __init__(self, batch_first: bool = True, bias: bool = True) -> None:
         super().__init__()
         self.layer = nn.MultiheadAttention(16, 4, bias=bias, batch_first=batch_first)
+        if bias:  # which would start at zero
+            nn.init.normal_(self.layer.in_proj_bias, std=0.2)
+            nn.init.normal_(self.layer.out_proj.bias, std=0.2)
 
     def forward(self, x, memory=None, **options):
         memory = x if memory is None else memory

@@ -1,4 +1,4 @@
-"""The planted faults of `scripts/mutants.py` still find their lines; whether tests kill them is run by `make mutants`."""
+"""The planted faults of `scripts/mutants.py` still find their lines; `make mutants` runs whether tests kill them."""
 
 import importlib
 import sys

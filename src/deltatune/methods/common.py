@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 from deltatune import checks
+from deltatune.adapter import Method
 from deltatune.config import PeftConfig, config
 from deltatune.patterns import check_patterns
 
@@ -25,6 +26,7 @@ class LayerConfig(PeftConfig):
 
     # Fields that PEFT's config of this method lacks: they are resolved into `target_modules` before saving.
     beyond_peer: ClassVar[frozenset[str]] = frozenset()
+    not_by_layer: ClassVar[tuple[str, ...]] = ()  # fields called `..._pattern` whose keys are no names of layers
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -42,6 +44,10 @@ class LayerConfig(PeftConfig):
     def validate(self) -> None:
         super().validate()
         check_patterns(self)
+
+    def beside(self) -> list[tuple[Method, LayerConfig]]:
+        """Adapters of other kinds that come with this one, on layers of their own, under its name and in its file."""
+        return []
 
 
 @config
