@@ -108,5 +108,22 @@ MUTANTS = [
     ),
     Mutant("miss", "bat without D alone", "blocks, D) + D[:, :, None]", "blocks, D)"),
     Mutant("miss", "bat with D transposed", '"joik,jkl->joil"', '"joik,jlk->joil"'),
+    Mutant("delora", "rank forgotten", "self.delora_lambda / self.r / (a * b)", "self.delora_lambda / (a * b)"),
+    Mutant(
+        "delora", "norms of rows and columns exchanged", "self.delora_A.norm(dim=1)", "self.delora_A.norm(dim=0).mean()"
+    ),
+    Mutant("delora", "norms of the weight forgotten", "self.delora_A * self.delora_w_norm", "self.delora_A * 1"),
+    Mutant(
+        "delora",
+        "short vectors blown up",
+        "self.delora_B.norm(dim=0).clamp_min(SHORTEST)",
+        "self.delora_B.norm(dim=0).clamp_min(1e-12)",
+    ),
+    Mutant(
+        "delora",
+        "vectors not normalised by the gradient",
+        "clamp_min(SHORTEST), self.delora_B.norm",
+        "clamp_min(SHORTEST).detach(), self.delora_B.norm",
+    ),
     Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
 ]

@@ -29,6 +29,7 @@ from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.delora import DeloraConfig as DeloraConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig

@@ -9,6 +9,7 @@ from deltatune.methods.adalora import METHOD as ADALORA
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
@@ -53,6 +54,7 @@ METHODS: dict[PeftType | str, Method] = {
         VERA,
         GRALORA,
         MISS,
+        DELORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -109,6 +109,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
     "n_frequency": (6,),
+    "delora_lambda": (1,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -120,6 +121,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "hybrid_r": (2,),
     "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
+    "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),

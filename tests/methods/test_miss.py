@@ -1,4 +1,4 @@
-"""MiSS against arXiv 2409.15371 (first called Bone): one small D serves every block of inputs; "bat" mixes W with it."""
+"""MiSS against arXiv 2409.15371 (first called Bone): one small D for every block of inputs; "bat" mixes W with it."""
 
 import pytest
 import torch
