@@ -15,6 +15,8 @@ from deltatune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqL
 from deltatune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from deltatune.callback import AdapterCallback as AdapterCallback
+from deltatune.calls import Value as Value
+from deltatune.calls import call_values as call_values
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType
@@ -45,6 +47,7 @@ from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel
+from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder

@@ -24,6 +24,7 @@ from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
+from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -55,6 +56,7 @@ METHODS: dict[PeftType | str, Method] = {
         GRALORA,
         MISS,
         DELORA,
+        BOTTLENECK,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
