@@ -32,6 +32,7 @@ from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.delora import DeloraConfig as DeloraConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
@@ -41,6 +42,7 @@ from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.loha import LoHaConfig as LoHaConfig
 from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
+from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

@@ -68,6 +68,11 @@ class RowDropout(nn.Module):
         return update
 
 
+def scale_of_rows(x: Tensor, layer: LinearMap, dtype: torch.dtype) -> Tensor:
+    """What an embedding that scales its rows multiplies them by, (..., 1); ones with others."""
+    return layer.apply(x, torch.ones((), dtype=dtype, device=x.device).expand(1, layer.in_features))
+
+
 def skew_symmetric(entries: Tensor, size: int) -> Tensor:
     """(blocks, size (size - 1) / 2) -> (blocks, size, size): the entries above the diagonal, and Q^T = -Q."""
     rows, columns = torch.triu_indices(size, size, 1, device=entries.device)

@@ -10,6 +10,7 @@ from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
@@ -19,6 +20,7 @@ from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
+from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
@@ -54,6 +56,8 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         VERA,
         GRALORA,
+        MISS,
+        DELORA,
         BOTTLENECK,
         PREFIX_TUNING,
         CARTRIDGE,

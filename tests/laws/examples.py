@@ -127,18 +127,20 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
     "n_frequency": (6,),
+    "delora_lambda": (1,),
     "size": (4,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian", "lycoris"),
+    "init_weights": (False, "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
     "hybrid_r": (2,),
     "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
+    "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
