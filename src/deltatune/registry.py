@@ -22,6 +22,7 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
@@ -48,6 +49,7 @@ METHODS: dict[PeftType | str, Method] = {
         HIRA,
         ROAD,
         BOFT,
+        PSOFT,
         BEFT,
         GLORA,
         C3A,

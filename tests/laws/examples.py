@@ -148,6 +148,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
+    "ab_svd_init": ("pissa_init",),
+    "psoft_svd": ("lowrank",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
     "preset": ("parallel",),
