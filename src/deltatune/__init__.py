@@ -34,6 +34,7 @@ _NAMES = {
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.methods.road": ("RoadConfig",),
+    "deltatune.methods.supertuning": ("SupertuningConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),

@@ -15,6 +15,7 @@ from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -37,6 +38,7 @@ METHODS: dict[PeftType | str, Method] = {
         BEFT,
         GLORA,
         C3A,
+        SUPERTUNING,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
