@@ -58,5 +58,41 @@ MUTANTS = [
         "oft", "transposed rotation, both ways", "return self._dropped(R).expand", "return self._dropped(R.mT).expand"
     ),
     Mutant("oft", "projection not passed by the gradient", "Q + (drawn - Q).detach()", "drawn"),
+    Mutant(
+        "hira",
+        "added instead of multiplied",
+        "return weight * (self.B @ self.A)",
+        "return 0 * weight + self.B @ self.A",
+    ),
+    Mutant("hira", "weight itself not kept", "return weight + self.update(weight)", "return self.update(weight)"),
+    Mutant("hira", "dropout on the whole input", "y = layer(x)  # W", "x = self.hira_dropout(x); y = layer(x)  # W"),
+    Mutant("hira", "ranks by name forgotten", "r = pattern_value(config.rank_pattern, path, config.r)", "r = config.r"),
+    Mutant("loha", "forgotten scale", "alpha / r, dropout", "1.0, dropout"),
+    Mutant("loha", "sum instead of product", "(A1 @ B1) * (A2 @ B2)", "(A1 @ B1) + (A2 @ B2)"),
+    Mutant("loha", "factors exchanged, forward", "A1[:, :, None] * A2[:, None]", "A2[:, :, None] * A1[:, None]"),
+    Mutant("loha", "dropout not scaled up", "rescale=True", "rescale=False"),
+    Mutant("loha", "core forgotten", "tucker(self.hada_t2, A2, B2)", "tucker(self.hada_t1, A2, B2)"),
+    Mutant("lokr", "forgotten scale", "alpha / r, dropout", "1.0, dropout"),
+    Mutant(
+        "lokr",
+        "factors exchanged",
+        "torch.kron(w1, w2 if w2.ndim == 3 else w2.flatten(1))",
+        "torch.kron(w2.flatten(1), w1)",
+    ),
+    Mutant("lokr", "x not as rows of n, forward", "return h.mT.flatten(-2)", "return h.flatten(-2)"),
+    Mutant("lokr", "full matrix one rank late", "if r >= max(q, n) / 2", "if r > max(q, n) / 2"),
+    Mutant("lokr", "order of a Conv1d", "w2 if w2.ndim == 3 else w2.flatten(1)", "w2.flatten(1)"),
+    Mutant("lokr", "scale of the rows forgotten", "return scale * (first", "return (first"),
+    Mutant(
+        "gralora", "scale without the hybrid rank", "self.scaling = alpha / (r + hybrid_r)", "self.scaling = alpha / r"
+    ),
+    Mutant("gralora", "shares not exchanged", ".transpose(-3, -2).flatten(-3)", ".flatten(-3)"),
+    Mutant(
+        "gralora",
+        "whole update forgotten in the weight",
+        "update = update + self.gralora_B_general.weight @",
+        "update + self.gralora_B_general.weight @",
+    ),
+    Mutant("gralora", "blocks drawn as one", "in (*A, *B, *(", "in (A, B, *("),
     Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
 ]

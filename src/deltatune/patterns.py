@@ -41,6 +41,7 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
 def by_layer(config: Any) -> dict[str, dict[str, Any]]:
     """The fields of a config that hold other values for some layers: `rank_pattern` and all that are called so."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = {name: value for name, value in fields.items() if name not in getattr(config, "not_by_layer", ())}
     return {name: value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)}
 
 

@@ -19,6 +19,7 @@ from deltatune.errors import TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
 from deltatune.patterns import by_layer, name_matches, pattern_value
+from deltatune.shared import SharedModules
 from deltatune.suggest import nearest
 
 ALL_LINEAR = "all-linear"
@@ -28,7 +29,7 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs")
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of a model as it was before any adapter; a module reachable twice comes twice."""
     for name, child in module._modules.items():  # named_children() leaves out what it has met before
-        if child is None:
+        if child is None or isinstance(child, SharedModules):
             continue
         path = f"{prefix}.{name}" if prefix else name
         yield path, child
@@ -64,7 +65,7 @@ def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = _map(module)
+    layer = map_of(module)
     return layer is not None and layer.kind == "linear" and not layer.only_weight
 
 
@@ -72,11 +73,12 @@ def _is_part(path: str, found: dict[str, nn.Module]) -> bool:
     """Whether a module is adapted because the one around it is."""
     parent, _, child = path.rpartition(".")
     around = found.get(parent.removesuffix(".base_layer"))
-    layer = None if around is None or around is found.get(path) else _map(around)
+    layer = None if around is None or around is found.get(path) else map_of(around)
     return layer is not None and child in layer.parts
 
 
-def _map(module: nn.Module) -> LinearMap | None:
+def map_of(module: nn.Module) -> LinearMap | None:
+    """A layer as a linear map, adapted or not, without its adapters; None for what is no layer."""
     return module.as_map() if isinstance(module, AdaptedLayer) else as_map(module)
 
 
@@ -158,12 +160,19 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
                 warn(f"{field}: {pattern!r} matches none of the adapted layers")
 
 
-def with_defaults(config: PeftConfig, model: nn.Module, usual: Any) -> None:
-    """Fill `target_modules` from the architecture's usual layers when the user named none."""
+def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any = None) -> None:
+    """Fill `target_modules` from the architecture's usual layers when the user named none.
+
+    Args:
+        usual: Model type -> these layers, or None.
+        search: Model -> them, or None, where its type does not tell.
+    """
     if getattr(config, "target_modules", None) is not None:
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = usual(model_type) if usual and model_type else None
+    if found is None and search is not None:
+        found = search(model)
     if found is None:
         linear = [path for path, module in walk(model) if _is_linear(module)][:5]
         raise TargetError(

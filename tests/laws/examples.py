@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class Base:
 
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (size, *self.shape)
-        return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
+        if self.rows is None:
+            return torch.randn(shape, dtype=dtype)
+        return (torch.randperm(prod(shape)) % self.rows).reshape(shape)  # the first tokens are always there
 
 
 def _with_bias(layer: nn.Module) -> nn.Module:
@@ -99,16 +102,24 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "sparsity": (0.9,),
     "oft_block_size": (4, 2, 1, 0),
+    "init_r": (4,),
+    "target_r": (2,),
+    "total_step": (10,),
+    "token_indices": ([2, 0, 1],),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
+    "n_frequency": (6,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian"),
-    "rank_pattern": ({LAYER: 8},),
+    "init_weights": (False, "gaussian", "lycoris"),
+    "decompose_factor": (2, 4),
+    "gralora_k": (1, 4),
+    "hybrid_r": (2,),
+    "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
@@ -119,6 +130,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
     "block_size_pattern": ({LAYER: 1},),
+    "n_frequency_pattern": ({LAYER: 9},),
 }
 
 
@@ -133,7 +145,7 @@ def small(method_name: str) -> dict[str, Any]:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
                 if (layer := _map(base)).kind in _adapter(method).base_kinds:
-                    _adapter(method).build(layer, config, LAYER)
+                    method.build({LAYER: layer}, config)
         except PeftError:
             continue
         return sizes
@@ -264,13 +276,18 @@ def pairs(law: str) -> list[Any]:
     ]
 
 
+def allows(name: str, base: str) -> bool:
+    """Whether a method adapts a base layer."""
+    return _possible(name, "default", base)
+
+
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, adapter = _map(BASES[base]), _adapter(LAYER_METHODS[name])
-    if layer.kind not in adapter.base_kinds:
+    layer, method = _map(BASES[base]), LAYER_METHODS[name]
+    if layer.kind not in _adapter(method).base_kinds:
         return False
     try:
-        adapter.build(layer, config_of(name, variant), LAYER)
+        method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise

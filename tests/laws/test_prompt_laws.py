@@ -47,6 +47,13 @@ def test_disabled_is_the_base_bit_for_bit(case: Case):
 
 
 @pytest.mark.parametrize("case", cases(options=False))
+def test_a_fresh_one_changes_nothing_exactly_where_it_says_so(case: Case):
+    model = get_peft_model(case.bare(), case.config()).eval()
+    same_output = torch.equal(case.logits(model), case.expected())
+    assert same_output == next(iter(model.prompts.values())).identity_at_birth
+
+
+@pytest.mark.parametrize("case", cases(options=False))
 def test_unloaded_is_the_base_and_nothing_stays_behind(case: Case):
     model = case.model()
     case.logits(model)

@@ -17,10 +17,20 @@ from tests.peer import crossing
 from tests.peer.crossing import EXACT
 from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter, theirs
 
-CONFIGS = {"hira": "HiraConfig"}
-SIZES: dict[str, dict[str, Any]] = {"hira": {"r": 4}}
+CONFIGS = {"hira": "HiraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "gralora": "GraloraConfig"}
+SIZES: dict[str, dict[str, Any]] = {
+    "hira": {"r": 4},
+    "loha": {"r": 3, "alpha": 5},
+    "lokr": {"r": 1, "alpha": 2},
+    "gralora": {"r": 4, "alpha": 6},
+}
 # PEFT's knows transformers' Conv1D, of which GPT-2 is made, only in some.
-ARCHITECTURES = {"hira": ("llama", "bert", "t5", "gpt2")}
+ARCHITECTURES = {
+    "hira": ("llama", "bert", "t5", "gpt2"),
+    "loha": ("llama", "bert", "t5"),
+    "lokr": ("llama", "bert", "t5"),
+    "gralora": ("llama", "bert", "t5", "gpt2"),
+}
 CASES = [(method, arch) for method, known in ARCHITECTURES.items() for arch in known]
 
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
@@ -52,7 +62,42 @@ def hira_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
     }
 
 
-OPTIONS = {"hira": hira_options}
+def loha_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    return {
+        "r": draw.choice([1, 2, 5]),
+        "alpha": draw.choice([1, 8, 20]),
+        "rank_pattern": draw.choice([{}, {names[0]: 3}]),
+        "alpha_pattern": draw.choice([{}, {rf".*\.{names[-1]}": 7}]),
+        "rank_dropout": draw.choice([0.0, 0.3]),
+        "init_weights": draw.choice([True, False]),
+    }
+
+
+def lokr_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    return {
+        "r": draw.choice([1, 2, 5, 1000]),
+        "alpha": draw.choice([1, 8, 20]),
+        "rank_pattern": draw.choice([{}, {names[0]: 2}]),
+        "alpha_pattern": draw.choice([{}, {rf".*\.{names[-1]}": 7}]),
+        "decompose_both": draw.choice([True, False]),
+        "decompose_factor": draw.choice([-1, 2, 5, 8]),
+        "init_weights": draw.choice([True, False, "lycoris"]),
+    }
+
+
+def gralora_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    k = draw.choice([1, 2, 4])
+    return {
+        "gralora_k": k,
+        "r": k * draw.choice([1, 2]),
+        "hybrid_r": draw.choice([0, 1, 3]),
+        "alpha": draw.choice([1, 8, 20]),
+        "init_weights": draw.choice([True, False]),
+        "layers_to_transform": draw.choice([None, [1], 0]),
+    }
+
+
+OPTIONS = {"hira": hira_options, "loha": loha_options, "lokr": lokr_options, "gralora": gralora_options}
 
 
 @quiet
@@ -120,7 +165,20 @@ def convolutions(kernel: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("kernel", [1, 2])
-@pytest.mark.parametrize("method,options", [("hira", {})], ids=str)
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("hira", {}),
+        ("loha", {}),
+        ("loha", {"use_effective_conv2d": True}),
+        ("lokr", {}),
+        ("lokr", {"r": 4}),  # full matrices
+        ("lokr", {"decompose_factor": 1}),
+        ("lokr", {"decompose_factor": 1, "use_effective_conv2d": True}),
+        ("lokr", {"decompose_factor": 8, "decompose_both": True, "r": 2}),
+    ],
+    ids=str,
+)
 def test_convolutions(method, options, kernel, tmp_path):
     their_config, our_config = configs(method, target_modules=["first", "second", "line"], **options)
     x = torch.randn(2, 4, 9, 9)

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 import deltatune
 from tests.core.tiny import TASKS, tiny
 from tests.peer import crossing
-from tests.peer.pairs import ATTENTION, loaded_by_peft, peft, saved_by_peft, scatter
+from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter
 
-KINDS = ("RoadConfig", "BOFTConfig")
+KINDS = ("RoadConfig", "BOFTConfig", "OFTConfig")
 pytestmark = pytest.mark.filterwarnings(  # PEFT, of its missing extension
-    "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor"
+    "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor", "ignore:Invalid `"
 )
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
 
@@ -137,3 +137,43 @@ def test_boft_on_convolutions(kernel, tmp_path):
 
 def test_training_boft(tmp_path):
     trains_alike("BOFTConfig", "bert", tmp_path, target_modules=ATTENTION["bert"], boft_block_size=8)
+
+
+# ----------------------------------------------------------------------------------------------------------------- OFT
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_share": True}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.5}], ids=str
+)
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_oft_on_embeddings(arch, options, tmp_path):
+    targets = [EMBEDDING[arch], ATTENTION[arch][0]]
+    crosses_over("OFTConfig", arch, tmp_path, target_modules=targets, oft_block_size=4, **options)
+
+
+SIZES = [{"oft_block_size": 5}, {"oft_block_size": 18}, {"oft_block_size": 32}, {"oft_block_size": 0, "r": 7}]
+
+
+@pytest.mark.parametrize("options", [*SIZES, {"oft_block_size": 10, "block_share": True}], ids=str)
+def test_oft_with_sizes_that_do_not_divide(options, tmp_path):
+    """PEFT adjusts them, by 16 and 24 inputs, and its files name the size that was asked for."""
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    theirs, ours = both("OFTConfig", "llama", target_modules=targets, use_cayley_neumann=False, **options)
+    ours.adjust_size = True
+    model, made = crossing.crosses_over(theirs, ours, "llama", tmp_path)
+    assert made.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_oft_with_blocks_that_pefts_adjustment_makes_single(tmp_path):
+    bare = lambda: torch.nn.Sequential(torch.nn.Linear(7, 6), torch.nn.Linear(6, 2)).requires_grad_(False)
+    config = {"target_modules": ["0", "1"], "oft_block_size": 2}
+    torch.manual_seed(0)
+    model = scatter(peft.get_peft_model(bare(), peft.OFTConfig(**config)), 3)
+    torch.manual_seed(0)
+    ours = deltatune.PeftModel.from_pretrained(bare(), saved_by_peft(model, tmp_path))
+    x = torch.randn(3, 7)
+    assert_close(ours(x), model(x), **crossing.EXACT)
+
+
+def test_training_oft_on_an_embedding(tmp_path):
+    trains_alike("OFTConfig", "llama", tmp_path, target_modules=["embed_tokens", "q_proj"], oft_block_size=8)

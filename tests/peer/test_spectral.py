@@ -12,10 +12,11 @@ from tests.peer import crossing
 from tests.peer.pairs import ATTENTION, WHOLE, peft
 
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
-NAMES = {"c3a": "C3AConfig"}
-LEARNING_RATES = {"c3a": 0.1}
-SIZES = {"c3a": {"block_size": 8}}
-ARCHITECTURES = {"c3a": ("llama", "bert", "t5")}  # PEFT's C3A does not know Conv1D, of which GPT-2 is made
+NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig"}
+LEARNING_RATES = {"c3a": 0.1, "fourierft": 0.1}
+SIZES = {"c3a": {"block_size": 8}, "fourierft": {"n_frequency": 40}}
+# PEFT's C3A does not know Conv1D, of which GPT-2 is made
+ARCHITECTURES = {"c3a": ("llama", "bert", "t5"), "fourierft": ("llama", "bert", "gpt2")}
 PAIRS = [(method, arch) for method, archs in ARCHITECTURES.items() for arch in archs]
 
 
@@ -79,3 +80,16 @@ def test_c3a_with_random_options(arch, seed, tmp_path):
     if draw.random() < 0.7:
         options["block_size_pattern"] = {options["target_modules"][0]: draw.choice([2, 4])}
     crosses_over("c3a", arch, tmp_path, **options)
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("llama", 1), ("gpt2", 2), ("t5", 3)])
+def test_fourierft_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options |= {"n_frequency": draw.choice([1, 7, 100]), "scaling": draw.choice([150, 30.0])}
+    options |= {"random_loc_seed": draw.choice([0, 777, 123456789]), "init_weights": draw.random() < 0.5}
+    if draw.random() < 0.7:
+        options["n_frequency_pattern"] = {options["target_modules"][0]: draw.choice([12, 60])}
+    if draw.random() < 0.5:
+        options["exclude_modules"] = r".*\.1\..*"
+        options.pop("layers_to_transform", None)
+    crosses_over("fourierft", arch, tmp_path, **options)

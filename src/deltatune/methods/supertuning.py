@@ -78,7 +78,6 @@ class ChosenEntries(Adapter):
         self.vectors_in, self.embedding = layer.kind == "linear", layer.kind == "embedding"
         self.supertuning_rank, self.supertuning_lora_alpha = r, alpha
         self.scaling = alpha / r if r else 0.0
-        self.save_indices = False
         self.register_buffer("supertuning_indices", indices, persistent=False)  # row by row through (out, in)
         self.supertuning_values = nn.Parameter(torch.zeros(len(indices)) if zero else torch.randn(len(indices)))
         self.supertuning_lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -108,7 +107,7 @@ class ChosenEntries(Adapter):
         indices = _chosen(layer.weight, count, config.select_top)
         r, alpha = config.r or 0, float(config.lora_alpha or 0)
         made = cls(layer, indices, r, alpha, config.lora_dropout, config.init_weights)
-        made.save_indices = config.save_precomputed_indices
+        made.keeps_derived = config.save_precomputed_indices
         return made
 
     def adapt(self, weight: Tensor) -> Tensor:
@@ -135,10 +134,6 @@ class ChosenEntries(Adapter):
             return sparse_linear(x, v, places // self.shape[1], places % self.shape[1], self.shape[0])
         return layer.apply(x, v.new_zeros(self.shape[0] * self.shape[1]).index_add(0, places, v).view(self.shape))
 
-    def file_tensors(self) -> dict[str, Tensor]:
-        indices = {"supertuning_indices": self.supertuning_indices} if self.save_indices else {}
-        return {**super().file_tensors(), **indices}
-
     def derived_tensors(self) -> dict[str, Tensor]:
         return {"supertuning_indices": self.supertuning_indices}
 
@@ -153,12 +148,6 @@ class ChosenEntries(Adapter):
                 expected=size,
             )
         return tensors
-
-    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        super().load_file_tensors(tensors)
-        if "supertuning_indices" in tensors:
-            self.supertuning_indices.copy_(tensors["supertuning_indices"])
-            self.save_indices = True
 
 
 @torch.no_grad()

@@ -19,11 +19,15 @@ class Graft:
         takes_positions: Whether the virtual tokens use up positions of the base, as tokens do.
         root: How keys of modules that are trained whole beside it begin in its file. PEFT puts no tuner around a model
             with a prompt, so they are one step shorter than those of layer methods.
+        place: Where it acts, in words.
+        identity_at_birth: Whether a fresh adapter leaves the output as it was.
         unmergeable: What it is, and why it cannot be merged.
     """
 
     takes_positions: ClassVar[bool] = False
     root: ClassVar[str] = "base_model."
+    place: ClassVar[str] = "the attentions"
+    identity_at_birth: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "learned tokens, or their keys and values, which no weight can hold"
 
     name: str

@@ -33,6 +33,8 @@ class Shadow(Graft):
     """
 
     root: ClassVar[str] = "base_model.model."
+    place: ClassVar[str] = "a decoder's blocks"
+    identity_at_birth: ClassVar[bool] = True
     unmergeable: ClassVar[str] = "a second transformer beside the base, whose states no weight can hold"
 
     encoder: ShadowNetwork
