@@ -46,6 +46,7 @@ _NAMES = {
     "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),
+    "deltatune.methods.supertuning": ("SupertuningConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),

@@ -46,6 +46,7 @@ from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel

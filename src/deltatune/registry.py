@@ -24,6 +24,7 @@ from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
@@ -53,6 +54,7 @@ METHODS: dict[PeftType | str, Method] = {
         BEFT,
         GLORA,
         C3A,
+        SUPERTUNING,
         LOHA,
         LOKR,
         FOURIERFT,

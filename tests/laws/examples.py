@@ -118,6 +118,7 @@ LAYER_METHODS: dict[str, Method] = {
 # Values to try for options whose defaults are too large for small layers, by the option's name, best first.
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
+    "sparsity": (0.9,),
     "oft_block_size": (4, 2, 1, 0),
     "init_r": (4,),
     "target_r": (2,),
@@ -142,6 +143,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({LAYER: 5.0},),
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "r": (None,),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
