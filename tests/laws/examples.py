@@ -85,14 +85,18 @@ BASES: dict[str, Base] = {
     ),
     "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
     "block": Base(lambda: Block(12), (5, 12)),
-}
-PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "block")  # where every option is tried
     "norm": Base(lambda: nn.LayerNorm(12), (5, 12)),
     "norm-no-bias": Base(lambda: nn.RMSNorm(8), (5, 8)),
 }
 PLAIN = ("linear", "transposed", "embedding", "conv2d-circular", "norm")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "norm")  # where every option is tried
+SWEPT = (
+    "linear",
+    "linear-wide-no-bias",
+    "embedding",
+    "conv2d-circular",
+    "block",
+    "norm",
+)  # where every option is tried
 
 
 class Holder(nn.Module):
