@@ -56,7 +56,7 @@ def parts(model: nn.Module, name: str) -> list[Part]:
         for path, layer in adapted_layers(model)
         if name in layer.adapters
     ]
-    found = [part for part in found if part.tensors]  # a tied layer's are those of the layer it follows
+    found = [part for part in found if part.tensors or part.derived]  # a tied layer's are those of the layer it follows
     found += [
         Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
         for path, copies in trained_copies(model)
