@@ -38,6 +38,7 @@ _NAMES = {
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),
+    "deltatune.methods.waveft": ("WaveFTConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),

@@ -79,6 +79,12 @@ class Adapter(nn.Module):
         """A fresh adapter for the layer at `path`, its parameters on the CPU in float32."""
         raise NotImplementedError
 
+    @classmethod
+    def plan(cls, layers: dict[str, LinearMap], config: Any) -> Any:
+        """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
+        the rest."""
+        return config
+
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.
 

@@ -75,8 +75,10 @@ def _build_all(
     """An adapter for every layer that a config targets; `built` gets them."""
     assert method.adapter is not None
     targets.with_defaults(config, model, method.default_targets, method.find_targets)
-    before, owners = set(built), _owners(model, built)
-    for path, module in targets.find(model, config).items():
+    before, owners, found = set(built), _owners(model, built), targets.find(model, config)
+    once = {id(module): (path, _map(module)) for path, module in reversed(found.items())}
+    config = method.adapter.plan(dict(once.values()), config)
+    for path, module in found.items():
         if id(module) in before:
             raise ConfigError(
                 f"{type(config).__name__}: {path} is a target twice, and a layer has one adapter of a name; "

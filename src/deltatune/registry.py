@@ -8,17 +8,18 @@ from deltatune.errors import ConfigError
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.hira import METHOD as HIRA
-from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
-from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -45,6 +46,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOHA,
         LOKR,
         FOURIERFT,
+        WAVEFT,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

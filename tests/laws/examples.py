@@ -124,6 +124,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "boft_n_butterfly_factor": (2, 3),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
 
