@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from deltatune import checks
 from deltatune.errors import ConfigError
 
@@ -32,6 +34,16 @@ def name_matches(names: Names, path: str) -> bool:
     return not endings.isdisjoint(names)
 
 
+def bare_name(name: str) -> str:
+    """The name that a module had before the blocks around it were wrapped."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model under the names they had before it was adapted; a wrapped one itself, not its wrapper."""
+    return {bare_name(name): module for name, module in model.named_modules()}
+
+
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value whose pattern matches the end of a path (`rank_pattern`, `alpha_pattern`), or the default."""
     for pattern, value in patterns.items():
@@ -43,6 +55,7 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
 def by_layer(config: Any) -> dict[str, dict[str, Any]]:
     """The fields of a config that hold other values for some layers: `rank_pattern` and all that are called so."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = {name: value for name, value in fields.items() if name not in getattr(config, "not_by_layer", ())}
     return {name: value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)}
 
 

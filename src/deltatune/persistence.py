@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,18 @@ from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
 from deltatune.state_dict import (
-    ROOT,
     Loaded,
     check,
     check_finite,
     collect,
     derived,
     fill,
+    matched,
     translated,
     without_base_copies,
 )
 from deltatune.storage import folder as storage
+from deltatune.storage.derived import check_derived
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
 class Persistence:
     """The verbs of `PeftModel` that read and write adapters."""
 
-    def adapter_tensors(self: Any, name: str, format: str | None = None) -> dict[str, Tensor]:
-        """File key -> tensor of one adapter."""
+    def adapter_tensors(
+        self: Any, name: str, format: str | None = None, given: Collection[str] | None = ()
+    ) -> dict[str, Tensor]:
+        """File key -> tensor of one adapter; of those that a file may leave out only the given ones (None: all)."""
         self._known([name])
         if name not in self.prompts:
-            return collect(self.base_model.model, name)
+            return collect(self.base_model.model, name, given=None if format == "peft" else given)
         copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
@@ -67,7 +71,8 @@ class Persistence:
         """Write adapters as PEFT's folders: "default" into the folder itself, others into subfolders.
 
         Args:
-            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it.
+            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it. Of layer
+                methods it also writes the frozen tensors that files otherwise leave out, which PEFT warns of.
         """
         if not safe_serialization:
             raise ConfigError(
@@ -116,7 +121,7 @@ class Persistence:
         with inject.unchanged_on_error(model):
             made = kind(model, saved.config, adapter_name, autocast_adapter_dtype)
             try:
-                made._load(adapter_name, saved)
+                made._load(adapter_name, saved, allow_base_mismatch)
             except BaseException:
                 made.unload()
                 raise
@@ -144,14 +149,14 @@ class Persistence:
         if fresh:
             self.add_adapter(adapter_name, saved.config, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
-            self._load(adapter_name, saved)
+            self._load(adapter_name, saved, allow_base_mismatch)
         except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
         return Loaded([], [])
 
-    def _load(self: Any, name: str, saved: storage.Saved) -> None:
+    def _load(self: Any, name: str, saved: storage.Saved, allow_base_mismatch: bool) -> None:
         """Check the tensors of a folder against an adapter of this model, then fill it."""
         if name in self.prompts:
             copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
@@ -163,10 +168,9 @@ class Persistence:
                 check_finite(saved.source, key, tensor)
         else:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
-            if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
-                saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
+            saved.tensors = matched(saved.tensors, self.adapter_tensors(name, given=None))
             saved.tensors = translated(self.base_model.model, name, saved.tensors)
-            own = derived(self.base_model.model, name)
-            check(saved.tensors, self.adapter_tensors(name), saved.source, optional=own)
-            storage.check_derived(saved, own)
+            check(saved.tensors, self.adapter_tensors(name, given=saved.tensors), saved.source)
+            if saved.derived is not None and not allow_base_mismatch:
+                check_derived(saved.derived, derived(self.base_model.model, name, saved.tensors), saved.source)
         self.fill_adapter(name, saved.tensors)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune import inject
+from deltatune.adapter import Adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
 from deltatune.notice import warn
 from deltatune.registry import METHODS
+from deltatune.schedule import Schedule
 from deltatune.selection import Selection
 
 LOST_WORTH_SAYING = 0.1  # of the update, in one layer
@@ -29,6 +31,8 @@ class Tuner(nn.Module):
         self.model = model
         self.selection = Selection()
         self.peft_config = configs  # the same dict as the PeftModel's
+        self.schedules: dict[str, Schedule] = {}  # of the adapters that have one
+        self.penalty_due = False  # a training pass gave no loss that it could have been added to
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +62,75 @@ class Tuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         """Every call uses the base, bit for bit, until `enable_adapter_layers()`."""
         self.selection.enabled = False
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def penalty(self) -> Tensor | None:
+        """The extra loss of the active adapters that train, None where their methods have none.
+
+        A training pass adds it to `outputs.loss` by itself. A loop that computes its own loss from the logits adds it.
+        """
+        self.penalty_due = False
+        return self._penalty()
+
+    def _penalty(self) -> Tensor | None:
+        call = self.selection.current()
+        names = {name for name in call.rows or call.names if name and self._penalises(name)}
+        if not names:
+            return None
+        total = None
+        for _, layer in inject.adapted_layers(self.model):
+            for name, adapter in layer.adapters.items():
+                trained = next((p for p in adapter.parameters() if p.requires_grad), None)
+                if name in names and trained is not None:
+                    with torch.autocast(trained.device.type, enabled=False):
+                        term: Tensor | None = adapter.penalty()  # type: ignore[operator]
+                    if term is not None:
+                        total = term if total is None else total + term.to(total)
+        return total
+
+    def _penalises(self, name: str) -> bool:
+        kind = METHODS[self.peft_config[name].peft_type].adapter  # type: ignore[index]
+        return kind is not None and kind.penalty is not Adapter.penalty
+
+    def with_penalty(self, outputs: Any, further: Sequence[Tensor] = ()) -> Any:
+        """The outputs of a training pass, the penalty and further terms added to their loss."""
+        call = self.selection.current()
+        if not further and not any(name and self._penalises(name) for name in call.rows or call.names):
+            return outputs
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor):
+            outputs.loss = self._with_terms(loss, further)
+        elif isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
+            outputs = (self._with_terms(outputs[0], further), *outputs[1:])
+        else:
+            self.penalty_due = True
+        return outputs
+
+    def _with_terms(self, loss: Tensor, further: Sequence[Tensor]) -> Tensor:
+        own = self._penalty()
+        for term in (*further, *([] if own is None else [own])):
+            loss = loss + term.to(loss)
+        return loss
+
+    def after_step(self, step: int | None = None) -> None:
+        """After every optimizer step, before its gradients are cleared: the schedules of the adapters that train.
+
+        Nothing happens where no active method has one. Counts the steps itself, from 1; `step` sets the count.
+        """
+        for name in self.selection.active:
+            if name in self.schedules and self.schedules[name].trains:
+                self.schedules[name].advance(step)
+        if self.penalty_due:
+            self.penalty_due = False
+            warn(
+                "the outputs of this training pass held no loss, so the penalty of the adapter's method is in none; "
+                "add model.penalty() to your own loss"
+            )
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """PEFT's name of `after_step(global_step)`."""
+        self.after_step(global_step)
 
     # ------------------------------------------------------------------------------------------------------- merging
 

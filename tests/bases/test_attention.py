@@ -86,7 +86,8 @@ def test_saved_loaded_merged_and_unmerged(method, tmp_path):
     x = torch.randn(2, 4, 16)
     expected = model(x)[0]
     model.save_pretrained(tmp_path)
-    assert_close(PeftModel.from_pretrained(base(), tmp_path)(x)[0], expected)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert_close(loaded(x)[0], expected, rtol=1e-5, atol=1e-5)  # without gradients torch takes a fused path
     before = {name: p.clone() for name, p in base().named_parameters()}
     try:
         model.base_model.merge_adapter()

@@ -20,8 +20,9 @@ from deltatune.errors import FormatError, MismatchError
 from deltatune.notice import warn
 from deltatune.state_dict import derived
 from deltatune.storage.card import model_card
+from deltatune.storage.derived import checksums
 from deltatune.storage.files import write_files
-from deltatune.storage.fingerprint import agree, difference, fingerprint, witness
+from deltatune.storage.fingerprint import difference, fingerprint
 from deltatune.storage.locate import locate
 from deltatune.storage.tensors import WEIGHTS_NAME, read_file, refuse_pickle, to_bytes
 
@@ -33,17 +34,18 @@ EDITABLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type"
 
 @dataclass
 class Saved:
-    """What a folder holds.
+    """What a folder holds. The last two are None in files of other tools.
 
-    `base` is the fingerprint of the base model, `derived` a number for each tensor that the base or a seed gives again;
-    both are None in files of other tools.
+    Attributes:
+        base: The fingerprint of the base model.
+        derived: Checksums of tensors that config and base give again (`deltatune.storage.derived`).
     """
 
     config: PeftConfig
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
-    derived: dict[str, float] | None
     source: str
+    derived: dict[str, list[float]] | None = None
 
 
 def save(model: PeftModel, folder: Path, names: list[str], format: str | None) -> None:
@@ -63,10 +65,9 @@ def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     values = {key: value for key, value in values.items() if value is not ...}
     trained = getattr(config, "modules_to_save", None) or ()
     facts = {"config": values, "base": fingerprint(model.get_base_model(), trained)}
+    if left_out := checksums(derived(model.get_base_model(), name)):
+        facts["derived"] = left_out
     tensors = model.adapter_tensors(name, format)
-    regained = derived(model.get_base_model(), name)
-    if noted := {key: witness(tensor) for key, tensor in regained.items() if key not in tensors}:
-        facts["derived"] = noted
     text = json.dumps(values, indent=2, sort_keys=True)
     return {CONFIG_NAME: text.encode(), WEIGHTS_NAME: to_bytes(tensors, facts)}
 
@@ -103,7 +104,7 @@ def read(
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     found = config if config is not None else PeftConfig.from_file_dict(values, str(file))
     facts = facts or {}
-    return Saved(found, tensors, facts.get("base"), facts.get("derived"), str(weights))
+    return Saved(found, tensors, facts.get("base"), str(weights), facts.get("derived"))
 
 
 def _reconciled(view: dict[str, Any], header: dict[str, Any], source: str) -> dict[str, Any]:
@@ -129,17 +130,3 @@ def check_base(saved: Saved, model: nn.Module, allow: bool) -> None:
             found=fingerprint(model, trained),
             expected=saved.base,
         )
-
-
-def check_derived(saved: Saved, present: Mapping[str, Tensor]) -> None:
-    """Raise when what a file left out comes out otherwise here than where it was saved."""
-    for key, number in (saved.derived or {}).items():
-        if key in present and key not in saved.tensors and not agree(number, present[key]):
-            raise MismatchError(
-                f"{saved.source}: {key} is not in the file, and derived from this base it is another than the adapter "
-                "was trained with; load the base, in the precision, that it was saved with",
-                path=saved.source,
-                key=key,
-                found=witness(present[key]),
-                expected=number,
-            )

@@ -21,6 +21,7 @@ from deltatune.model import PeftModel
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.key_values import Prefix
 from deltatune.prompts.stage import Stage
+from deltatune.shared import shared_modules
 from deltatune.trace.gradients import Gradients
 from deltatune.trace.report import (
     DEAD,
@@ -224,7 +225,7 @@ def _layer(path: str, layer: AdaptedLayer, names: tuple[str, ...], watch: Watch,
         where=where(AdaptedLayer.forward),
         path=path,
         layer_class=type(layer.base_layer).__name__,
-        weight=list(layer.as_map().weight.shape),
+        weight=None if layer.is_block else list(layer.as_map().weight.shape),
         calls=passage.calls,
         input_shape=passage.input_shape,
         output_shape=passage.output_shape,
@@ -235,7 +236,10 @@ def _layer(path: str, layer: AdaptedLayer, names: tuple[str, ...], watch: Watch,
 def _adapter(name: str, layer: AdaptedLayer, below: list[str], gradients: Gradients, reason: str) -> AdapterPart:
     adapter: Any = layer.adapters[name]
     parameters = gradients.parameters(adapter, reason)
-    base_norm, delta_norm = _norms(adapter, layer.as_map(below).weight)
+    base_norm = delta_norm = None
+    if adapter.mergeable is True:
+        below = [other for other in below if layer.adapters[other].mergeable is True]
+        base_norm, delta_norm = _norms(adapter, layer.as_map(below).weight)
     views = {view: getattr(adapter, view) for view in adapter.views}
     return AdapterPart(
         where=where(type(adapter)),
@@ -275,6 +279,7 @@ def _sum(
 ) -> GradientStop:
     base = model.base_model.model
     known = {id(p) for name in names for p in inject.adapter_parameters(base, name)}
+    known -= {id(p) for shared in shared_modules(base).values() for p in shared.parameters()}  # of no single layer
     told = [prompt for name in names if isinstance(prompt := model.prompts.get(name), (Prefix, Input))]
     known |= {id(p) for prompt in told for p in prompt.encoder.parameters()}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
