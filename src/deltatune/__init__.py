@@ -47,6 +47,7 @@ _NAMES = {
     "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),
+    "deltatune.methods.waveft": ("WaveFTConfig",),
     "deltatune.methods.supertuning": ("SupertuningConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),

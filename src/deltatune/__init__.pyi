@@ -50,6 +50,7 @@ from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
+from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig

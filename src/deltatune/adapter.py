@@ -122,6 +122,12 @@ class Adapter(Stored):
         """
         raise NotImplementedError
 
+    @classmethod
+    def plan(cls, layers: dict[str, LinearMap], config: Any) -> Any:
+        """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
+        the rest."""
+        return config
+
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.
 
@@ -260,6 +266,7 @@ class Method:
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""
         assert self.adapter is not None
+        config = self.adapter.plan(layers, config)
         if self.shared is None:
             return {path: self.adapter.build(layer, config, path) for path, layer in layers.items()}, None
         shared, build = self.shared(layers, config), cast(Any, self.adapter).build

@@ -28,6 +28,7 @@ from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
+from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
@@ -60,6 +61,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOHA,
         LOKR,
         FOURIERFT,
+        WAVEFT,
         VERA,
         GRALORA,
         MISS,

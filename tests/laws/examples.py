@@ -159,6 +159,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "wavelet_family": ("db2", "sym4", "coif1"),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
