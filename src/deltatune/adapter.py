@@ -91,6 +91,7 @@ class Adapter(Stored):
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         bounded_rank: An option `r` beyond both sides of a layer is a mistake.
+        repeats: Tensors of the shared module that PEFT's files repeat for every layer; ours do not.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
     """
@@ -100,6 +101,7 @@ class Adapter(Stored):
     mergeable: bool | str = True
     views: ClassVar[tuple[str, ...]] = ()
     bounded_rank: ClassVar[bool] = True
+    repeats: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
 
     @classmethod

@@ -12,7 +12,17 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
-from deltatune.state_dict import Loaded, check, check_finite, collect, derived, fill, matched, without_base_copies
+from deltatune.state_dict import (
+    Loaded,
+    check,
+    check_finite,
+    collect,
+    derived,
+    fill,
+    matched,
+    without_base_copies,
+    without_repeats,
+)
 from deltatune.storage import folder as storage
 from deltatune.storage.derived import check_derived
 
@@ -159,6 +169,7 @@ class Persistence:
                 check_finite(saved.source, key, tensor)
         else:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
+            saved.tensors = without_repeats(self.base_model.model, name, saved.tensors)
             saved.tensors = matched(saved.tensors, self.adapter_tensors(name, given=None))
             check(saved.tensors, self.adapter_tensors(name, given=saved.tensors), saved.source)
             if saved.derived is not None and not allow_base_mismatch:

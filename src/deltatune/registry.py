@@ -9,6 +9,7 @@ from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
@@ -26,6 +27,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         VERA,
+        RANDLORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.adapter import Stored
+from deltatune.adapter import Adapter, Stored
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.inject import adapted_layers, trained_copies
@@ -30,12 +30,14 @@ class Part:
         tensors: What the file holds of it.
         fill: Puts such tensors in place.
         derived: What config and base give again; a file may hold it all the same.
+        repeats: Names of tensors at the top that PEFT's files repeat here.
     """
 
     prefix: str | None
     tensors: dict[str, Tensor]
     fill: Callable[[dict[str, Tensor]], None]
     derived: dict[str, Tensor] = field(default_factory=dict)
+    repeats: tuple[str, ...] = ()
 
     def under(self, root: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of this module under their keys in the file."""
@@ -71,7 +73,8 @@ def _stored(prefix: str | None, stored: Stored) -> Part:
         stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
         stored.load_file_tensors({**stored.file_tensors(), **tensors})
 
-    return Part(prefix, stored.file_tensors(), load, derived)
+    repeats = stored.repeats if isinstance(stored, Adapter) else ()
+    return Part(prefix, stored.file_tensors(), load, derived, repeats)
 
 
 def _filler(copies: TrainedCopies, name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -169,6 +172,16 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str =
         own = {name: tensors[key] for name, key in keys.items() if key in tensors}
         if own:
             part.fill({**part.tensors, **own})
+
+
+def without_repeats(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what PEFT's files hold once for every layer, though it is the same tensor as at the top."""
+    repeated = {ROOT + f"{part.prefix}{name}": TOP + name for part in parts(model, name) for name in part.repeats}
+    return {key: value for key, value in tensors.items() if not _same(value, tensors.get(repeated.get(key, "")))}
+
+
+def _same(value: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(value, other)
 
 
 def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

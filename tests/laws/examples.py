@@ -92,6 +92,7 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
+    "randlora_alpha": (8,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
