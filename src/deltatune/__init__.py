@@ -28,6 +28,7 @@ _NAMES = {
     "deltatune.methods.ia3": ("IA3Config",),
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.pvera": ("PveraConfig",),
     "deltatune.methods.randlora": ("RandLoraConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),

@@ -89,6 +89,7 @@ class Adapter(Stored):
         identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
             where an option decides.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         bounded_rank: An option `r` beyond both sides of a layer is a mistake.
         repeats: Tensors of the shared module that PEFT's files repeat for every layer; ours do not.
@@ -99,6 +100,7 @@ class Adapter(Stored):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
+    deterministic: bool | str = True
     views: ClassVar[tuple[str, ...]] = ()
     bounded_rank: ClassVar[bool] = True
     repeats: ClassVar[tuple[str, ...]] = ()

@@ -9,6 +9,7 @@ from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -27,6 +28,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         VERA,
+        PVERA,
         RANDLORA,
         PREFIX_TUNING,
         CARTRIDGE,

@@ -236,12 +236,12 @@ def _possible(name: str, variant: str, base: str) -> bool:
     if layer.kind not in _adapter(method).base_kinds:
         return False
     try:
-        method.build({LAYER: layer}, config_of(name, variant))
+        made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise
         return False  # an option that the method refuses for this kind of layer
-    return True
+    return made[LAYER].deterministic is True  # the laws compare calls with each other
 
 
 def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:

@@ -16,10 +16,10 @@ from tests.peer.crossing import EXACT, crosses_over, trains_alike
 from tests.peer.pairs import ATTENTION, loaded_by_peft, saved_by_peft, scatter, theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
-CONFIGS = {"vera": "VeraConfig", "randlora": "RandLoraConfig"}
+CONFIGS = {"vera": "VeraConfig", "pvera": "PveraConfig", "randlora": "RandLoraConfig"}
 REPEATING = ("randlora",)  # PEFT's files hold the projections once per layer too, and it warns where they do not
-PROJECTED = ("vera", "randlora")  # methods with random projections, and what they are called
-TENSORS = {"vera": ["vera_A", "vera_B"], "randlora": ["randlora_A", "randlora_B"]}
+PROJECTED = ("vera", "pvera", "randlora")  # methods with random projections, and what they are called
+TENSORS = {"vera": ["vera_A", "vera_B"], "pvera": ["pvera_A", "pvera_B"], "randlora": ["randlora_A", "randlora_B"]}
 
 
 def configs(method, arch, **options):
@@ -32,7 +32,7 @@ def drawn(method, arch, seed):
     draw = random.Random(f"{method}{arch}{seed}")
     options = {"target_modules": sorted(draw.sample(ATTENTION[arch], draw.randint(1, 3))), "r": draw.choice([1, 3, 8])}
     options["projection_prng_key"] = draw.choice([0, 7, 123])
-    if method == "vera" and draw.random() < 0.5:
+    if method in ("vera", "pvera") and draw.random() < 0.5:
         options["d_initial"] = draw.choice([0.01, 1.0])
     if method == "randlora":
         options["randlora_alpha"] = draw.choice([1, 5])
@@ -100,5 +100,26 @@ def test_saved_projections_are_optional_and_believed(method, tmp_path):
 @pytest.mark.parametrize("method", PROJECTED)
 def test_training_gives_pefts_losses(method, arch, tmp_path):
     # RandLoRA's usual scale, alpha = 640, makes so small a model chaotic
-    options = {"randlora_alpha": 2} if method == "randlora" else {}
+    options = {"randlora": {"randlora_alpha": 2}, "pvera": {"generator_seed": 3}}.get(method, {})
     trains_alike(configs(method, arch, r=8, target_modules=ATTENTION[arch][:3], **options)[0], arch, tmp_path)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_table_of_usual_layers_is_pefts(method):
+    table = getattr(peft.utils.constants, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING")
+    usual = deltatune.METHODS[deltatune.PeftType(method.upper())].default_targets
+    for model_type, expected in table.items():
+        found = usual(model_type)
+        assert found is not None, model_type
+        assert found == expected or set(found) == set(expected), model_type
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_options_and_defaults_are_pefts(method):
+    """All but what says whether derived tensors are saved; and what PEFT's config lacks never reaches a file."""
+    theirs, ours = (getattr(library, CONFIGS[method])() for library in (peft, deltatune))
+    lacking = ours.to_dict().keys() - theirs.to_dict().keys()
+    assert lacking == set(ours.beyond_peer) and theirs.to_dict().keys() <= ours.to_dict().keys()
+    for name, value in theirs.to_dict().items():
+        if name not in ("save_projection", "peft_type", "auto_mapping"):
+            assert getattr(ours, name) == value, name
