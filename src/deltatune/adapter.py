@@ -15,18 +15,21 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from deltatune.calls import Value
 from deltatune.config import PeftConfig, PeftType
+from deltatune.errors import MergeError
 
 
 class LinearMap(Protocol):
-    """A frozen layer seen as a matrix.
+    """A frozen layer seen as a matrix; a block of layers, which has none, is met by adapters of its output alone.
 
     keeps           names of the module's parameters that are `weight` and `bias`
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
     parts           modules inside of it that are adapted with it
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
-    positions (`kernel` of them per channel), an embedding's counts its rows.
+    positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
+    block-diagonal: each group of outputs reads its own share of the channels.
     """
 
     keeps: tuple[str, str]
@@ -35,6 +38,7 @@ class LinearMap(Protocol):
     in_features: int
     out_features: int
     kernel: int
+    groups: int
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -84,15 +88,16 @@ class Stored(nn.Module):
 class Adapter(Stored):
     """A trainable change to a linear map. A method is complete once `adapt` is written.
 
-    Class attributes declare what the laws need to know about a method:
+    A change that no weight can hold (`mergeable`) is complete once `forward` is written, which is its definition then.
+
+    Class attributes declare what the laws need to know; where an option decides, an instance has its own:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
-        identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
-            where an option decides.
+        identity_at_birth: True, or the reason why a fresh adapter changes the output.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
-        bounded_rank: An option `r` beyond both sides of a layer is a mistake.
-        repeats: Tensors of the shared module that PEFT's files repeat for every layer; ours do not.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
     """
@@ -101,9 +106,9 @@ class Adapter(Stored):
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
     deterministic: bool | str = True
+    bounded_r: ClassVar[bool] = True
+    reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
-    bounded_rank: ClassVar[bool] = True
-    repeats: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
 
     @classmethod
@@ -114,15 +119,45 @@ class Adapter(Stored):
         """
         raise NotImplementedError
 
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        """The same change for a layer that shares the weight of the one this was built for; None where it has none.
+
+        Args:
+            config: What targets that layer too, if anything does.
+        """
+        return None
+
     def adapt(self, weight: Tensor) -> Tensor:
-        """W -> W', both (out, in)."""
+        """W -> W', both (out, in).
+
+        Raises:
+            MergeError: No weight can hold the change.
+        """
+        if self.mergeable is not True:
+            raise MergeError(
+                f"no weight can hold {type(self).__name__}, because {self.mergeable}; "
+                "call the layer instead of reading its weight, and leave the adapter unmerged",
+                found=type(self).__name__,
+            )
         raise NotImplementedError
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
-    def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        return layer.apply(x, self.adapt(layer.weight), self.adapt_bias(layer.bias))
+    def adapted_bias(self, layer: LinearMap) -> Tensor | None:
+        """The bias under this adapter; methods in which it depends on the weight override this one."""
+        return self.adapt_bias(layer.bias)
+
+    def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
+        return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
+
+    def penalty(self) -> Tensor | None:
+        """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
+        return None
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
+        return tensors
 
     def everything(self) -> Iterator[nn.Parameter]:
         """What this adapter computes with: its own parameters and the shared ones."""
@@ -132,11 +167,12 @@ class Adapter(Stored):
 
 
 class Applied:
-    """An adapter applied to a map."""
+    """An adapter applied to a map; `read` answers what it has to know about the call, by name."""
 
-    def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
-        self.adapter, self.inner = adapter, inner
-        self.in_features, self.out_features, self.kernel = inner.in_features, inner.out_features, inner.kernel
+    def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
+        self.adapter, self.inner, self.read = adapter, inner, read
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self.kernel, self.groups = inner.kernel, inner.groups
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property
@@ -153,12 +189,12 @@ class Applied:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.adapter.adapt_bias(self.inner.bias)
+        return self.adapter.adapted_bias(self.inner)
 
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
             return self.inner.apply(x, self.weight, self.bias)
-        return self.adapter(x, self.inner)
+        return self.adapter(x, self.inner, **{value.name: self.read(value.name) for value in self.adapter.reads})
 
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.inner.apply(x, weight, bias)
@@ -197,8 +233,11 @@ class Method:
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
+        find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
+        run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
     """
 
     peft_type: PeftType | str
@@ -206,11 +245,14 @@ class Method:
     adapter: type[Adapter] | None
     key_prefix: str
     default_targets: Callable[[str], Any] | None = None
+    find_targets: Callable[[nn.Module], Any] | None = None
     shared: Callable[[dict[str, LinearMap], Any], Stored] | None = None
     graft: type[Any] | None = None
     encoder: type[nn.Module] | None = None
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
+    run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
+    schedule: type[Any] | None = None
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""

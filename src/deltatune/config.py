@@ -32,7 +32,7 @@ class TaskType(str, Enum):
 
 
 class PeftType(str, Enum):
-    """Names of methods, as PEFT has them; `deltatune.registry.METHODS` says which are built."""
+    """Names of methods, PEFT's and at the end our own; `deltatune.registry.METHODS` says which are built."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -80,6 +80,9 @@ class PeftType(str, Enum):
     HIRA = "HIRA"
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
+    BOTTLENECK = "BOTTLENECK"
+    COMPACTER = "COMPACTER"
+    REFT = "REFT"
 
 
 if TYPE_CHECKING:
@@ -128,6 +131,7 @@ class PeftConfig:
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {}
     unsaved: ClassVar[frozenset[str]] = frozenset()
     file_defaults: ClassVar[dict[str, Any]] = {}  # what a file means that does not say
+    rank_name: ClassVar[str] = "r"  # the field that no layer may be smaller than
 
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None

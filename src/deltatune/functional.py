@@ -15,7 +15,7 @@ from deltatune.names import check_name
 from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.state_dict import Loaded, check, collect, fill, matched
+from deltatune.state_dict import ROOT, Loaded, check, collect, fill, matched, translated
 
 
 def inject_adapter_in_model(
@@ -87,6 +87,7 @@ def set_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model)
     wrapped = _peft_model(model)
     given = matched(peft_model_state_dict, _tensors(model, adapter_name, None))
+    given = translated(wrapped.base_model.model if wrapped else model, adapter_name, given, ROOT if wrapped else "")
     expected = _tensors(model, adapter_name, given)
     if ignore_mismatched_sizes:
         given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}

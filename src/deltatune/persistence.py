@@ -20,16 +20,14 @@ from deltatune.state_dict import (
     derived,
     fill,
     matched,
+    translated,
     without_base_copies,
-    without_repeats,
 )
 from deltatune.storage import folder as storage
 from deltatune.storage.derived import check_derived
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
-
-PROMPT_ROOT = "base_model."  # PEFT puts no tuner around a model with a prompt, so its keys are one step shorter
 
 
 class Persistence:
@@ -42,7 +40,7 @@ class Persistence:
         self._known([name])
         if name not in self.prompts:
             return collect(self.base_model.model, name, given=given)
-        copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+        copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
     def _has_copies(self: Any, name: str) -> bool:
@@ -56,7 +54,7 @@ class Persistence:
         of_prompt = {key: value for key, value in tensors.items() if self.prompts[name].owns(key)}
         if of_prompt:
             self.prompts[name].load_file_tensors(of_prompt)
-        fill(self.base_model.model, name, tensors, PROMPT_ROOT)
+        fill(self.base_model.model, name, tensors, self.prompts[name].root)
 
     def save_pretrained(
         self: Any,
@@ -160,7 +158,7 @@ class Persistence:
     def _load(self: Any, name: str, saved: storage.Saved, allow_base_mismatch: bool) -> None:
         """Check the tensors of a folder against an adapter of this model, then fill it."""
         if name in self.prompts:
-            copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+            copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
             heads = {key: value for key, value in saved.tensors.items() if not self.prompts[name].owns(key)}
             check(heads, copies, saved.source)
             if len(heads) == len(saved.tensors):
@@ -169,8 +167,8 @@ class Persistence:
                 check_finite(saved.source, key, tensor)
         else:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
-            saved.tensors = without_repeats(self.base_model.model, name, saved.tensors)
             saved.tensors = matched(saved.tensors, self.adapter_tensors(name, given=None))
+            saved.tensors = translated(self.base_model.model, name, saved.tensors)
             check(saved.tensors, self.adapter_tensors(name, given=saved.tensors), saved.source)
             if saved.derived is not None and not allow_base_mismatch:
                 check_derived(saved.derived, derived(self.base_model.model, name, saved.tensors), saved.source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -29,11 +29,13 @@ class Call:
 
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
+        values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def rows_of(self, batch: int) -> tuple[str | None, ...]:
         """One name per row of a batch of this size."""
@@ -47,6 +49,17 @@ class Call:
             field="adapter_names",
             found=len(self.rows),
         )
+
+    def value(self, name: str, batch: int, index: list[int] | None = None) -> Tensor | None:
+        """One entry per row of a batch of this size (of its rows in `index`), or one for all; None: unknown."""
+        value: Tensor | None = self.values.get(name)
+        if value is None or len(value) == 1:
+            return value
+        if len(value) * self.copies == batch:
+            value = value.repeat_interleave(self.copies, dim=0)
+        if len(value) != batch:
+            raise StateError(f"{name}: {len(value)} entries for a batch of {batch} rows", field=name, found=len(value))
+        return value if index is None else value[index]
 
 
 @dataclass(eq=False)
@@ -98,13 +111,15 @@ def _look_up(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
 
 
-def by_adapter(rows: tuple[str | None, ...], x: Tensor, run: Callable[[str | None, Tensor], Tensor]) -> Tensor:
-    """Each row of `x` through `run` with its name: one run per name, and the rows back in their order."""
+def by_adapter(
+    rows: tuple[str | None, ...], run: Callable[[str | None, list[int]], Tensor], device: torch.device
+) -> Tensor:
+    """What `run` makes of the rows of each name: one run per name, and the rows back in their order."""
     groups: dict[str | None, list[int]] = {}
     for index, name in enumerate(rows):
         groups.setdefault(name, []).append(index)
-    outputs = [run(name, x[index]) for name, index in groups.items()]
-    order = torch.tensor([row for index in groups.values() for row in index], device=x.device)
+    outputs = [run(name, index) for name, index in groups.items()]
+    order = torch.tensor([row for index in groups.values() for row in index], device=device)
     return torch.cat(outputs)[order.argsort()]
 
 
@@ -115,8 +130,18 @@ class Recomputation:
     adapters, and on another thread.
     """
 
-    def __init__(self, selection: Selection) -> None:
-        self.selection = selection
+    def __init__(self, selection: Selection, grafts: Mapping[str, Any]) -> None:
+        self.selection, self.grafts = selection, grafts  # `deltatune.prompts.graft:Graft`s by name
 
     def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self.selection.use(self.selection.current())
+        return nullcontext(), _all_of(
+            [self.selection.use(self.selection.current()), *(graft.carried() for graft in self.grafts.values())]
+        )
+
+
+@contextmanager
+def _all_of(contexts: list[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

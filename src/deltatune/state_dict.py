@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.adapter import Adapter, Stored
+from deltatune.adapter import Stored
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.inject import adapted_layers, trained_copies
@@ -30,14 +30,12 @@ class Part:
         tensors: What the file holds of it.
         fill: Puts such tensors in place.
         derived: What config and base give again; a file may hold it all the same.
-        repeats: Names of tensors at the top that PEFT's files repeat here.
     """
 
     prefix: str | None
     tensors: dict[str, Tensor]
     fill: Callable[[dict[str, Tensor]], None]
     derived: dict[str, Tensor] = field(default_factory=dict)
-    repeats: tuple[str, ...] = ()
 
     def under(self, root: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of this module under their keys in the file."""
@@ -58,6 +56,7 @@ def parts(model: nn.Module, name: str) -> list[Part]:
         for path, layer in adapted_layers(model)
         if name in layer.adapters
     ]
+    found = [part for part in found if part.tensors or part.derived]  # a tied layer's are those of the layer it follows
     found += [
         Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
         for path, copies in trained_copies(model)
@@ -73,8 +72,7 @@ def _stored(prefix: str | None, stored: Stored) -> Part:
         stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
         stored.load_file_tensors({**stored.file_tensors(), **tensors})
 
-    repeats = stored.repeats if isinstance(stored, Adapter) else ()
-    return Part(prefix, stored.file_tensors(), load, derived, repeats)
+    return Part(prefix, stored.file_tensors(), load, derived)
 
 
 def _filler(copies: TrainedCopies, name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -108,6 +106,19 @@ def matched(given: Mapping[str, Tensor], expected: Collection[str]) -> dict[str,
 
 def _bare(key: str) -> str:
     return key.removeprefix(ROOT if key.startswith(ROOT) else TOP)
+
+
+def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
+    """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
+    found = dict(tensors)
+    for path, layer in adapted_layers(model):
+        prefix = f"{root}{path}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        if own and name in layer.adapters:
+            own = layer.adapters[name].from_file(own)  # type: ignore[operator]
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefix)}
+            found |= {prefix + key: tensor for key, tensor in own.items()}
+    return found
 
 
 def check(
@@ -172,16 +183,6 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str =
         own = {name: tensors[key] for name, key in keys.items() if key in tensors}
         if own:
             part.fill({**part.tensors, **own})
-
-
-def without_repeats(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what PEFT's files hold once for every layer, though it is the same tensor as at the top."""
-    repeated = {ROOT + f"{part.prefix}{name}": TOP + name for part in parts(model, name) for name in part.repeats}
-    return {key: value for key, value in tensors.items() if not _same(value, tensors.get(repeated.get(key, "")))}
-
-
-def _same(value: Tensor, other: Tensor | None) -> bool:
-    return other is not None and torch.equal(value, other)
 
 
 def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

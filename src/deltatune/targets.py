@@ -13,12 +13,13 @@ from torch import nn
 
 from deltatune.adapter import LinearMap
 from deltatune.bases import as_map, supported
+from deltatune.bases.block import Block
 from deltatune.config import PeftConfig, TaskType
 from deltatune.copies import TrainedCopies
 from deltatune.errors import TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
-from deltatune.patterns import name_matches, pattern_value
+from deltatune.patterns import by_layer, name_matches, pattern_value
 from deltatune.shared import SharedModules
 from deltatune.suggest import nearest
 
@@ -35,14 +36,17 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
         yield path, child
         if isinstance(child, TrainedCopies):
             yield from walk(child.original_module, path)
-        elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it
-            yield from walk(child.base_layer, f"{path}.base_layer")
+        elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it, or a block
+            yield from walk(child.base_layer, path if child.is_block else f"{path}.base_layer")
         else:
             yield from walk(child, path)
 
 
-def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+def find(model: nn.Module, config: Any, blocks: bool = False) -> dict[str, nn.Module]:
     """Path -> layer for everything the config targets, in the order of the model. Changes nothing.
+
+    Args:
+        blocks: Whether blocks of layers can be adapted too; the name of a list of them then stands for its members.
 
     Raises:
         TargetError: Nothing matches, or a layer that is named cannot be adapted.
@@ -54,18 +58,23 @@ def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
             found.pop(path, None)
     else:
         found = {path: module for path, module in modules.items() if name_matches(config.target_modules, path)}
+        if blocks:
+            lists = {path for path, module in found.items() if isinstance(module, nn.ModuleList)}
+            found = {
+                p: m for p, m in modules.items() if p.rpartition(".")[0] in lists or (p in found and p not in lists)
+            }
         found = {path: module for path, module in modules.items() if path in found or _is_part(path, found)}
     found = {path: found[path] for path in found if not _excluded(config, path)}
     found = {path: found[path] for path in found if _in_layers(config, path)}
     if not found:
         raise _nothing(model, modules, config)
-    _refuse_unsupported(found)
+    _refuse_unsupported(found, blocks)
     _warn_dead(config, modules, found)
     return found
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = _map(module)
+    layer = map_of(module)
     return layer is not None and layer.kind == "linear" and not layer.only_weight
 
 
@@ -73,11 +82,12 @@ def _is_part(path: str, found: dict[str, nn.Module]) -> bool:
     """Whether a module is adapted because the one around it is."""
     parent, _, child = path.rpartition(".")
     around = found.get(parent.removesuffix(".base_layer"))
-    layer = None if around is None or around is found.get(path) else _map(around)
+    layer = None if around is None or around is found.get(path) else map_of(around)
     return layer is not None and child in layer.parts
 
 
-def _map(module: nn.Module) -> LinearMap | None:
+def map_of(module: nn.Module) -> LinearMap | None:
+    """A layer as a linear map, adapted or not, without its adapters; None for what is no layer."""
     return module.as_map() if isinstance(module, AdaptedLayer) else as_map(module)
 
 
@@ -108,15 +118,17 @@ def _in_layers(config: Any, path: str) -> bool:
         return True
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        numbered = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+        numbered = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path)
         if numbered:
             return int(numbered[1]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 
 
-def _refuse_unsupported(found: dict[str, nn.Module]) -> None:
+def _refuse_unsupported(found: dict[str, nn.Module], blocks: bool) -> None:
     for path, module in found.items():
-        if not isinstance(module, AdaptedLayer) and as_map(module) is None:
+        if isinstance(module, AdaptedLayer) or (blocks and Block.fits(module)):
+            continue
+        if as_map(module) is None:
             raise TargetError(
                 f"target {path!r} is a {type(module).__name__}, which cannot be adapted; "
                 f"supported are {', '.join(supported())}",
@@ -150,21 +162,30 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
     lists = {"target_modules": (config.target_modules, found), "exclude_modules": (config.exclude_modules, modules)}
     for field, (names, candidates) in lists.items():
         if isinstance(names, (set, list)):
-            dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in candidates)]
+            paths = set(candidates) | {path.rpartition(".")[0] for path in candidates}
+            dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in paths)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, {}):
+    for field, values in by_layer(config).items():
+        for pattern in values:
             if not any(pattern_value({pattern: True}, path, False) for path in found):
                 warn(f"{field}: {pattern!r} matches none of the adapted layers")
 
 
-def with_defaults(config: PeftConfig, model: nn.Module, usual: Any) -> None:
-    """Fill `target_modules` from the architecture's usual layers when the user named none."""
+def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any = None) -> None:
+    """Fill `target_modules` from the architecture's usual layers when the user named none.
+
+    Args:
+        usual: Model type -> these layers, or None.
+        search: Model -> them, or None, where its type does not tell.
+    """
     if getattr(config, "target_modules", None) is not None:
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = usual(model_type) if usual and model_type else None
+    if found is None and search is not None:
+        found = search(model)
+    found = found(config) if callable(found) else found
     if found is None:
         linear = [path for path, module in walk(model) if _is_linear(module)][:5]
         raise TargetError(

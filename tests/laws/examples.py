@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from deltatune import METHODS, PeftModel, get_peft_model
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.bases import as_map
+from deltatune.bases import block as block_base
 from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
 
@@ -45,13 +47,32 @@ class Base:
 
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (size, *self.shape)
-        return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
+        if self.rows is None:
+            return torch.randn(shape, dtype=dtype)
+        return (torch.randperm(prod(shape)) % self.rows).reshape(shape)  # the first tokens are always there
+
+
+def _with_bias(layer: nn.Module) -> nn.Module:
+    """A bias that is not zero, as it starts in Conv1D."""
+    nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+class Block(nn.Module):
+    """Layers together, as those of a transformer: no weight of its own, and more than one output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x)).tanh()
 
 
 BASES: dict[str, Base] = {
     "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
     "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
-    "transposed": Base(lambda: Conv1D(8, 12), (5, 12)),
+    "transposed": Base(lambda: _with_bias(Conv1D(8, 12)), (5, 12)),
     "embedding": Base(lambda: nn.Embedding(16, 8), (5,), rows=16),
     "embedding-padded": Base(lambda: nn.Embedding(16, 4, padding_idx=2), (5,), rows=16),
     "conv1d": Base(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 9)),
@@ -63,9 +84,10 @@ BASES: dict[str, Base] = {
         lambda: nn.Conv2d(4, 4, 2, groups=4, padding=1, padding_mode="reflect"), (4, 4, 4)
     ),
     "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
+    "block": Base(lambda: Block(12), (5, 12)),
 }
 PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular")  # where every option is tried
+SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "block")  # where every option is tried
 
 
 class Holder(nn.Module):
@@ -93,14 +115,38 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
     "randlora_alpha": (8,),
+    "init_r": (4,),
+    "target_r": (2,),
+    "total_step": (10,),
+    "token_indices": ([2, 0, 1],),
+    "group_size": (4, 2),
+    "boft_block_size": (4, 2),
+    "block_size": (4, 2, 1),
+    "n_frequency": (6,),
+    "size": (4,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "rank_pattern": ({LAYER: 8},),
+    "init_weights": (False, "gaussian", "lycoris"),
+    "decompose_factor": (2, 4),
+    "gralora_k": (1, 4),
+    "hybrid_r": (2,),
+    "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "config_A_B": ("vector", "constant", "none"),
+    "config_C": ("vector", "none"),
+    "config_D_E": ("vector", "none"),
+    "variant": ("road_2", "road_4"),
+    "group_size": (4,),
+    "boft_n_butterfly_factor": (2, 3),
+    "block_size_pattern": ({LAYER: 1},),
+    "n_frequency_pattern": ({LAYER: 9},),
+    "preset": ("parallel",),
+    "parallel": (True,),
+    "non_linearity": ("swish",),
 }
 
 
@@ -114,7 +160,7 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := _map(base)).kind in _adapter(method).base_kinds:
+                if (layer := map_of(base)).kind in _adapter(method).base_kinds:
                     method.build({LAYER: layer}, config)
         except PeftError:
             continue
@@ -156,10 +202,9 @@ def _adapter(method: Method) -> type[Adapter]:
     return method.adapter
 
 
-def _map(base: Base) -> LinearMap:
-    layer = as_map(base.make())
-    assert layer is not None
-    return layer
+def map_of(base: Base) -> LinearMap:
+    module = base.make()
+    return as_map(module) or block_base.Block(module, width=base.shape[-1])
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
@@ -187,14 +232,38 @@ class Case:
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         return BASES[self.base].batch(size, dtype)
 
+    @functools.cached_property
+    def has_weight(self) -> bool:
+        """Whether the adapted layer has a weight: not every method is a change of one."""
+        return self._adapter(map_of(BASES[self.base])).mergeable is True
+
     @property
     def mergeable(self) -> bool:
         """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
-        return "grouped" not in self.base and "depthwise" not in self.base
+        apart = "grouped" in self.base or "depthwise" in self.base
+        return self.has_weight and not apart and not self.adds_bias
+
+    @property
+    def adds_bias(self) -> bool:
+        """A layer without bias cannot hold one."""
+        layer = map_of(BASES[self.base])
+        return layer.bias is None and self._adapter(layer).adapted_bias(layer) is not None
+
+    @property
+    def changes_weight(self) -> bool:
+        """Some methods change the bias alone."""
+        layer = map_of(BASES[self.base])
+        weight = layer.weight
+        return self._adapter(layer).adapt(weight) is not weight
+
+    def _adapter(self, layer: LinearMap) -> Adapter:
+        return LAYER_METHODS[self.method].build({LAYER: layer}, self.config())[0][LAYER]
 
 
-def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any]:
+def cases(bases: typing.Iterable[str] = BASES, options: bool = True, weights: bool | None = None) -> list[Any]:
     """All cases as pytest parameters; without `options` each method's default only.
+
+    `weights` limits them to the methods that change a weight, or to those that no weight can hold.
 
     Each law draws its own part of them for `make test`, another part under another seed, which the header of the run
     shows; the rest are marked slow, and `make test-all` runs every one.
@@ -207,6 +276,7 @@ def cases(bases: typing.Iterable[str] = BASES, options: bool = True) -> list[Any
         for variant in (variants(name) if options else ("default",))
         for base in bases
         if (variant == "default" or base in SWEPT) and _possible(name, variant, base)
+        if weights is None or Case(name, variant, base).has_weight is weights
     ]
 
 
@@ -230,9 +300,14 @@ def pairs(law: str) -> list[Any]:
     ]
 
 
+def allows(name: str, base: str) -> bool:
+    """Whether a method adapts a base layer."""
+    return _possible(name, "default", base)
+
+
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, method = _map(BASES[base]), LAYER_METHODS[name]
+    layer, method = map_of(BASES[base]), LAYER_METHODS[name]
     if layer.kind not in _adapter(method).base_kinds:
         return False
     try:

@@ -82,17 +82,21 @@ def test_so_does_a_second_adapter_that_does_not_fit(name, bad):
     assert list(peft.peft_config) == ["default"] and peft.active_adapters == ["default"]
 
 
-RANKED = [name for name in METHODS if "r" in config_of(name).to_dict() and LAYER_METHODS[name].adapter.bounded_rank]
+RANK = {name: config_of(name).rank_name for name in METHODS}
+BOUNDED = [
+    name for name in METHODS if LAYER_METHODS[name].adapter.bounded_r and RANK[name] in config_of(name).to_dict()
+]
 
 
-@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("name", BOUNDED)
 def test_a_rank_beyond_the_layer_is_refused(name):
     model, x, expected = deep()
     before = picture(model)
     sizes = {key: 0 for key in config_of(name).to_dict() if key.endswith("_block_size")}
-    with pytest.raises(PeftError, match="r=64") as caught:
-        get_peft_model(model, config_of(name, r=64, **sizes))
-    assert caught.value.field == "r"
+    rank = RANK[name]
+    with pytest.raises(PeftError, match=f"{rank}=64") as caught:
+        get_peft_model(model, config_of(name, **{rank: 64}, **sizes))
+    assert caught.value.field == rank
     assert picture(model) == before and torch.equal(model(x), expected)
 
 

@@ -6,12 +6,32 @@ from torch import nn
 from torch.testing import assert_close
 
 from deltatune import get_peft_model
+from deltatune.adapter import Applied
 from deltatune.errors import PeftWarning
 from deltatune.layer import AdaptedLayer
-from tests.laws.examples import BASES, LAYER_METHODS, Case, Holder, base_values, cases, config_of, move, pairs, same
+from tests.laws.examples import (
+    BASES,
+    LAYER_METHODS,
+    Case,
+    Holder,
+    allows,
+    base_values,
+    cases,
+    config_of,
+    move,
+    pairs,
+    same,
+)
 
 PAIRS = pairs("stacking")
 KINDS = ("linear", "transposed", "conv2d-circular")
+
+
+class Dense(Applied):
+    """An adapter after a map, computed with its weight."""
+
+    def __call__(self, x):
+        return self.inner.apply(x, self.weight, self.bias)
 
 
 def stacked(first: str, second: str, base: str):
@@ -25,15 +45,23 @@ def stacked(first: str, second: str, base: str):
 @pytest.mark.parametrize("base", KINDS)
 @pytest.mark.parametrize("first,second", PAIRS)
 def test_two_active_adapters_are_the_second_after_the_first(first, second, base):
+    if not (allows(first, base) and allows(second, base)):
+        pytest.skip(f"{base} is no layer for both")
     model = stacked(first, second, base)
     model.set_adapter(["a", "b"])
     layer = model.get_base_model().layer
-    plain, x = layer.as_map(), BASES[base].batch(dtype=torch.float64)
-    a, b = layer.adapters["a"], layer.adapters["b"]
-    expected = plain.apply(x, b.adapt(a.adapt(plain.weight)), b.adapt_bias(a.adapt_bias(plain.bias)))
+    x, composed = BASES[base].batch(dtype=torch.float64), layer.as_map()
+    own = [layer.adapters["a"], layer.adapters["b"]]
+    weights = [adapter for adapter in own if adapter.mergeable is True]
+    for adapter in weights:
+        composed = Dense(adapter, composed)
+    for adapter in own:  # what no weight can hold acts on what a layer computes, with whatever weight it has
+        composed = composed if adapter in weights else Applied(adapter, composed)
+    expected = composed(x)
     assert_close(model(x), expected, rtol=1e-7, atol=1e-7)
-    model.base_model.merge_adapter()
-    assert_close(model(x), expected, rtol=1e-7, atol=1e-7)
+    if len(weights) == 2:
+        model.base_model.merge_adapter()
+        assert_close(model(x), expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("first,second", PAIRS)
@@ -96,17 +124,13 @@ def test_a_shared_layer_is_adapted_once_and_under_both_names(name, targets):
     assert isinstance(base.layer, AdaptedLayer) and base.layer is base.block[1].layer
     move(model)
     x = torch.randn(3, 8, dtype=torch.float64)
-    adapted = base.layer.as_map(["default"])
-    plain = base.layer.as_map()
-
-    def once(x):
-        return plain.apply(x, adapted.weight, adapted.bias)
-
+    once = base.layer.as_map(["default"])
     assert_close(model(x), once(once(x).tanh()), rtol=1e-7, atol=1e-7)
     expected, before = model(x), base_values(model)
-    model.base_model.merge_adapter()
-    assert_close(model(x), expected, rtol=1e-7, atol=1e-7)
-    model.base_model.unmerge_adapter()
+    if base.layer.adapters["default"].mergeable is True:
+        model.base_model.merge_adapter()
+        assert_close(model(x), expected, rtol=1e-7, atol=1e-7)
+        model.base_model.unmerge_adapter()
     assert same(base_values(model), before)
     plain_model = model.unload()
     assert type(plain_model.layer) is nn.Linear and plain_model.layer is plain_model.block[1].layer

@@ -20,11 +20,13 @@ class Input(Graft):
     """One adapter's prompt on one model."""
 
     takes_positions = True
+    place = "the input"
 
     encoder: InputEncoder
 
     def __init__(self, name: str, config: Any, encoder: InputEncoder, stage: InputStage) -> None:
         self.name, self.config, self.encoder, self.stage = name, config, encoder, stage
+        self.reads = ("task_ids",) if encoder.takes_tasks else ()
         self._folded: tuple[Any, Tensor] | None = None
 
     @classmethod

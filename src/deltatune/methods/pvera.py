@@ -84,7 +84,7 @@ class Pvera(Adapter):
         *("pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B", "pvera_dropout", "r", "sample_at_inference"),
         "pvera_generator",
     )
-    bounded_rank: ClassVar[bool] = False
+    bounded_r: ClassVar[bool] = False
 
     def __init__(self, layer: LinearMap, config: PveraConfig) -> None:
         super().__init__()

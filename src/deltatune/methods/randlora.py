@@ -113,8 +113,7 @@ class RandLora(Adapter):
     views: ClassVar[tuple[str, ...]] = (
         *("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B", "randlora_dropout", "r", "scaling"),
     )
-    bounded_rank: ClassVar[bool] = False
-    repeats: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
+    bounded_r: ClassVar[bool] = False
 
     def __init__(self, layer: LinearMap, config: RandLoraConfig) -> None:
         super().__init__()
@@ -133,6 +132,10 @@ class RandLora(Adapter):
     @classmethod
     def build(cls, layer: LinearMap, config: RandLoraConfig, path: str, shared: Bases) -> RandLora:
         return cls(layer, config)
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT repeats A and B for every layer."""
+        return {name: value for name, value in tensors.items() if name not in ("randlora_A", "randlora_B")}
 
     @property
     def randlora_A(self) -> Tensor:

@@ -74,7 +74,7 @@ class Vera(Adapter):
     """Trainable: the vectors b (out) and d (r)."""
 
     views: ClassVar[tuple[str, ...]] = ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "vera_dropout", "r")
-    bounded_rank: ClassVar[bool] = False
+    bounded_r: ClassVar[bool] = False
 
     def __init__(self, layer: LinearMap, config: VeraConfig) -> None:
         super().__init__()
