@@ -29,8 +29,10 @@ from deltatune.functional import set_peft_model_state_dict as set_peft_model_sta
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
+from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.delora import DeloraConfig as DeloraConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
@@ -40,10 +42,13 @@ from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.loha import LoHaConfig as LoHaConfig
 from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
+from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig
 from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
+from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel

@@ -112,6 +112,11 @@ class Adapter(Stored):
     shared: Any = None
 
     @classmethod
+    def fits(cls, layer: LinearMap) -> bool | str:
+        """True, or why the method's maths does not allow the layer."""
+        return layer.kind in cls.base_kinds or f"its maths allows {', '.join(sorted(cls.base_kinds))} layers"
+
+    @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
         """A fresh adapter for the layer at `path`, its parameters on the CPU in float32.
 

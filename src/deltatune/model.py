@@ -80,7 +80,13 @@ class PeftModel(Persistence, nn.Module):
             for schedule in self.base_model.schedules.values():
                 if schedule.name in self.base_model.selection.active:
                     schedule.forward_begins()
-            return self.base_model.with_penalty(self.base_model(*args, **kwargs))
+            outputs = self.base_model(*args, **kwargs)
+            return self.base_model.with_penalty(outputs, self._penalties_of_grafts(kwargs))
+
+    def _penalties_of_grafts(self, kwargs: dict[str, Any]) -> list[Tensor]:
+        active = [self.prompts[name] for name in self.base_model.selection.names() if name in self.prompts]
+        terms = [graft.penalty(self.base_model.model, kwargs) for graft in active]
+        return [term for term in terms if term is not None]
 
     def after_step(self, step: int | None = None) -> None:
         """To be called after `optimizer.step()` and before `optimizer.zero_grad()` in a loop of your own.

@@ -7,8 +7,10 @@ from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
 from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
@@ -18,10 +20,13 @@ from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
+from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
+from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
@@ -43,12 +48,15 @@ METHODS: dict[PeftType | str, Method] = {
         HRA,
         ADALORA,
         TRAINABLE_TOKENS,
+        BITFIT,
         HIRA,
         ROAD,
         BOFT,
+        PSOFT,
         BEFT,
         GLORA,
         C3A,
+        SUPERTUNING,
         LOHA,
         LOKR,
         FOURIERFT,
@@ -56,6 +64,8 @@ METHODS: dict[PeftType | str, Method] = {
         PVERA,
         RANDLORA,
         GRALORA,
+        MISS,
+        DELORA,
         BOTTLENECK,
         PREFIX_TUNING,
         CARTRIDGE,

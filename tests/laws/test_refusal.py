@@ -19,7 +19,7 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Holder(nn.Linear(8, 8)) for _ in range(3)])
-        self.norm = nn.LayerNorm(8)
+        self.norm = nn.Sequential(nn.LayerNorm(8))  # not itself a layer
         self.head = nn.Linear(8, 4)
         self.head.weight.requires_grad_(False)  # the flags of the user come back too
 

@@ -84,3 +84,11 @@ def test_merged_tokens_agree(tmp_path):
     model, inputs = theirs("gpt2", tokens("gpt2")[0]), batch("gpt2")
     ours = deltatune.PeftModel.from_pretrained(tiny("gpt2"), saved_by_peft(model, tmp_path))
     assert_close(logits(ours.merge_and_unload(), inputs), logits(model.merge_and_unload(), inputs), **EXACT)
+
+
+def test_peft_reads_no_file_of_bitfit(tmp_path):
+    """It has no such method, and says so instead of reading something else."""
+    model = scatter(deltatune.get_peft_model(tiny("gpt2"), deltatune.BitFitConfig()), 3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="BITFIT"):
+        peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)
