@@ -44,6 +44,8 @@ _NAMES = {
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.miss": ("MissConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.pvera": ("PveraConfig",),
+    "deltatune.methods.randlora": ("RandLoraConfig",),
     "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),

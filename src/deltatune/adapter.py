@@ -94,6 +94,7 @@ class Adapter(Stored):
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
@@ -104,6 +105,7 @@ class Adapter(Stored):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
+    deterministic: bool | str = True
     bounded_r: ClassVar[bool] = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()

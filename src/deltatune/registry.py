@@ -23,6 +23,8 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.pvera import METHOD as PVERA
+from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
@@ -63,6 +65,8 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         WAVEFT,
         VERA,
+        PVERA,
+        RANDLORA,
         GRALORA,
         MISS,
         DELORA,

@@ -124,6 +124,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "sparsity": (0.9,),
     "oft_block_size": (4, 2, 1, 0),
+    "randlora_alpha": (8,),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
@@ -327,12 +328,12 @@ def _possible(name: str, variant: str, base: str) -> bool:
     if _adapter(method).fits(layer) is not True:
         return False
     try:
-        method.build({LAYER: layer}, config_of(name, variant))
+        made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise
         return False  # an option that the method refuses for this kind of layer
-    return True
+    return made[LAYER].deterministic is True  # the laws compare calls with each other
 
 
 def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:
