@@ -20,7 +20,6 @@ _NAMES = {
         *("AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification"),
     ),
     "deltatune.adapter": ("Adapter", "Applied", "LinearMap", "Method", "Stored"),
-    "deltatune.adapter": ("Adapter", "Applied", "LinearMap", "Method"),
     "deltatune.callback": ("AdapterCallback",),
     "deltatune.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "deltatune.errors": ("PeftError", "PeftWarning"),

@@ -8,7 +8,7 @@ import pytest
 import deltatune.methods
 from deltatune.adapter import Method
 from deltatune.registry import METHODS
-from tests.laws.examples import LAYER, LAYER_METHODS, small, variants
+from tests.laws.examples import LAYER_METHODS, small, variants
 
 FILES = sorted(file.name for file in pkgutil.iter_modules(deltatune.methods.__path__) if file.name != "common")
 
