@@ -39,6 +39,7 @@ _NAMES = {
     "deltatune.methods.fourierft": ("FourierFTConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),
+    "deltatune.methods.ln_tuning": ("LNTuningConfig",),
     "deltatune.methods.loha": ("LoHaConfig",),
     "deltatune.methods.lokr": ("LoKrConfig",),
     "deltatune.methods.lora": ("LoraConfig",),

@@ -40,6 +40,7 @@ from deltatune.methods.gralora import GraloraConfig as GraloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
 from deltatune.methods.hra import HRAConfig as HRAConfig
 from deltatune.methods.ia3 import IA3Config as IA3Config
+from deltatune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from deltatune.methods.loha import LoHaConfig as LoHaConfig
 from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig

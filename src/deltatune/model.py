@@ -280,6 +280,20 @@ class PeftModel(Persistence, nn.Module):
                     f"set_adapter: {', '.join(map(repr, rivals))} have a copy of {path!r} each, and that of "
                     f"{rivals[-1]!r} alone acts and trains; activate one of them to train its own"
                 )
+        self._warn_replaced(names)
+
+    def _warn_replaced(self, names: tuple[str, ...]) -> None:
+        hidden: dict[tuple[str, str], str] = {}
+        for path, layer in inject.adapted_layers(self.base_model.model):
+            here = [name for name in names if name in layer.adapters]
+            last = max((index for index, name in enumerate(here) if layer.adapters[name].replaces), default=0)
+            for name in here[:last]:
+                hidden.setdefault((here[last], name), path)
+        for (name, before), path in hidden.items():
+            warn(
+                f"set_adapter: {name!r} replaces the whole weight of {path!r}, so that {before!r} before it has no "
+                f"effect there; name {before!r} after it"
+            )
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -18,6 +18,7 @@ from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.ln_tuning import METHOD as LN_TUNING
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
@@ -51,6 +52,7 @@ METHODS: dict[PeftType | str, Method] = {
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
+        LN_TUNING,
         HIRA,
         ROAD,
         BOFT,
