@@ -31,6 +31,7 @@ _NAMES = {
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
+    "deltatune.outputs.poly": ("PolyConfig",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "deltatune.prompts.compose": ("compose_cartridge_adapters", "compose_prefix_folders", "compose_prefixes"),

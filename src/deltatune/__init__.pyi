@@ -31,6 +31,7 @@ from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
+from deltatune.outputs.poly import PolyConfig as PolyConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder

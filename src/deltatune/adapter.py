@@ -61,7 +61,7 @@ class Adapter(nn.Module):
 
     A change that no weight can hold (`mergeable`) is complete once `forward` is written, which is its definition then.
 
-    Class attributes declare what the laws need to know about a method; where an option decides, an instance sets its own:
+    Class attributes declare what the laws need to know of a method; where an option decides, an instance sets its own:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.

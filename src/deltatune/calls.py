@@ -1,8 +1,8 @@
 """What adapters know about a call beyond the input of their layer: the task of each row, which tokens are the prompt.
 
 Such a `Value` is given beside the arguments of the base model, as in `model(**inputs, task_ids=[0, 1])`, and stands in
-the `Call` of the selection, where layers find it, also those that gradient checkpointing recomputes. One that changes from
-pass to pass (with a cache each pass has other tokens) is worked out from the arguments of every pass by a hook.
+the `Call` of the selection, where layers find it, also those that gradient checkpointing recomputes. One that changes
+from pass to pass (with a cache each pass has other tokens) is worked out from the arguments of every pass by a hook.
 """
 
 from __future__ import annotations

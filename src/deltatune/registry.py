@@ -10,6 +10,7 @@ from deltatune.methods.ia3 import METHOD as IA3
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.poly import METHOD as POLY
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -26,6 +27,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         BOTTLENECK,
+        POLY,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -114,6 +114,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({LAYER: 8},),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "n_splits": (2,),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
