@@ -74,8 +74,9 @@ def layer_row(name: str, cost: Any) -> list[str]:
 
 
 def prompt_row(method: Method) -> list[str]:
-    where = "at attentions or the input"
-    return [f"[{method.name}]({method.name}.md)", where, "yes", "no", "yes", "yes", "changes it", ""]
+    assert method.graft is not None
+    start = "the base" if method.graft.identity_at_birth else "changes it"
+    return [f"[{method.name}]({method.name}.md)", method.graft.place, "yes", "no", "yes", "yes", start, ""]
 
 
 def _adapted(name: str, layer: nn.Module) -> Any:

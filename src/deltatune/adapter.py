@@ -3,13 +3,14 @@
 LinearMap   x -> x @ weight.T + bias, however the layer stores and runs it
 Adapter     weight -> adapt(weight), the definition of a method; `forward` is the same map, made cheap
 Applied     adapter after map: a map, so stacking adapters is composition
+Stored      what files hold of an adapter, or of a module that the adapters of all layers share
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class LinearMap(Protocol):
     parts           modules inside of it that are adapted with it
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
-    positions (`kernel` of them per channel), an embedding's counts its rows.
+    positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
+    block-diagonal: each group of outputs reads its own share of the channels.
     """
 
     keeps: tuple[str, str]
@@ -36,6 +38,7 @@ class LinearMap(Protocol):
     in_features: int
     out_features: int
     kernel: int
+    groups: int
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -56,7 +59,33 @@ class LinearMap(Protocol):
     def scale(self, y: Tensor, vector: Tensor) -> Tensor: ...  # vector (out,) times the features of an output
 
 
-class Adapter(nn.Module):
+class Stored(nn.Module):
+    """A module whose tensors an adapter's file holds, with PEFT's names and shapes.
+
+    Frozen tensors that config and base weight give again (drawn from a seed, a decomposition) are buffers that
+    `derived_tensors` names. Files leave them out and hold a checksum, with which loading compares what is derived here.
+    A file that has them is believed, and has them again when it is saved.
+
+    Attributes:
+        keeps_derived: They are saved: an option asks for it, or they came from a file.
+    """
+
+    keeps_derived: bool = False
+
+    def derived_tensors(self) -> dict[str, Tensor]:
+        """The tensors themselves, which are filled in place where a file has them."""
+        return {}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **(self.derived_tensors() if self.keeps_derived else {})}
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Fill the tensors; names and shapes have been checked against `file_tensors`."""
+        for name, tensor in self.file_tensors().items():
+            tensor.data.copy_(tensors[name])
+
+
+class Adapter(Stored):
     """A trainable change to a linear map. A method is complete once `adapt` is written.
 
     A change that no weight can hold (`mergeable`) is complete once `forward` is written, which is its definition then.
@@ -66,19 +95,35 @@ class Adapter(nn.Module):
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         reads: What it has to know about a call; `forward` is handed each by name.
+        bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
+        shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
+            is none of the adapter's own modules.
     """
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
     reads: tuple[Value, ...] = ()
+    bounded_r: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ()
+    shared: Any = None
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
-        """A fresh adapter for the layer at `path`, its parameters on the CPU in float32."""
+        """A fresh adapter for the layer at `path`, its parameters on the CPU in float32.
+
+        A method with `Method.shared` takes that module as a fourth argument.
+        """
         raise NotImplementedError
+
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        """The same change for a layer that shares the weight of the one this was built for; None where it has none.
+
+        Args:
+            config: What targets that layer too, if anything does.
+        """
+        return None
 
     def adapt(self, weight: Tensor) -> Tensor:
         """W -> W', both (out, in).
@@ -97,18 +142,26 @@ class Adapter(nn.Module):
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
+    def adapted_bias(self, layer: LinearMap) -> Tensor | None:
+        """The bias under this adapter; methods in which it depends on the weight override this one."""
+        return self.adapt_bias(layer.bias)
+
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
-        return layer.apply(x, self.adapt(layer.weight), self.adapt_bias(layer.bias))
+        return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
-    # Files carry PEFT's names and shapes; most methods use them for their parameters and need no translation.
+    def penalty(self) -> Tensor | None:
+        """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
+        return None
 
-    def file_tensors(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
+        return tensors
 
-    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Fill the parameters; names and shapes have been checked against `file_tensors`."""
-        for name, parameter in self.named_parameters():
-            parameter.data.copy_(tensors[name])
+    def everything(self) -> Iterator[nn.Parameter]:
+        """What this adapter computes with: its own parameters and the shared ones."""
+        yield from self.parameters()
+        if self.shared is not None:
+            yield from self.shared.parameters()
 
 
 class Applied:
@@ -116,7 +169,8 @@ class Applied:
 
     def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
         self.adapter, self.inner, self.read = adapter, inner, read
-        self.in_features, self.out_features, self.kernel = inner.in_features, inner.out_features, inner.kernel
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self.kernel, self.groups = inner.kernel, inner.groups
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property
@@ -133,7 +187,7 @@ class Applied:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.adapter.adapt_bias(self.inner.bias)
+        return self.adapter.adapted_bias(self.inner)
 
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
@@ -171,12 +225,17 @@ class Method:
 
     Attributes:
         adapter: What is grafted onto a layer; None where a method acts elsewhere (prefix tuning at the attention).
+        shared: Builds what the adapters of all layers share, once per adapter name: layers by path, config -> a module,
+            whose tensors are the top-level ones of the file.
         graft: What connects such a method with the model (`deltatune.prompts.graft`).
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
         default_targets: Model type -> layers it adapts when the user names none.
+        find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
+        run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
     """
 
     peft_type: PeftType | str
@@ -184,10 +243,25 @@ class Method:
     adapter: type[Adapter] | None
     key_prefix: str
     default_targets: Callable[[str], Any] | None = None
+    find_targets: Callable[[nn.Module], Any] | None = None
+    shared: Callable[[dict[str, LinearMap], Any], Stored] | None = None
     graft: type[Any] | None = None
     encoder: type[nn.Module] | None = None
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
+    run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
+    schedule: type[Any] | None = None
+
+    def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
+        """Fresh adapters for layers by path, and what they share."""
+        assert self.adapter is not None
+        if self.shared is None:
+            return {path: self.adapter.build(layer, config, path) for path, layer in layers.items()}, None
+        shared, build = self.shared(layers, config), cast(Any, self.adapter).build
+        made: dict[str, Adapter] = {path: build(layer, config, path, shared) for path, layer in layers.items()}
+        for adapter in made.values():
+            vars(adapter)["shared"] = shared  # past nn.Module, which would make it a part of every layer
+        return made, shared
 
     @property
     def name(self) -> str:

@@ -61,3 +61,14 @@ def probability(owner: str, field: str, value: Any) -> None:
 def one_of(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
         refuse(owner, field, value, "one of " + ", ".join(repr(option) for option in allowed))
+
+
+def at_most(owner: str, field: str, value: int, limit: int, what: str) -> None:
+    """Refuse what does not fit a layer, with the largest value that does."""
+    if value > limit:
+        refuse(owner, field, value, f"at most {limit}, {what}")
+
+
+def seed(owner: str, field: str, value: Any) -> None:
+    if not fits(value, int) or not -(2**63) <= value < 2**64:
+        refuse(owner, field, value, "an integer of 64 bits")

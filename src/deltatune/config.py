@@ -131,6 +131,7 @@ class PeftConfig:
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {}
     unsaved: ClassVar[frozenset[str]] = frozenset()
     file_defaults: ClassVar[dict[str, Any]] = {}  # what a file means that does not say
+    rank_name: ClassVar[str] = "r"  # the field that no layer may be smaller than
 
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None

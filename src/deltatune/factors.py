@@ -1,9 +1,14 @@
-"""Maths that methods share: factors, block-diagonal matrices, rotations, reflections."""
+"""Maths that methods share: factors, block-diagonal matrices, rotations, reflections, random projections."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+
+from deltatune.adapter import LinearMap
 
 
 class Factor(nn.Module):
@@ -26,9 +31,41 @@ class Factor(nn.Module):
         return str(tuple(self.weight.shape))
 
 
+def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
+    """y + vector (out,), over the features of a layer's output."""
+    ones = torch.ones((), dtype=y.dtype, device=y.device).expand_as(y)
+    return y + layer.scale(ones, vector)
+
+
 def block_diagonal(matrix: Tensor, blocks: int) -> Tensor:
     """(out, r / blocks) -> (out, r): the rows of block i read the i-th share of the columns."""
     return matrix if blocks == 1 else torch.block_diag(*matrix.chunk(blocks))
+
+
+def tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A kernel (out, in, ...) from a core (r, r, ...) and factors (r, out) and (r, in): FedPara's proposition 3."""
+    return torch.einsum("ij...,ip,jq->pq...", core, up, down)
+
+
+class RowDropout(nn.Module):
+    """Dropout, in training, of features of an update's output and of the update as a whole, for all rows of a batch.
+
+    With `rescale` the kept features are divided by their share, so that their expected sum stays.
+    """
+
+    def __init__(self, features: float, whole: float, rescale: bool) -> None:
+        super().__init__()
+        self.features, self.whole, self.rescale = features, whole, rescale
+
+    def forward(self, update: Tensor, layer: LinearMap) -> Tensor:
+        if not self.training:
+            return update
+        if self.whole:
+            update = update * (torch.rand((), device=update.device) > self.whole)
+        if self.features:
+            kept = (torch.rand(layer.out_features, device=update.device) > self.features).float()
+            update = layer.scale(update, kept / kept.mean().clamp_min(1e-6) if self.rescale else kept)
+        return update
 
 
 def skew_symmetric(entries: Tensor, size: int) -> Tensor:
@@ -75,3 +112,43 @@ def orthonormal(columns: Tensor) -> Tensor:
             column = column - (earlier @ column) * earlier
         done.append(column / column.norm())
     return torch.stack(done, dim=1)
+
+
+def circulant(kernel: Tensor) -> Tensor:
+    """(m, n, b) -> (m b, n b): m x n circulant blocks, of each of which the kernel holds the first row."""
+    step = torch.arange(kernel.shape[-1], device=kernel.device)
+    blocks = kernel[..., (step - step[:, None]) % len(step)]  # (m, n, b, b), row k is the first one turned k times
+    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def correlate(x: Tensor, kernel: Tensor) -> Tensor:
+    """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C)."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)  # half precision has no FFT
+    parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
+    if not parts.numel():  # nothing to transform, which not every library for FFT takes
+        return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)
+    X, C = torch.fft.rfft(parts), torch.fft.rfft(kernel)
+    return torch.fft.irfft(torch.einsum("...nf,mnf->...mf", X, C.conj()), n=kernel.shape[-1]).flatten(-2)
+
+
+def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
+    """(2, count) distinct entries of a matrix, by a random stream that files rely on: they hold the seed alone."""
+    drawn = _drawn(rows * columns, count, seed).clone()  # one that autograd may keep, wherever the first was made
+    return torch.stack([drawn // columns, drawn % columns])
+
+
+@functools.lru_cache(maxsize=32)  # a model has few sizes of layers, and each permutation is as large as a layer
+def _drawn(size: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator, device="cpu")[:count].clone()
+
+
+def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
+    """Outputs and inputs of the smallest matrix of which every layer's is a corner."""
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    return max(out for out, _ in sizes), max(width for _, width in sizes)
+
+
+def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform start, out of a generator of its own."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from deltatune.names import check_name
 from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.state_dict import ROOT, Loaded, check, collect, fill
+from deltatune.state_dict import ROOT, Loaded, check, collect, fill, matched, translated
 
 
 def inject_adapter_in_model(
@@ -66,8 +66,7 @@ def get_peft_model_state_dict(
         state_dict: Values to use instead of the model's own, under the model's keys (gathered from shards, say).
     """
     model = getattr(model, "_orig_mod", model)
-    wrapped = _peft_model(model)
-    own = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
+    own = _tensors(model, adapter_name)
     if state_dict is None:
         return {key: tensor.detach() for key, tensor in own.items()}
     names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
@@ -87,10 +86,9 @@ def set_peft_model_state_dict(
     """
     model = getattr(model, "_orig_mod", model)
     wrapped = _peft_model(model)
-    expected = wrapped.adapter_tensors(adapter_name) if wrapped else collect(model, adapter_name, root="")
-    given = {key if wrapped else key.removeprefix(ROOT): value for key, value in peft_model_state_dict.items()}
-    if wrapped and not expected.keys() & given.keys():
-        given = {ROOT + key: value for key, value in given.items()}
+    given = matched(peft_model_state_dict, _tensors(model, adapter_name, None))
+    given = translated(wrapped.base_model.model if wrapped else model, adapter_name, given, ROOT if wrapped else "")
+    expected = _tensors(model, adapter_name, given)
     if ignore_mismatched_sizes:
         given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
     missing, surplus = check(given, expected, "state dict", strict=False)
@@ -101,6 +99,13 @@ def set_peft_model_state_dict(
     else:
         fill(model, adapter_name, given, root="")
     return Loaded(missing, surplus)
+
+
+def _tensors(model: nn.Module, name: str, given: Collection[str] | None = ()) -> dict[str, Tensor]:
+    wrapped = _peft_model(model)
+    if wrapped is None:
+        return collect(model, name, root="", given=given)
+    return wrapped.adapter_tensors(name, given=given)
 
 
 def _peft_model(model: nn.Module) -> PeftModel | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltatune import calls, targets
-from deltatune.adapter import Adapter
+from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
@@ -20,6 +20,7 @@ from deltatune.errors import ConfigError, StateError, TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
+from deltatune.shared import add_shared, remove_shared, shared_modules, strip_shared
 from deltatune.suggest import nearest
 
 
@@ -48,17 +49,19 @@ def graft(
     Everything is built and checked before the first module of the model is replaced.
     """
     method = METHODS[config.peft_type]  # type: ignore[index]
-    assert method.adapter is not None
     config.validate()
     resolved: Any = copy.copy(config)
-    targets.with_defaults(resolved, model, method.default_targets)
-    found = targets.find(model, resolved, "block" in method.adapter.base_kinds)
     saved = find_saved(model, resolved)
-    built: dict[int, Adapter] = {}
-    for path, module in found.items():
-        if id(module) not in built:
-            built[id(module)] = _build(method.adapter, model, module, resolved, path, name, autocast_adapter_dtype)
+    built: dict[int, Adapter] = {}  # by the id of the module that each is for
+    shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    for part, options in resolved.beside():
+        _build_all(model, part, options, name, autocast_adapter_dtype, built)
+        _refuse_copied(model, built, saved)
+    _build_tied(model, built, saved)
     with _undone_on_error() as undo:
+        if shared is not None:
+            add_shared(model, name, shared)
+            undo.append(lambda: remove_shared(model, name))
         # backwards: parts before what they are in; a layer that has another name too is adapted under both
         for path, module in reversed(list(targets.walk(model))):
             if id(module) not in built:
@@ -70,6 +73,85 @@ def graft(
         add_copies(model, saved, name, selection, undo)
         calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
+
+
+def _build_all(
+    model: nn.Module, method: Method, config: Any, name: str, autocast: bool, built: dict[int, Adapter]
+) -> Stored | None:
+    """An adapter for every layer that a config targets; `built` gets them. Returns what they share."""
+    targets.with_defaults(config, model, method.default_targets, method.find_targets)
+    found, owners = targets.find(model, config, method.adapter), _owners(model, built)
+    for path, module in found.items():
+        if id(module) in built:
+            raise ConfigError(
+                f"{type(config).__name__}: {path} is a target twice, and a layer has one adapter of a name; "
+                "take it out of one of the lists, or add a second adapter",
+                field="target_modules",
+                path=path,
+            )
+    made, shared = _build(model, method, found, config, name, autocast)
+    for module in {id(module): module for module in found.values()}.values():
+        sharing = owners.setdefault(id(_stored(module)), [])
+        followed = (owner.tied(_map(module), config) for owner in sharing)
+        follows = next((adapter for adapter in followed if adapter is not None), None)
+        if follows is None:
+            sharing.append(made[id(module)])
+        built[id(module)] = follows or made[id(module)]
+    return shared
+
+
+def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
+    """Adapters for layers that no one targets, but whose weight is that of one whose adapter they have to follow."""
+    owners = _owners(model, built)
+    for path, module in targets.walk(model):
+        if targets.map_of(module) is None or _inside(path, saved):
+            continue
+        present = built.get(id(module))
+        for owner in owners.get(id(_stored(module)), []):
+            follows = None if owner is present else owner.tied(_map(module))
+            if follows is not None and present is None:
+                present = built[id(module)] = follows
+            elif follows is not None and type(present) is not type(follows):
+                raise ConfigError(
+                    f"{path} shares its weight with a layer whose {type(owner).__name__} it has to follow, and is a "
+                    f"target of {type(present).__name__} too; take it out of target_modules",
+                    field="target_modules",
+                    path=path,
+                )
+
+
+def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapter]]:
+    """The adapters that are built, by the id of the parameter that they change."""
+    found: dict[int, list[Adapter]] = {}
+    for module in {id(module): module for _, module in targets.walk(model)}.values():
+        if id(module) in built:
+            found.setdefault(id(_stored(module)), []).append(built[id(module)])
+    return found
+
+
+def _refuse_copied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
+    for path, module in targets.walk(model):
+        if id(module) in built and _inside(path, saved):
+            raise ConfigError(
+                f"modules_to_save: {path} is trained whole and has an adapter too; name it in one of the two",
+                field="modules_to_save",
+                path=path,
+            )
+
+
+def _inside(path: str, saved: dict[str, nn.Module]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in saved)
+
+
+def _map(module: nn.Module) -> LinearMap:
+    return targets.map_of(module) or Block(_holder(module))
+
+
+def _stored(module: nn.Module) -> Any:
+    """The parameter in which a layer keeps its weight; the layer itself where it is none."""
+    holder = module.base_layer if isinstance(module, AdaptedLayer) else module
+    stored = holder._parameters.get(_map(module).keeps[0])
+    return holder if stored is None else stored
 
 
 def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
@@ -102,51 +184,78 @@ def add_copies(
 
 
 def _build(
-    kind: type[Adapter],
-    model: nn.Module,
-    module: nn.Module,
-    config: PeftConfig,
-    path: str,
-    name: str,
-    autocast: bool,
-) -> Adapter:
+    model: nn.Module, method: Method, found: dict[str, nn.Module], config: PeftConfig, name: str, autocast: bool
+) -> tuple[dict[int, Adapter], Stored | None]:
+    """An adapter per layer, by the layer's id, and what they share, all in place and precision of their layers."""
+    assert method.adapter is not None
+    once = {id(module): path for path, module in reversed(found.items())}  # a layer goes by the first of its paths
+    layers = {
+        path: _layer(method.adapter, model, module, config, path, name)
+        for path, module in found.items()
+        if once[id(module)] == path
+    }
+    made, shared = method.build(layers, config)
+    for path, adapter in made.items():
+        _place(adapter, found[path], layers[path], autocast)
+        if layers[path].only_weight and adapter.mergeable is not True:
+            raise TargetError(
+                f"target {path!r} is a {type(_holder(found[path])).__name__}, which is adapted through its weight "
+                f"alone, and no weight can hold {type(adapter).__name__}: {adapter.mergeable}; target layers around it",
+                field="target_modules",
+                path=path,
+            )
+    if shared is not None:
+        first = next(iter(layers))
+        _place(shared, found[first], layers[first], autocast)
+    return {id(found[path]): adapter for path, adapter in made.items()}, shared
+
+
+def _layer(
+    kind: type[Adapter], model: nn.Module, module: nn.Module, config: PeftConfig, path: str, name: str
+) -> LinearMap:
+    """A target as the map that is adapted.
+
+    Raises:
+        PeftError: It is adapted under this name already, or the method does not fit it.
+    """
     if isinstance(module, AdaptedLayer):
         if name in module.adapters:
             raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
         if module.merged:
             raise StateError(f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}")
-        layer, holder = module.as_map(), module.base_layer
+        layer = module.as_map()
     else:
-        layer, holder = targets.as_map(module), module
+        layer = targets.as_map(module)
     if layer is None or layer.kind == "block":
-        layer = Block(holder, width=width_of(model, path))
+        layer = Block(_holder(module), width=width_of(model, path))
     if layer.kind not in kind.base_kinds:
         raise TargetError(
-            f"target {path!r} is a {type(getattr(module, 'base_layer', module)).__name__}, which {kind.__name__} "
+            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} "
             f"cannot adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
             field="target_modules",
             path=path,
         )
-    if getattr(config, "r", 0) and config.r > max(layer.in_features, layer.out_features):  # type: ignore[attr-defined]
-        limit = max(layer.in_features, layer.out_features)
+    rank = getattr(config, config.rank_name, 0) if kind.bounded_r else 0
+    longer = max(layer.in_features, layer.out_features)
+    if rank and rank > longer:
         raise ConfigError(
-            f"{type(config).__name__}: r={config.r} is larger than both sides of {path} "  # type: ignore[attr-defined]
+            f"{type(config).__name__}: {config.rank_name}={rank} is larger than both sides of {path} "
             f"({layer.out_features}, {layer.in_features}); use at most {min(layer.in_features, layer.out_features)}",
-            field="r",
-            expected=limit,
+            field=config.rank_name,
+            expected=longer,
         )
+    return layer
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdaptedLayer) else module
+
+
+def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) -> None:
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
-    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
-    made = kind.build(layer, config, path)
-    if layer.only_weight and made.mergeable is not True:
-        raise TargetError(
-            f"target {path!r} is a {type(holder).__name__}, which is adapted through its weight alone, and no weight "
-            f"can hold {kind.__name__}: {made.mergeable}; target layers around it",
-            field="target_modules",
-            path=path,
-        )
-    return made.to(device=device, dtype=dtype)
+    holder = _holder(module)
+    made.to(device=next(itertools.chain(holder.parameters(), holder.buffers())).device, dtype=dtype)
 
 
 def _wrap(
@@ -184,6 +293,7 @@ def _inner(wrapper: AdaptedLayer | TrainedCopies) -> nn.Module:
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter off; a wrapper left without adapters is taken off too."""
     calls.forget(model, name)
+    remove_shared(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             module.adapters.pop(name) if name in module.adapters else None
@@ -200,6 +310,7 @@ def remove(model: nn.Module, name: str) -> None:
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
     """Take every wrapper off. Copies of the adapters in `keep` stay in the model in place of their originals."""
     calls.forget(model)
+    strip_shared(model)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             _replace(model, path, module.base_layer)
@@ -245,10 +356,15 @@ def freeze(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    seen: set[int] = set()  # tied layers share them
     for _, layer in adapted_layers(model):
         for key, adapter in layer.adapters.items():
             if name is None or key == name:
-                yield from adapter.parameters()
+                yield from (p for p in adapter.parameters() if id(p) not in seen)
+                seen.update(id(p) for p in adapter.parameters())
+    for key, shared in shared_modules(model).items():
+        if name is None or key == name:
+            yield from shared.parameters()
     for _, copies in trained_copies(model):
         for key, module in copies.modules_to_save.items():
             if name is None or key == name:
@@ -260,6 +376,8 @@ def train_only(model: nn.Module, names: tuple[str, ...], inference_mode: bool = 
     for _, layer in adapted_layers(model):
         for key, adapter in layer.adapters.items():
             adapter.requires_grad_(key in names and not inference_mode)
+    for key, shared in shared_modules(model).items():
+        shared.requires_grad_(key in names and not inference_mode)
     for _, copies in trained_copies(model):
         for key, module in copies.modules_to_save.items():
             module.requires_grad_(key in names and not inference_mode)

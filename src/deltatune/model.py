@@ -13,7 +13,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from deltatune import calls, inject
 from deltatune.config import PeftConfig
@@ -74,7 +75,24 @@ class PeftModel(Persistence, nn.Module):
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
             return input_rows.forward(self, adapter_names, args, kwargs)
         with self._choosing(adapter_names, kwargs):
-            return self.base_model(*args, **kwargs)
+            if not (self.training and torch.is_grad_enabled()):
+                return self.base_model(*args, **kwargs)
+            for schedule in self.base_model.schedules.values():
+                if schedule.name in self.base_model.selection.active:
+                    schedule.forward_begins()
+            return self.base_model.with_penalty(self.base_model(*args, **kwargs))
+
+    def after_step(self, step: int | None = None) -> None:
+        """To be called after `optimizer.step()` and before `optimizer.zero_grad()` in a loop of your own.
+
+        Runs the schedules of methods that have one (AdaLoRA's ranks); nothing otherwise. `deltatune.train` does it by
+        itself, transformers' Trainer with `AdapterCallback()`.
+        """
+        self.base_model.after_step(step)
+
+    def penalty(self) -> Tensor | None:
+        """The extra loss of the active methods, for loops that compute a loss from the logits; see `Tuner.penalty`."""
+        return self.base_model.penalty()
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
@@ -140,7 +158,7 @@ class PeftModel(Persistence, nn.Module):
         if kwargs["use_reentrant"]:
             model.activation_checkpointing_enable(kwargs, **options)
             return
-        kwargs.setdefault("context_fn", Recomputation(self.base_model.selection))
+        kwargs.setdefault("context_fn", Recomputation(self.base_model.selection, self.prompts))
         model.activation_checkpointing_enable(kwargs, **options)
         if not hooked:
             model.disable_input_require_grads()
@@ -178,6 +196,7 @@ class PeftModel(Persistence, nn.Module):
                 inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
             vars(peft_config).update(vars(config))
             self.peft_config[adapter_name] = peft_config
+            self._add_schedule(adapter_name)
             if len(self.peft_config) == 1:
                 inject.freeze(self.base_model.model)
                 self.base_model.selection.active = (adapter_name,)
@@ -207,6 +226,19 @@ class PeftModel(Persistence, nn.Module):
             config.modules_to_save = given + [name for name in heads if name not in given]
         return config
 
+    def _add_schedule(self, name: str) -> None:
+        kind = METHODS[self.peft_config[name].peft_type].schedule  # type: ignore[index]
+        if kind is None:
+            return
+        layers = inject.adapted_layers(self.base_model.model)
+        adapters = {path: layer.adapters[name] for path, layer in layers if name in layer.adapters}
+        try:
+            self.base_model.schedules[name] = kind(name, self.peft_config, adapters)
+        except BaseException:
+            inject.remove(self.base_model.model, name)
+            del self.peft_config[name]
+            raise
+
     def _add_prompt(self, name: str, config: Any) -> None:
         model, selection = self.base_model.model, self.base_model.selection
         saved = inject.find_saved(model, config)
@@ -228,6 +260,7 @@ class PeftModel(Persistence, nn.Module):
         if adapter_name in self.prompts:
             self.prompts.pop(adapter_name).detach()
             self.prompt_encoder.pop(adapter_name)
+        self.base_model.schedules.pop(adapter_name, None)
         del self.peft_config[adapter_name]
         left = tuple(name for name in self.base_model.selection.active if name != adapter_name)
         if not left and self.peft_config:

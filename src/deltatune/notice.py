@@ -9,8 +9,8 @@ from deltatune.errors import PeftWarning
 
 
 def warn(message: str) -> None:
-    """A `PeftWarning` attributed to the nearest caller outside of deltatune."""
+    """A `PeftWarning` attributed to the nearest caller outside of deltatune, and of torch, which calls modules."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "deltatune":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deltatune", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, PeftWarning, stacklevel=level)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from deltatune import checks
 from deltatune.errors import ConfigError
 
 Names = Iterable[str] | str | None
+# Fields that map the name of a layer, or a pattern for names, to a value of its own, and the check of that value.
+PATTERNED = {
+    "rank_pattern": checks.positive_int,
+    "alpha_pattern": checks.finite_positive,
+    "lambda_pattern": checks.finite_positive,
+}
 
 
 def name_matches(names: Names, path: str) -> bool:
@@ -42,15 +50,25 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     return default
 
 
+def by_layer(config: Any) -> dict[str, dict[str, Any]]:
+    """The fields of a config that hold other values for some layers: `rank_pattern` and all that are called so."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = {name: value for name, value in fields.items() if name not in getattr(config, "not_by_layer", ())}
+    return {name: value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)}
+
+
 def check_patterns(config: Any) -> None:
-    """Refuse regular expressions that do not compile and layer numbers without a list of names to number."""
+    """Refuse patterns that do not compile or give impossible values, and layer numbers without names to number."""
     owner = type(config).__name__
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), str):
             _compile(owner, field, getattr(config, field))
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, {}):
+    for field, values in by_layer(config).items():
+        check = PATTERNED.get(field)
+        for pattern, value in values.items():
             _compile(owner, field, pattern)
+            if check is not None:
+                check(owner, f"{field}[{pattern!r}]", value)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ConfigError(
             f"{owner}: layers_to_transform={config.layers_to_transform!r} needs target_modules as a list of names, "

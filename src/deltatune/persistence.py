@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,24 +12,35 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.names import check_name
-from deltatune.state_dict import ROOT, Loaded, check, check_finite, collect, fill, without_base_copies
+from deltatune.state_dict import (
+    Loaded,
+    check,
+    check_finite,
+    collect,
+    derived,
+    fill,
+    matched,
+    translated,
+    without_base_copies,
+)
 from deltatune.storage import folder as storage
+from deltatune.storage.derived import check_derived
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
-
-PROMPT_ROOT = "base_model."  # PEFT puts no tuner around a model with a prompt, so its keys are one step shorter
 
 
 class Persistence:
     """The verbs of `PeftModel` that read and write adapters."""
 
-    def adapter_tensors(self: Any, name: str, format: str | None = None) -> dict[str, Tensor]:
-        """File key -> tensor of one adapter."""
+    def adapter_tensors(
+        self: Any, name: str, format: str | None = None, given: Collection[str] | None = ()
+    ) -> dict[str, Tensor]:
+        """File key -> tensor of one adapter; of those that a file may leave out only the given ones (None: all)."""
         self._known([name])
         if name not in self.prompts:
-            return collect(self.base_model.model, name)
-        copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+            return collect(self.base_model.model, name, given=given)
+        copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
     def _has_copies(self: Any, name: str) -> bool:
@@ -42,7 +54,7 @@ class Persistence:
         of_prompt = {key: value for key, value in tensors.items() if self.prompts[name].owns(key)}
         if of_prompt:
             self.prompts[name].load_file_tensors(of_prompt)
-        fill(self.base_model.model, name, tensors, PROMPT_ROOT)
+        fill(self.base_model.model, name, tensors, self.prompts[name].root)
 
     def save_pretrained(
         self: Any,
@@ -108,7 +120,7 @@ class Persistence:
         with inject.unchanged_on_error(model):
             made = kind(model, saved.config, adapter_name, autocast_adapter_dtype)
             try:
-                made._load(adapter_name, saved)
+                made._load(adapter_name, saved, allow_base_mismatch)
             except BaseException:
                 made.unload()
                 raise
@@ -136,17 +148,17 @@ class Persistence:
         if fresh:
             self.add_adapter(adapter_name, saved.config, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
-            self._load(adapter_name, saved)
+            self._load(adapter_name, saved, allow_base_mismatch)
         except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
         return Loaded([], [])
 
-    def _load(self: Any, name: str, saved: storage.Saved) -> None:
+    def _load(self: Any, name: str, saved: storage.Saved, allow_base_mismatch: bool) -> None:
         """Check the tensors of a folder against an adapter of this model, then fill it."""
         if name in self.prompts:
-            copies = collect(self.base_model.model, name, PROMPT_ROOT) if self._has_copies(name) else {}
+            copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
             heads = {key: value for key, value in saved.tensors.items() if not self.prompts[name].owns(key)}
             check(heads, copies, saved.source)
             if len(heads) == len(saved.tensors):
@@ -155,7 +167,9 @@ class Persistence:
                 check_finite(saved.source, key, tensor)
         else:
             saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
-            if saved.tensors and not any(key.startswith(ROOT) for key in saved.tensors):  # written without a PeftModel
-                saved.tensors = {ROOT + key: value for key, value in saved.tensors.items()}
-            check(saved.tensors, self.adapter_tensors(name), saved.source)
+            saved.tensors = matched(saved.tensors, self.adapter_tensors(name, given=None))
+            saved.tensors = translated(self.base_model.model, name, saved.tensors)
+            check(saved.tensors, self.adapter_tensors(name, given=saved.tensors), saved.source)
+            if saved.derived is not None and not allow_base_mismatch:
+                check_derived(saved.derived, derived(self.base_model.model, name, saved.tensors), saved.source)
         self.fill_adapter(name, saved.tensors)

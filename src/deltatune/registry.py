@@ -5,10 +5,23 @@ from __future__ import annotations
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
+from deltatune.methods.adalora import METHOD as ADALORA
+from deltatune.methods.beft import METHOD as BEFT
+from deltatune.methods.boft import METHOD as BOFT
+from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.fourierft import METHOD as FOURIERFT
+from deltatune.methods.glora import METHOD as GLORA
+from deltatune.methods.gralora import METHOD as GRALORA
+from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.loha import METHOD as LOHA
+from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.vera import METHOD as VERA
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.outputs.poly import METHOD as POLY
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -18,6 +31,7 @@ from deltatune.prompts.multitask import METHOD as MULTITASK_PROMPT_TUNING
 from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
+from deltatune.shadow.graft import METHOD as SHADOW
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -28,6 +42,19 @@ METHODS: dict[PeftType | str, Method] = {
         HRA,
         BOTTLENECK,
         POLY,
+        ADALORA,
+        TRAINABLE_TOKENS,
+        HIRA,
+        ROAD,
+        BOFT,
+        BEFT,
+        GLORA,
+        C3A,
+        LOHA,
+        LOKR,
+        FOURIERFT,
+        VERA,
+        GRALORA,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
@@ -35,6 +62,7 @@ METHODS: dict[PeftType | str, Method] = {
         P_TUNING,
         MULTITASK_PROMPT_TUNING,
         CPT,
+        SHADOW,
     )
 }
 

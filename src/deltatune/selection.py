@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -130,8 +130,18 @@ class Recomputation:
     adapters, and on another thread.
     """
 
-    def __init__(self, selection: Selection) -> None:
-        self.selection = selection
+    def __init__(self, selection: Selection, grafts: Mapping[str, Any]) -> None:
+        self.selection, self.grafts = selection, grafts  # `deltatune.prompts.graft:Graft`s by name
 
     def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self.selection.use(self.selection.current())
+        return nullcontext(), _all_of(
+            [self.selection.use(self.selection.current()), *(graft.carried() for graft in self.grafts.values())]
+        )
+
+
+@contextmanager
+def _all_of(contexts: list[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -3,43 +3,76 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltatune.adapter import Stored
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.inject import adapted_layers, trained_copies
+from deltatune.shared import shared_modules
 
 ROOT = "base_model.model."
+TOP = "base_model."  # before what all layers share
 Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
 
 
 @dataclass
 class Part:
-    """The tensors of one module of an adapter: their key prefix in the file, their present values, how to fill them."""
+    """One module of an adapter.
 
-    prefix: str
+    Attributes:
+        prefix: Of its keys in the file, below the root; None at the top, for what all layers share.
+        tensors: What the file holds of it.
+        fill: Puts such tensors in place.
+        derived: What config and base give again; a file may hold it all the same.
+    """
+
+    prefix: str | None
     tensors: dict[str, Tensor]
     fill: Callable[[dict[str, Tensor]], None]
+    derived: dict[str, Tensor] = field(default_factory=dict)
+
+    def under(self, root: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of this module under their keys in the file."""
+        start = root.removesuffix("model.") if self.prefix is None else root + self.prefix
+        return {start + name: tensor for name, tensor in tensors.items()}
+
+    def found(self, root: str, given: Collection[str] | None) -> dict[str, Tensor]:
+        """What the file holds of it, and those of the derived tensors that are given (None: all)."""
+        derived = self.under(root, self.derived).items()
+        return self.under(root, self.tensors) | {key: value for key, value in derived if given is None or key in given}
 
 
 def parts(model: nn.Module, name: str) -> list[Part]:
     """All that belongs to one adapter of a bare (perhaps adapted) model."""
-    found = [
-        Part(f"{path}.", layer.adapters[name].file_tensors(), layer.adapters[name].load_file_tensors)  # type: ignore
+    found = [_stored(None, shared) for key, shared in shared_modules(model).items() if key == name]
+    found += [
+        _stored(f"{path}.", layer.adapters[name])  # type: ignore[arg-type]
         for path, layer in adapted_layers(model)
         if name in layer.adapters
     ]
+    found = [part for part in found if part.tensors or part.derived]  # a tied layer's are those of the layer it follows
     found += [
         Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
         for path, copies in trained_copies(model)
         if name in copies.modules_to_save
     ]
     return found
+
+
+def _stored(prefix: str | None, stored: Stored) -> Part:
+    derived = {} if stored.keeps_derived else stored.derived_tensors()
+
+    def load(tensors: dict[str, Tensor]) -> None:
+        stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
+        stored.load_file_tensors({**stored.file_tensors(), **tensors})
+
+    return Part(prefix, stored.file_tensors(), load, derived)
 
 
 def _filler(copies: TrainedCopies, name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -50,12 +83,42 @@ def _discard(_: Any) -> None:
     return None
 
 
-def collect(model: nn.Module, name: str, root: str = ROOT) -> dict[str, Tensor]:
-    """File key -> tensor of one adapter."""
+def collect(model: nn.Module, name: str, root: str = ROOT, given: Collection[str] | None = ()) -> dict[str, Tensor]:
+    """File key -> tensor of one adapter: what its file holds, and the given ones (None: all) of the derived tensors."""
     found = parts(model, name)
     if not found:
         raise AdapterNameError(f"no adapter named {name!r} on this model", field="adapter_name", found=name)
-    return {root + part.prefix + key: tensor for part in found for key, tensor in part.tensors.items()}
+    return {key: tensor for part in found for key, tensor in part.found(root, given).items()}
+
+
+def derived(model: nn.Module, name: str, given: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the tensors that a file leaves out; without those of modules of which some are given."""
+    for part in parts(model, name):
+        if not part.under(ROOT, part.derived).keys() & set(given):
+            yield from part.derived.items()
+
+
+def matched(given: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Tensors under the expected keys, whether they were written with or without a `PeftModel` around the model."""
+    known = {_bare(key): key for key in expected}
+    return {key if key in expected else known.get(_bare(key), key): tensor for key, tensor in given.items()}
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix(ROOT if key.startswith(ROOT) else TOP)
+
+
+def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
+    """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
+    found = dict(tensors)
+    for path, layer in adapted_layers(model):
+        prefix = f"{root}{path}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        if own and name in layer.adapters:
+            own = layer.adapters[name].from_file(own)  # type: ignore[operator]
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefix)}
+            found |= {prefix + key: tensor for key, tensor in own.items()}
+    return found
 
 
 def check(
@@ -115,10 +178,10 @@ def check_finite(source: str, key: str, given: Tensor) -> None:
 def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> None:
     """Put tensors that `check` has passed into an adapter."""
     for part in parts(model, name):
-        own = {key: tensors[root + part.prefix + key] for key in part.tensors if root + part.prefix + key in tensors}
-        if len(own) == len(part.tensors):
-            part.fill(own)
-        elif own:
+        names = {**part.tensors, **part.derived}
+        keys = dict(zip(names, part.under(root, names)))
+        own = {name: tensors[key] for name, key in keys.items() if key in tensors}
+        if own:
             part.fill({**part.tensors, **own})
 
 

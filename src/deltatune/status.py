@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from deltatune.adapter import Adapter
 from deltatune.inject import adapted_layers, trained_copies
+from deltatune.registry import METHODS
 
 Answer = bool | Literal["irregular"]
 
@@ -63,10 +66,14 @@ def _entry(path: str, kind: str, wrapper: Any, holders: nn.ModuleDict, merged: l
         enabled=selection.enabled,
         active_adapters=list(selection.active),
         merged_adapters=merged,
-        requires_grad={name: _one(p.requires_grad for p in module.parameters()) for name, module in holders.items()},
+        requires_grad={name: _one(p.requires_grad for p in _everything(module)) for name, module in holders.items()},
         available_adapters=sorted(holders),
-        devices={name: sorted({p.device.type for p in module.parameters()}) for name, module in holders.items()},
+        devices={name: sorted({p.device.type for p in _everything(module)}) for name, module in holders.items()},
     )
+
+
+def _everything(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.everything() if isinstance(module, Adapter) else module.parameters()
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -81,9 +88,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(bare).__name__,
         adapter_model_type=type(getattr(model, "base_model", bare)).__name__,
-        peft_types={
-            name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()
-        },
+        peft_types={name: METHODS[config.peft_type].name.upper() for name, config in configs.items()},
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
         total_params=sum(p.numel() for p in parameters),
         num_adapter_layers=len(layers),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.adapter import LinearMap
+from deltatune.adapter import Adapter, LinearMap
 from deltatune.bases import as_map, supported
 from deltatune.bases.block import Block
 from deltatune.config import PeftConfig, TaskType
@@ -19,7 +19,8 @@ from deltatune.copies import TrainedCopies
 from deltatune.errors import TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
-from deltatune.patterns import name_matches, pattern_value
+from deltatune.patterns import by_layer, name_matches, pattern_value
+from deltatune.shared import SharedModules
 from deltatune.suggest import nearest
 
 ALL_LINEAR = "all-linear"
@@ -29,7 +30,7 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs")
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of a model as it was before any adapter; a module reachable twice comes twice."""
     for name, child in module._modules.items():  # named_children() leaves out what it has met before
-        if child is None:
+        if child is None or isinstance(child, SharedModules):
             continue
         path = f"{prefix}.{name}" if prefix else name
         yield path, child
@@ -41,16 +42,16 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from walk(child, path)
 
 
-def find(model: nn.Module, config: Any, blocks: bool = False) -> dict[str, nn.Module]:
+def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) -> dict[str, nn.Module]:
     """Path -> layer for everything the config targets, in the order of the model. Changes nothing.
 
     Args:
-        blocks: Whether blocks of layers can be adapted too; the name of a list of them then stands for its members.
+        adapter: What is to be put there. If it adapts blocks of layers, the name of a list stands for its members.
 
     Raises:
         TargetError: Nothing matches, or a layer that is named cannot be adapted.
     """
-    modules = dict(walk(model))
+    modules, blocks = dict(walk(model)), adapter is not None and "block" in adapter.base_kinds
     if config.target_modules == ALL_LINEAR:
         found = {path: module for path, module in modules.items() if _is_linear(module)}
         for path in _outputs(model, config.task_type):
@@ -73,7 +74,7 @@ def find(model: nn.Module, config: Any, blocks: bool = False) -> dict[str, nn.Mo
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = _map(module)
+    layer = map_of(module)
     return layer is not None and layer.kind == "linear" and not layer.only_weight
 
 
@@ -81,11 +82,12 @@ def _is_part(path: str, found: dict[str, nn.Module]) -> bool:
     """Whether a module is adapted because the one around it is."""
     parent, _, child = path.rpartition(".")
     around = found.get(parent.removesuffix(".base_layer"))
-    layer = None if around is None or around is found.get(path) else _map(around)
+    layer = None if around is None or around is found.get(path) else map_of(around)
     return layer is not None and child in layer.parts
 
 
-def _map(module: nn.Module) -> LinearMap | None:
+def map_of(module: nn.Module) -> LinearMap | None:
+    """A layer as a linear map, adapted or not, without its adapters; None for what is no layer."""
     return module.as_map() if isinstance(module, AdaptedLayer) else as_map(module)
 
 
@@ -164,18 +166,25 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in paths)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, {}):
+    for field, values in by_layer(config).items():
+        for pattern in values:
             if not any(pattern_value({pattern: True}, path, False) for path in found):
                 warn(f"{field}: {pattern!r} matches none of the adapted layers")
 
 
-def with_defaults(config: PeftConfig, model: nn.Module, usual: Any) -> None:
-    """Fill `target_modules` from the architecture's usual layers when the user named none."""
+def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any = None) -> None:
+    """Fill `target_modules` from the architecture's usual layers when the user named none.
+
+    Args:
+        usual: Model type -> these layers, or None.
+        search: Model -> them, or None, where its type does not tell.
+    """
     if getattr(config, "target_modules", None) is not None:
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = usual(model_type) if usual and model_type else None
+    if found is None and search is not None:
+        found = search(model)
     found = found(config) if callable(found) else found
     if found is None:
         linear = [path for path, module in walk(model) if _is_linear(module)][:5]

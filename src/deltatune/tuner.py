@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from deltatune import inject
+from deltatune.adapter import Adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
 from deltatune.notice import warn
 from deltatune.registry import METHODS
+from deltatune.schedule import Schedule
 from deltatune.selection import Selection
 
 LOST_WORTH_SAYING = 0.1  # of the update, in one layer
@@ -28,6 +31,8 @@ class Tuner(nn.Module):
         self.model = model
         self.selection = Selection()
         self.peft_config = configs  # the same dict as the PeftModel's
+        self.schedules: dict[str, Schedule] = {}  # of the adapters that have one
+        self.penalty_due = False  # a training pass gave no loss that it could have been added to
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +63,71 @@ class Tuner(nn.Module):
         """Every call uses the base, bit for bit, until `enable_adapter_layers()`."""
         self.selection.enabled = False
 
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def penalty(self) -> Tensor | None:
+        """The extra loss of the active adapters that train, None where their methods have none.
+
+        A training pass adds it to `outputs.loss` by itself. A loop that computes its own loss from the logits adds it.
+        """
+        self.penalty_due = False
+        return self._penalty()
+
+    def _penalty(self) -> Tensor | None:
+        call = self.selection.current()
+        names = {name for name in call.rows or call.names if name and self._penalises(name)}
+        if not names:
+            return None
+        total = None
+        for _, layer in inject.adapted_layers(self.model):
+            for name, adapter in layer.adapters.items():
+                trained = next((p for p in adapter.parameters() if p.requires_grad), None)
+                if name in names and trained is not None:
+                    with torch.autocast(trained.device.type, enabled=False):
+                        term: Tensor | None = adapter.penalty()  # type: ignore[operator]
+                    if term is not None:
+                        total = term if total is None else total + term.to(total)
+        return total
+
+    def _penalises(self, name: str) -> bool:
+        kind = METHODS[self.peft_config[name].peft_type].adapter  # type: ignore[index]
+        return kind is not None and kind.penalty is not Adapter.penalty
+
+    def with_penalty(self, outputs: Any) -> Any:
+        """The outputs of a training pass, the penalty added to their loss."""
+        call = self.selection.current()
+        if not any(name and self._penalises(name) for name in call.rows or call.names):
+            return outputs
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor):
+            term = self._penalty()
+            outputs.loss = loss if term is None else loss + term.to(loss)
+        elif isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
+            term = self._penalty()
+            outputs = outputs if term is None else (outputs[0] + term.to(outputs[0]), *outputs[1:])
+        else:
+            self.penalty_due = True
+        return outputs
+
+    def after_step(self, step: int | None = None) -> None:
+        """After every optimizer step, before its gradients are cleared: the schedules of the adapters that train.
+
+        Nothing happens where no active method has one. Counts the steps itself, from 1; `step` sets the count.
+        """
+        for name in self.selection.active:
+            if name in self.schedules and self.schedules[name].trains:
+                self.schedules[name].advance(step)
+        if self.penalty_due:
+            self.penalty_due = False
+            warn(
+                "the outputs of this training pass held no loss, so the penalty of the adapter's method is in none; "
+                "add model.penalty() to your own loss"
+            )
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """PEFT's name of `after_step(global_step)`."""
+        self.after_step(global_step)
+
     # ------------------------------------------------------------------------------------------------------- merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -83,6 +153,7 @@ class Tuner(nn.Module):
                     paths.append(path)
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
+        _keep_tied(planned)
         for layer, merged in planned:
             layer.merge(merged)
         self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
@@ -129,13 +200,10 @@ class Tuner(nn.Module):
                 found=unknown,
                 expected=list(self.peft_config),
             )
-        prompts = [name for name in names if self.peft_config[name].is_prompt_learning]
-        if prompts:
-            raise MergeError(
-                f"adapter {prompts[0]!r} is learned tokens, or their keys and values, which no weight can hold; "
-                "it cannot be merged",
-                found=prompts,
-            )
+        for name in names:
+            graft = METHODS[self.peft_config[name].peft_type].graft  # type: ignore[index]
+            if graft is not None:
+                raise MergeError(f"adapter {name!r} is {graft.unmergeable}; it cannot be merged", found=[name])
         return names
 
     def _untie(self) -> None:
@@ -171,3 +239,13 @@ class Tuner(nn.Module):
             if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
         return getattr(self._modules["model"], name)
+
+
+def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:
+    """Layers that share their weight go on sharing it if it becomes the same for both."""
+    by_weight: dict[int, Merged] = {}
+    for layer, merged in planned:
+        stored = getattr(layer.base_layer, layer.as_map().keeps[0])
+        other = by_weight.setdefault(id(stored), merged)
+        if other is not merged and torch.equal(other.weight, merged.weight):
+            merged.weight = other.weight

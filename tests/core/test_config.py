@@ -6,7 +6,7 @@ import math
 import pytest
 
 import deltatune
-from deltatune import LoraConfig, PeftConfig, TaskType, get_peft_config
+from deltatune import METHODS, LoraConfig, PeftConfig, PeftType, TaskType, get_peft_config
 from deltatune.errors import ConfigError, FormatError, LimitError, PeftWarning
 
 
@@ -110,13 +110,14 @@ def test_a_retired_option_that_asks_for_nothing_is_accepted_with_a_warning():
         LoraConfig(merge_weights=True)
 
 
-def test_the_dict_needs_a_method_that_exists_and_is_built():
+def test_the_dict_needs_a_method_that_exists_and_is_built(monkeypatch):
     with pytest.raises(ConfigError, match="'peft_type'"):
         get_peft_config({"r": 8})
     with pytest.raises(ConfigError, match="did you mean 'LORA'"):
         get_peft_config({"peft_type": "LORRA"})
-    with pytest.raises(ConfigError, match="VERA is not available"):
-        get_peft_config({"peft_type": "VERA"})
+    monkeypatch.delitem(METHODS, PeftType.HRA)
+    with pytest.raises(ConfigError, match="HRA is not available"):
+        get_peft_config({"peft_type": "HRA"})
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON

@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,15 @@ class Base:
 
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (size, *self.shape)
-        return torch.randn(shape, dtype=dtype) if self.rows is None else torch.randint(self.rows, shape)
+        if self.rows is None:
+            return torch.randn(shape, dtype=dtype)
+        return (torch.randperm(prod(shape)) % self.rows).reshape(shape)  # the first tokens are always there
+
+
+def _with_bias(layer: nn.Module) -> nn.Module:
+    """A bias that is not zero, as it starts in Conv1D."""
+    nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    return layer
 
 
 class Block(nn.Module):
@@ -63,7 +72,7 @@ class Block(nn.Module):
 BASES: dict[str, Base] = {
     "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
     "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
-    "transposed": Base(lambda: Conv1D(8, 12), (5, 12)),
+    "transposed": Base(lambda: _with_bias(Conv1D(8, 12)), (5, 12)),
     "embedding": Base(lambda: nn.Embedding(16, 8), (5,), rows=16),
     "embedding-padded": Base(lambda: nn.Embedding(16, 4, padding_idx=2), (5,), rows=16),
     "conv1d": Base(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 9)),
@@ -106,18 +115,38 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "oft_block_size": (4, 2, 1, 0),
     "size": (4,),
+    "init_r": (4,),
+    "target_r": (2,),
+    "total_step": (10,),
+    "token_indices": ([2, 0, 1],),
+    "group_size": (4, 2),
+    "boft_block_size": (4, 2),
+    "block_size": (4, 2, 1),
+    "n_frequency": (6,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "rank_pattern": ({LAYER: 8},),
+    "init_weights": (False, "gaussian", "lycoris"),
+    "decompose_factor": (2, 4),
+    "gralora_k": (1, 4),
+    "hybrid_r": (2,),
+    "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "n_splits": (2,),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
+    "config_A_B": ("vector", "constant", "none"),
+    "config_C": ("vector", "none"),
+    "config_D_E": ("vector", "none"),
+    "variant": ("road_2", "road_4"),
+    "group_size": (4,),
+    "boft_n_butterfly_factor": (2, 3),
+    "block_size_pattern": ({LAYER: 1},),
+    "n_frequency_pattern": ({LAYER: 9},),
 }
 
 
@@ -131,8 +160,8 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := map_of(base)).kind in _adapter(method).base_kinds:
-                    _adapter(method).build(layer, config, LAYER)
+                if (layer := _map(base)).kind in _adapter(method).base_kinds:
+                    method.build({LAYER: layer}, config)
         except PeftError:
             continue
         return sizes
@@ -173,7 +202,7 @@ def _adapter(method: Method) -> type[Adapter]:
     return method.adapter
 
 
-def map_of(base: Base) -> LinearMap:
+def _map(base: Base) -> LinearMap:
     module = base.make()
     return as_map(module) or block_base.Block(module, width=base.shape[-1])
 
@@ -206,13 +235,29 @@ class Case:
     @functools.cached_property
     def has_weight(self) -> bool:
         """Whether the adapted layer has a weight: not every method is a change of one."""
-        made = _adapter(LAYER_METHODS[self.method]).build(map_of(BASES[self.base]), self.config(), LAYER)
-        return made.mergeable is True
+        return self._adapter(_map(BASES[self.base])).mergeable is True
 
     @property
     def mergeable(self) -> bool:
         """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
-        return self.has_weight and "grouped" not in self.base and "depthwise" not in self.base
+        grouped = "grouped" in self.base or "depthwise" in self.base
+        return self.has_weight and not grouped and not self.adds_bias
+
+    @property
+    def adds_bias(self) -> bool:
+        """A layer without bias cannot hold one."""
+        layer = _map(BASES[self.base])
+        return layer.bias is None and self._adapter(layer).adapted_bias(layer) is not None
+
+    @property
+    def changes_weight(self) -> bool:
+        """Some methods change the bias alone."""
+        layer = _map(BASES[self.base])
+        weight = layer.weight
+        return self._adapter(layer).adapt(weight) is not weight
+
+    def _adapter(self, layer: LinearMap) -> Adapter:
+        return LAYER_METHODS[self.method].build({LAYER: layer}, self.config())[0][LAYER]
 
 
 def cases(bases: typing.Iterable[str] = BASES, options: bool = True, weights: bool | None = None) -> list[Any]:
@@ -255,13 +300,18 @@ def pairs(law: str) -> list[Any]:
     ]
 
 
+def allows(name: str, base: str) -> bool:
+    """Whether a method adapts a base layer."""
+    return _possible(name, "default", base)
+
+
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, adapter = map_of(BASES[base]), _adapter(LAYER_METHODS[name])
-    if layer.kind not in adapter.base_kinds:
+    layer, method = _map(BASES[base]), LAYER_METHODS[name]
+    if layer.kind not in _adapter(method).base_kinds:
         return False
     try:
-        adapter.build(layer, config_of(name, variant), LAYER)
+        method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise

@@ -47,6 +47,13 @@ def test_disabled_is_the_base_bit_for_bit(case: Case):
 
 
 @pytest.mark.parametrize("case", cases(options=False))
+def test_a_fresh_one_changes_nothing_exactly_where_it_says_so(case: Case):
+    model = get_peft_model(case.bare(), case.config()).eval()
+    same_output = torch.equal(case.logits(model), case.expected())
+    assert same_output == next(iter(model.prompts.values())).identity_at_birth
+
+
+@pytest.mark.parametrize("case", cases(options=False))
 def test_unloaded_is_the_base_and_nothing_stays_behind(case: Case):
     model = case.model()
     case.logits(model)
@@ -131,8 +138,13 @@ def test_the_file_is_small_and_holds_the_names_that_the_adapter_says(case: Case,
     found = load_file(file)
     assert found.keys() == model.adapter_tensors("default").keys()
     assert file.stat().st_size <= 1.1 * 4 * sum(p.numel() for p in adapters(model)) + 8192
-    assert not any(".default" in key for key in found)
+    assert found.keys() == _keys_under_another_name(case)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == case.config().peft_type
+
+
+def _keys_under_another_name(case: Case) -> set[str]:
+    model = get_peft_model(case.bare(), case.config(), "another")
+    return set(model.adapter_tensors("another"))
 
 
 @pytest.mark.parametrize("case", cases(options=False))

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from deltatune import OFTConfig, get_peft_model
-from deltatune.errors import ConfigError
+from deltatune import OFTConfig, PeftModel, get_peft_model
+from deltatune.errors import ConfigError, MismatchError
 from deltatune.factors import cayley_neumann
 
 
@@ -15,7 +15,7 @@ def adapted(layer: nn.Module, scale: float = 0.3, **options):
     model = get_peft_model(nn.ModuleDict({"layer": layer}).double(), OFTConfig(target_modules=["layer"], **options))
     wrapper = model.get_base_model()["layer"]
     oft = wrapper.adapters["default"]
-    nn.init.normal_(oft.oft_R.weight, std=scale)
+    nn.init.normal_(oft.entries, std=scale)
     return wrapper, oft
 
 
@@ -118,3 +118,47 @@ def test_a_width_that_does_not_divide_is_refused_with_the_nearest_that_does():
         OFTConfig(r=2, oft_block_size=4)
     with pytest.raises(ConfigError, match="2 or more"):
         OFTConfig(num_cayley_neumann_terms=1)
+
+
+def test_an_embeddings_rows_are_turned_as_they_come_out():
+    wrapper, oft = adapted(nn.Embedding(7, 12), oft_block_size=4, use_cayley_neumann=False)
+    R = torch.block_diag(*oft.R)
+    ids = torch.tensor([[0, 3], [6, 3]])
+    assert_close(wrapper(ids), wrapper.base_layer(ids) @ R)
+    assert_close(wrapper.stored_weight(["default"]), wrapper.base_layer.weight @ R)
+    assert not torch.allclose(R, R.T) and oft.oft_R is None
+    assert list(oft.file_tensors()) == ["oft_embedding_R.weight"]
+    with pytest.raises(ConfigError, match=r"oft_block_size=5 .*12 columns"):
+        adapted(nn.Embedding(7, 12), oft_block_size=5)
+
+
+@pytest.mark.parametrize(
+    "width,options,size",
+    [
+        (12, {"oft_block_size": 5}, 4),  # of 4 and 6 the smaller
+        (22, {"oft_block_size": 9}, 11),
+        (12, {"oft_block_size": 32}, 12),
+        (7, {"oft_block_size": 2}, 1),
+        (12, {"oft_block_size": 0, "r": 5}, 3),  # 4 blocks
+        (12, {"oft_block_size": 0, "r": 11}, 1),
+    ],
+)
+def test_a_size_is_adjusted_layer_by_layer_where_that_is_asked_for(width, options, size):
+    wrapper, oft = adapted(nn.Linear(width, 5), adjust_size=True, **options)
+    assert (oft.oft_block_size, oft.blocks) == (size, width // size)
+    x = torch.randn(3, width, dtype=torch.float64)
+    assert torch.equal(wrapper(x), wrapper.base_layer(x)) == (size == 1)
+    with pytest.raises(ConfigError, match=r"adjust_size=True"):
+        adapted(nn.Linear(width, 5), **options)
+
+
+def test_files_do_not_name_the_adjusted_sizes_and_are_read_all_the_same(tmp_path):
+    bare = lambda width=12: (torch.manual_seed(1), nn.Sequential(nn.Linear(width, 5)))[1]
+    model = get_peft_model(bare(), OFTConfig(oft_block_size=5, target_modules=["0"], adjust_size=True))
+    nn.init.normal_(model.get_base_model()[0].adapters["default"].entries)
+    model.save_pretrained(tmp_path)
+    assert "adjust_size" not in (tmp_path / "adapter_config.json").read_text()
+    x = torch.randn(3, 12)
+    assert torch.equal(PeftModel.from_pretrained(bare(), tmp_path)(x), model(x))
+    with pytest.raises(MismatchError, match=r"oft_R.*\(3, 6\)"):
+        PeftModel.from_pretrained(bare(20), tmp_path, allow_base_mismatch=True)

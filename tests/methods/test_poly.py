@@ -99,7 +99,10 @@ def test_tasks_that_there_are_not_are_refused(tasks, expected):
     model, layer, _ = adapted()
     with pytest.raises(DataError, match=expected), call_values(model.get_base_model(), task_ids=tasks):
         layer(torch.randn(2, 6, dtype=torch.float64))
-    with pytest.raises(StateError, match="3 entries for a batch of 2"), call_values(model.get_base_model(), task_ids=[0, 1, 2]):
+    with (
+        pytest.raises(StateError, match="3 entries for a batch of 2"),
+        call_values(model.get_base_model(), task_ids=[0, 1, 2]),
+    ):
         layer(torch.randn(2, 6, dtype=torch.float64))
     with pytest.raises(ConfigError, match=r"n_splits=3.* is 2"):
         adapted(n_splits=3)
@@ -155,7 +158,9 @@ def test_tasks_follow_the_rows_of_a_mixed_batch_and_prompts_read_them_too():
     generated = model.generate(**inputs, adapter_names=names, task_ids=tasks, max_new_tokens=3, min_new_tokens=3)
     for row, (name, task) in enumerate(zip(names, tasks)):
         part = {key: value[row : row + 1] for key, value in inputs.items()}
-        assert_close(model(**part, adapter_names=[name], task_ids=[task]).logits, mixed[row : row + 1], rtol=1e-4, atol=1e-5)
+        assert_close(
+            model(**part, adapter_names=[name], task_ids=[task]).logits, mixed[row : row + 1], rtol=1e-4, atol=1e-5
+        )
         alone = model.generate(**part, adapter_names=[name], task_ids=[task], max_new_tokens=3, min_new_tokens=3)
         assert torch.equal(alone, generated[row : row + 1])
     prompt = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_tasks=3)

@@ -54,9 +54,7 @@ def test_poly_crosses_over(arch, seed, tmp_path):
     assert made.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
     made.save_pretrained(tmp_path / "ours")
     there = loaded_by_peft(tiny(arch), tmp_path / "ours")
-    assert_close(
-        answers(there, arch, task_ids=tasks).logits, answers(made, arch, task_ids=tasks).logits, **EXACT
-    )
+    assert_close(answers(there, arch, task_ids=tasks).logits, answers(made, arch, task_ids=tasks).logits, **EXACT)
 
 
 def test_an_input_without_an_axis_of_tokens_makes_peft_raise_and_works_here():
@@ -100,5 +98,6 @@ def test_poly_generates_as_in_peft(tmp_path):
     ids, tasks = torch.tensor([[5, 9, 12, 4], [8, 3, 3, 7]]), torch.tensor([1, 0])
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     assert torch.equal(
-        ours.generate(input_ids=ids, task_ids=tasks, **settings), model.generate(input_ids=ids, task_ids=tasks, **settings)
+        ours.generate(input_ids=ids, task_ids=tasks, **settings),
+        model.generate(input_ids=ids, task_ids=tasks, **settings),
     )

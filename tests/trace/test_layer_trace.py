@@ -8,6 +8,7 @@ from deltatune import METHODS, LoraConfig, get_peft_model
 from deltatune.errors import StateError
 from deltatune.inject import adapted_layers
 from deltatune.trace import example, trace
+from tests.laws.examples import small
 
 LAYER_METHODS = sorted(method.peft_type.value for method in METHODS.values() if method.adapter is not None)
 
@@ -58,7 +59,7 @@ def test_before_the_first_step_a_waits_for_b():
 
 @pytest.mark.parametrize("method", LAYER_METHODS)
 def test_the_change_of_any_method_is_its_adapted_weight_minus_the_base(method):
-    model, batch = example(method, "gpt2")
+    model, batch = example(method, "gpt2", **small(method.lower()))
     off_init(model)
     report = trace(model, batch)
     layers = dict(adapted_layers(model.get_base_model()))

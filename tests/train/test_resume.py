@@ -88,9 +88,16 @@ def test_resuming_in_the_middle_of_an_epoch_with_dropout_changes_nothing(setting
     assert (tmp_path / "whole/history.jsonl").read_text() == (tmp_path / "broken/history.jsonl").read_text()
 
 
-@pytest.mark.parametrize("method", ["prefix_tuning", "full"])
+OPTIONS = {
+    "prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True},
+    "adalora": {"init_r": 4, "target_r": 2},  # the schedule has a state of its own
+    "full": {},
+}
+
+
+@pytest.mark.parametrize("method", OPTIONS)
 def test_every_kind_of_training_resumes_exactly(method, settings, tmp_path):
-    options = {"num_virtual_tokens": 3, "prefix_projection": True} if method == "prefix_tuning" else {}
+    options = OPTIONS[method]
     changes = {"method": method, "save_steps": 2, "max_steps": 5, **options}
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     train(settings(output_dir=str(tmp_path / "whole"), **changes))
@@ -100,6 +107,27 @@ def test_every_kind_of_training_resumes_exactly(method, settings, tmp_path):
     whole, broken = load_file(next((tmp_path / "whole").glob(name))), load_file(next((tmp_path / "broken").glob(name)))
     assert whole.keys() == broken.keys()
     assert all(whole[key].equal(broken[key]) for key in whole)
+
+
+def test_the_schedule_of_a_run_follows_its_length_and_its_best_checkpoint(settings, tmp_path):
+    import deltatune
+
+    changes = {"method": "adalora", **OPTIONS["adalora"], "max_steps": 5, "save_steps": 1}
+    result = train(settings(output_dir=str(tmp_path / "whole"), **changes), callbacks=[deltatune.AdapterCallback()])
+    config = deltatune.PeftConfig.from_pretrained(tmp_path / "whole")
+    assert (config.total_step, config.tinit, config.tfinal, config.deltaT) == (5, 0, 1, 1)
+    ranks = [sum(kept) for kept in config.rank_pattern.values()]
+    assert sum(ranks) == 2 * len(ranks)
+    middle = checkpoints.read(tmp_path / "whole/checkpoint-4")
+    assert middle.state["schedule"]["default"]["step"] == 4
+    from deltatune.train import snapshot
+
+    # as load_best_model_at_end does: what was decided after the best step is taken back
+    best = checkpoints.read(tmp_path / "whole/checkpoint-4")
+    best.state["schedule"]["default"]["kept"] = {}
+    snapshot.put_back_tensors(best, result.model)
+    assert result.model.peft_config["default"].rank_pattern is None
+    assert all(len(t) == 4 for key, t in result.model.adapter_tensors("default").items() if key.endswith("lora_A"))
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ class Conv:
     def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         self.module, self.args, self.kwargs = cast(Any, module), args, kwargs or {}
         self.sizes: tuple[int, ...] = self.module.kernel_size
-        self.kernel = prod(self.sizes)
+        self.kernel, self.groups = prod(self.sizes), cast(int, self.module.groups)
         self.in_features, self.out_features = self.module.in_channels * self.kernel, self.module.out_channels
 
     @property

@@ -13,7 +13,7 @@ from deltatune.bases.parameter import like
 
 class Embedding:
     kind = "embedding"
-    kernel = 1
+    kernel = groups = 1
     types = ("Embedding",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

@@ -13,7 +13,7 @@ from deltatune.bases.parameter import like
 
 class Linear:
     kind = "linear"
-    kernel = 1
+    kernel = groups = 1
     types: tuple[str, ...] = ("Linear",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

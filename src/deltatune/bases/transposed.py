@@ -14,7 +14,7 @@ from deltatune.bases.parameter import like
 
 class Transposed:
     kind = "linear"
-    kernel = 1
+    kernel = groups = 1
     types = ("Conv1D",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

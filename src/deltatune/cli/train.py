@@ -67,6 +67,7 @@ def _plan(settings: TrainSettings) -> None:
     from deltatune.train.base import load_base
     from deltatune.train.method import adapt
     from deltatune.train.run import count_parameters, load_corpus
+    from deltatune.train.settings import UNKNOWN_STEPS
 
     corpus = load_corpus(settings)
     base = load_base(settings, corpus.labels)
@@ -78,7 +79,8 @@ def _plan(settings: TrainSettings) -> None:
         answer_only=settings.completion_only_loss,
         vocabulary=base.vocabulary,
     )
-    trained, total = count_parameters(adapt(base.model, settings.method, settings.task, settings.method_options))
+    options = settings.options_of(UNKNOWN_STEPS)
+    trained, total = count_parameters(adapt(base.model, settings.method, settings.task, options))
     lines: list[tuple[str, Any]] = [
         ("model", f"{settings.model_name_or_path} ({type(base.model).__name__})"),
         ("method", f"{settings.method} {json.dumps(settings.method_options)}"),

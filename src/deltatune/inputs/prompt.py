@@ -20,6 +20,7 @@ class Input(Graft):
     """One adapter's prompt on one model."""
 
     takes_positions = True
+    place = "the input"
 
     encoder: InputEncoder
 

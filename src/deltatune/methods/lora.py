@@ -13,7 +13,8 @@ from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal
+from deltatune.factors import Factor, block_diagonal, shift
+from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
 
@@ -21,7 +22,6 @@ from deltatune.patterns import pattern_value
 _NOT_BUILT: dict[str, Any] = {
     "bias": "none",
     "megatron_config": None,
-    "trainable_token_indices": None,
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
@@ -52,6 +52,8 @@ class LoraConfig(LayerConfig):
             that a fresh adapter changes the output.
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
         lora_bias: B has a bias of its own.
+        trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
+            {layer name: tokens} (`deltatune.methods.trainable_tokens`).
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
@@ -103,6 +105,7 @@ class LoraConfig(LayerConfig):
             checks.positive_int("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
             checks.finite_positive("LoraConfig", f"alpha_pattern[{pattern!r}]", alpha)
+        self.beside()
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:
                 raise ConfigError(
@@ -112,6 +115,9 @@ class LoraConfig(LayerConfig):
                     found=getattr(self, name),
                     expected=inert,
                 )
+
+    def beside(self) -> list[tuple[Method, LayerConfig]]:
+        return trainable_tokens.beside(self.trainable_token_indices)
 
 
 class LoRA(Adapter):
@@ -192,8 +198,7 @@ class LoRA(Adapter):
         x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
         update = layer.mix(layer.apply(x, self.A), self.B)
         if self.lora_B.bias is not None:
-            ones = torch.ones((), dtype=update.dtype, device=update.device).expand_as(update)
-            update = update + layer.scale(ones, self.lora_B.bias)
+            update = shift(update, self.lora_B.bias, layer)
         return y + (self.scaling * update).to(y.dtype)
 
     # Files call the factors of an embedding by names of their own, without `.weight`.

@@ -1,4 +1,7 @@
-"""OFT: W' = W R^T, R a block-diagonal rotation of the input.   https://arxiv.org/abs/2306.07280, /2506.19847 (v2)"""
+"""OFT: W' = W R^T, R a block-diagonal rotation of the input; of an embedding's rows E' = E R.
+
+https://arxiv.org/abs/2306.07280, /2506.19847 (v2)
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,17 @@ class OFTConfig(LayerConfig):
 
     Attributes:
         oft_block_size: Width of a block; give this or `r`, the number of blocks, and leave the other at 0.
+        adjust_size: Where that does not divide a layer, take the nearest value that does instead of refusing. Files are
+            read so: they name one size, which PEFT has adjusted layer by layer.
         use_cayley_neumann: Take the rotation from a series of `num_cayley_neumann_terms` instead of a matrix inverse.
         coft: Keep every block within a distance `eps` of the identity.
         block_share: One block for all.
         module_dropout: Share of blocks that are replaced by the identity, in training.
         init_weights: True starts as the identity; False random.
     """
+
+    unsaved: ClassVar[frozenset[str]] = frozenset({"adjust_size"})
+    file_defaults: ClassVar[dict[str, Any]] = {"adjust_size": True}
 
     r: int = 0
     oft_block_size: int = 32
@@ -40,6 +48,7 @@ class OFTConfig(LayerConfig):
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
+    adjust_size: bool = False
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.OFT
@@ -65,46 +74,39 @@ class OFTConfig(LayerConfig):
 class OFT(Adapter):
     """Trainable: the b (b - 1) / 2 numbers above the diagonal of each skew-symmetric block Q, b its width."""
 
-    base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
-    views: ClassVar[tuple[str, ...]] = ("oft_R", "oft_block_size", "r")
+    views: ClassVar[tuple[str, ...]] = ("oft_R", "oft_embedding_R", "oft_block_size", "r")
 
     def __init__(
         self, layer: LinearMap, size: int, share: bool, terms: int, limit: float | None, dropout: float
     ) -> None:
         super().__init__()
-        self.oft_block_size, self.blocks, self.terms = size, layer.in_features // size, terms
+        self.kind, self.oft_block_size, self.blocks, self.terms = layer.kind, size, _rotated(layer) // size, terms
         self.r, self.limit, self.dropout = self.blocks, limit, dropout
-        self.vectors_in = layer.kind == "linear"
-        self.oft_R = Factor(1 if share else self.blocks, size * (size - 1) // 2)
+        factor = Factor(1 if share else self.blocks, size * (size - 1) // 2)
+        self.oft_R = None if layer.kind == "embedding" else factor
+        self.oft_embedding_R = factor if layer.kind == "embedding" else None
 
     @classmethod
     def build(cls, layer: LinearMap, config: OFTConfig, path: str) -> OFT:
-        width = layer.in_features
-        size = config.oft_block_size or width // config.r
-        if size < 2 or width % size or (config.r and width % config.r):
-            field = "r" if config.r else "oft_block_size"
-            legal = [n for n in range(2, width + 1) if width % n == 0]
-            near = min(legal, key=lambda n: abs(n - size), default=width)
-            near = width // near if config.r else near
-            raise ConfigError(
-                f"OFTConfig: {field}={getattr(config, field)} does not divide the {width} inputs of {path}; "
-                f"the nearest value that does is {near}",
-                field=field,
-                found=getattr(config, field),
-                expected=near,
-            )
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         limit = config.eps if config.coft else None
-        made = cls(layer, size, config.block_share, terms, limit, config.module_dropout)
-        nn.init.zeros_(made.oft_R.weight) if config.init_weights else nn.init.normal_(made.oft_R.weight, std=0.1)
+        made = cls(layer, _size(layer, config, path), config.block_share, terms, limit, config.module_dropout)
+        nn.init.zeros_(made.entries) if config.init_weights else nn.init.normal_(made.entries, std=0.1)
         if not config.init_weights:
             made.identity_at_birth = "init_weights=False draws the rotations"
         return made
 
     @property
+    def entries(self) -> Tensor:
+        """The numbers above the diagonals, (blocks, b (b - 1) / 2)."""
+        factor = self.oft_embedding_R if self.oft_R is None else self.oft_R
+        assert factor is not None
+        return factor.weight
+
+    @property
     def R(self) -> Tensor:
         """The rotations (blocks, size, size)."""
-        Q = skew_symmetric(self.oft_R.weight, self.oft_block_size)
+        Q = skew_symmetric(self.entries, self.oft_block_size)
         if self.limit is not None:
             Q = _within(Q, self.limit)
         R = cayley_neumann(Q, self.terms) if self.terms else cayley(Q)
@@ -122,12 +124,42 @@ class OFT(Adapter):
         return torch.einsum("...nk,nkc->...nc", parts, self.R.to(x.dtype)).flatten(-2)
 
     def adapt(self, weight: Tensor) -> Tensor:
-        parts = weight.to(torch.promote_types(weight.dtype, self.oft_R.weight.dtype))
-        parts = parts.unflatten(-1, (self.blocks, self.oft_block_size))
+        weight = weight.to(torch.promote_types(weight.dtype, self.entries.dtype))
+        if self.kind == "embedding":
+            return self.rotate(weight.T).T
+        parts = weight.unflatten(-1, (self.blocks, self.oft_block_size))
         return torch.einsum("onc,nkc->onk", parts, self.R.to(parts.dtype)).flatten(-2)
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        return layer(self.rotate(x)) if self.vectors_in else super().forward(x, layer)
+        if self.kind == "embedding":
+            return self.rotate(layer(x))
+        return layer(self.rotate(x)) if self.kind == "linear" else super().forward(x, layer)
+
+
+def _rotated(layer: LinearMap) -> int:
+    """How many numbers the rotation turns: an embedding's input are indices, so there it turns what comes out."""
+    return layer.out_features if layer.kind == "embedding" else layer.in_features
+
+
+def _size(layer: LinearMap, config: OFTConfig, path: str) -> int:
+    """The width of a block of this layer."""
+    width, given = _rotated(layer), config.r or config.oft_block_size
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    if config.adjust_size:
+        given = min(divisors, key=lambda n: abs(n - given))  # of two that are as near the smaller one, as in PEFT
+    elif given not in divisors or given == (width if config.r else 1):
+        field, side = "r" if config.r else "oft_block_size", "columns" if layer.kind == "embedding" else "inputs"
+        divisors.remove(width if config.r else 1)  # blocks of one input have nothing to turn
+        near = min(divisors, key=lambda n: abs(n - given), default=None)
+        raise ConfigError(
+            f"OFTConfig: {field}={given} does not cut the {width} {side} of {path} into equal blocks of 2 or more; the "
+            f"nearest value that does is {near}, and adjust_size=True takes it layer by layer",
+            field=field,
+            path=path,
+            found=given,
+            expected=near,
+        )
+    return width // given if config.r else given
 
 
 def _within(Q: Tensor, limit: float) -> Tensor:

@@ -69,8 +69,8 @@ class Router(nn.Module):
         """
         logits = self.module_logits[tasks].unflatten(-1, (self.splits, -1))
         if self.training:
-            tiny = torch.finfo(logits.dtype).eps
-            logits = logits + torch.rand(logits.shape, dtype=logits.dtype, device=logits.device).clamp(tiny, 1 - tiny).logit()
+            drawn = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device)
+            logits = logits + drawn.logit(eps=torch.finfo(logits.dtype).eps)
         weights = logits.sigmoid()
         return weights / (weights.sum(dim=-1, keepdim=True) + EPS)
 
@@ -172,6 +172,4 @@ def _draw(factors: Tensor) -> None:
             factors.data[split, skill] = drawn.T
 
 
-METHOD = Method(
-    PeftType.POLY, PolyConfig, Poly, key_prefix="poly_", default_targets=usual_targets, learning_rate=1e-3
-)
+METHOD = Method(PeftType.POLY, PolyConfig, Poly, key_prefix="poly_", default_targets=usual_targets, learning_rate=1e-3)

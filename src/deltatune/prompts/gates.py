@@ -126,6 +126,8 @@ class Gates(Graft):
         gates: Its gates, in the same order.
     """
 
+    identity_at_birth = True
+
     encoder: Any
 
     def __init__(self, name: str, config: Any, encoder: Any, sites: list[Site], model: PreTrainedModel) -> None:

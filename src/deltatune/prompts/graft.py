@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,10 +18,19 @@ class Graft:
         encoder: The trainable part; the `PeftModel` registers it as a module, frees and freezes it.
         takes_positions: Whether the virtual tokens use up positions of the base, as tokens do.
         reads: Arguments of a call beyond those of the base model, which it takes itself.
+        root: How keys of modules that are trained whole beside it begin in its file. PEFT puts no tuner around a model
+            with a prompt, so they are one step shorter than those of layer methods.
+        place: Where it acts, in words.
+        identity_at_birth: Whether a fresh adapter leaves the output as it was.
+        unmergeable: What it is, and why it cannot be merged.
     """
 
     takes_positions: ClassVar[bool] = False
     reads: tuple[str, ...] = ()
+    root: ClassVar[str] = "base_model."
+    place: ClassVar[str] = "the attentions"
+    identity_at_birth: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "learned tokens, or their keys and values, which no weight can hold"
 
     name: str
     config: Any
@@ -46,6 +56,10 @@ class Graft:
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
         raise NotImplementedError
+
+    def carried(self) -> AbstractContextManager[None]:
+        """What a layer that checkpointing computes again has to run in, asked for while the layer runs forward."""
+        return nullcontext()
 
     # ----------------------------------------------------------------------------------------------------------- files
 

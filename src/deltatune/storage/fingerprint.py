@@ -14,6 +14,7 @@ from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
 from deltatune.copies import TrainedCopies
 from deltatune.layer import AdaptedLayer
+from deltatune.shared import SharedModules
 
 SAMPLES = 8  # values taken from each parameter
 
@@ -79,7 +80,7 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             child = child.base_layer
         elif isinstance(child, TrainedCopies):
             child = child.original_module
-        if child is None:
+        if child is None or isinstance(child, SharedModules):
             continue
         layer = as_map(child)
         if isinstance(layer, PackedLinear):
@@ -100,7 +101,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             kept = merged.get(name)
             yield prefix + name, parameter if kept is None else kept
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, SharedModules):
             yield from _walk(child, f"{prefix}{name}.")
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
 from deltatune.errors import FormatError, MismatchError
 from deltatune.notice import warn
+from deltatune.state_dict import derived
 from deltatune.storage.card import model_card
+from deltatune.storage.derived import checksums
 from deltatune.storage.files import write_files
 from deltatune.storage.fingerprint import difference, fingerprint
 from deltatune.storage.locate import locate
@@ -32,12 +34,18 @@ EDITABLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type"
 
 @dataclass
 class Saved:
-    """What a folder holds. `base` is the fingerprint of the base model, None in files of other tools."""
+    """What a folder holds. The last two are None in files of other tools.
+
+    Attributes:
+        base: The fingerprint of the base model.
+        derived: Checksums of tensors that config and base give again (`deltatune.storage.derived`).
+    """
 
     config: PeftConfig
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
     source: str
+    derived: dict[str, list[float]] | None = None
 
 
 def save(model: PeftModel, folder: Path, names: list[str], format: str | None) -> None:
@@ -57,6 +65,8 @@ def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     values = {key: value for key, value in values.items() if value is not ...}
     trained = getattr(config, "modules_to_save", None) or ()
     facts = {"config": values, "base": fingerprint(model.get_base_model(), trained)}
+    if left_out := checksums(derived(model.get_base_model(), name)):
+        facts["derived"] = left_out
     tensors = model.adapter_tensors(name, format)
     text = json.dumps(values, indent=2, sort_keys=True)
     return {CONFIG_NAME: text.encode(), WEIGHTS_NAME: to_bytes(tensors, facts)}
@@ -93,7 +103,8 @@ def read(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     found = config if config is not None else PeftConfig.from_file_dict(values, str(file))
-    return Saved(found, tensors, (facts or {}).get("base"), str(weights))
+    facts = facts or {}
+    return Saved(found, tensors, facts.get("base"), str(weights), facts.get("derived"))
 
 
 def _reconciled(view: dict[str, Any], header: dict[str, Any], source: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from deltatune.model import PeftModel
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.key_values import Prefix
 from deltatune.prompts.stage import Stage
+from deltatune.shared import shared_modules
 from deltatune.trace.gradients import Gradients
 from deltatune.trace.report import (
     DEAD,
@@ -278,6 +279,7 @@ def _sum(
 ) -> GradientStop:
     base = model.base_model.model
     known = {id(p) for name in names for p in inject.adapter_parameters(base, name)}
+    known -= {id(p) for shared in shared_modules(base).values() for p in shared.parameters()}  # of no single layer
     told = [prompt for name in names if isinstance(prompt := model.prompts.get(name), (Prefix, Input))]
     known |= {id(p) for prompt in told for p in prompt.encoder.parameters()}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

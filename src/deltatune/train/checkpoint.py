@@ -26,6 +26,7 @@ from deltatune.errors import ResumeError, SaveError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = ("trainable", "optimizer", "random")
+SCHEDULE = "schedule"  # a fourth group, where the method follows a schedule
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -52,7 +53,7 @@ def write(output: Path, step: int, checkpoint: Checkpoint, extra: Callable[[Path
     temporary = output / f".{place.name}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)
-        for group in TENSORS:
+        for group in (*TENSORS, *([SCHEDULE] if checkpoint.tensors.get(SCHEDULE) else [])):
             tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors[group].items()}
             (temporary / f"{group}.safetensors").write_bytes(save(tensors))
         (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False), encoding="utf-8")
@@ -83,8 +84,8 @@ def read(folder: Path) -> Checkpoint:
     fault = problem(folder)
     if fault:
         raise ResumeError(f"{folder} is not a whole checkpoint: {fault}; use an earlier one", path=str(folder))
-    tensors = {}
-    for group in TENSORS:
+    tensors: dict[str, dict[str, Tensor]] = {SCHEDULE: {}}
+    for group in (*TENSORS, *([SCHEDULE] if (folder / f"{SCHEDULE}.safetensors").is_file() else [])):
         try:
             tensors[group] = load((folder / f"{group}.safetensors").read_bytes())
         except (SafetensorError, OSError, ValueError) as error:

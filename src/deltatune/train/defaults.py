@@ -51,3 +51,10 @@ def with_defaults(method: str, options: dict[str, object]) -> dict[str, object]:
     if method == "p_tuning_v2":
         chosen |= p_tuning_v2_options(None)
     return chosen | options
+
+
+def for_run(method: str, options: dict[str, object], steps: int) -> dict[str, object]:
+    """The options of the method with those filled in that follow from the number of optimizer steps."""
+    member = peft_type(method)
+    chosen = {} if member is None else METHODS[member].run_options(options, steps)
+    return chosen | options

@@ -23,10 +23,7 @@ def finish(loop: Loop, tokenizer: Any, source: Path | None) -> TrainResult:
     if settings.load_best_model_at_end and position.best_step not in (None, position.step):
         assert position.best_step is not None
         best = checkpoints.read(checkpoints.folder_of(loop.output, position.best_step))
-        present = snapshot.trained_tensors(loop.stepper.bare)
-        with torch.no_grad():
-            for name, tensor in present.items():
-                tensor.copy_(best.tensors["trainable"][name])
+        snapshot.put_back_tensors(best, loop.stepper.bare)
     after: dict[str, Any] = {}
     samples, scores = _answers(judge, loop.stepper.bare, corpus, position.before)
     if corpus.eval is not None:

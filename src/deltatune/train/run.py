@@ -61,6 +61,8 @@ def train(
     """
     from transformers import TrainerCallback
 
+    from deltatune.callback import AdapterCallback
+
     for callback in callbacks:
         if not isinstance(callback, (Listener, TrainerCallback)):
             raise ConfigError(
@@ -70,7 +72,9 @@ def train(
     if (model is None) != (tokenizer is None):
         raise ConfigError("model and tokenizer are given together, or neither", field="tokenizer")
     listener = Listeners(c for c in callbacks if isinstance(c, Listener))
-    foreign = [c for c in callbacks if isinstance(c, TrainerCallback)] + tracker_callbacks(settings.report_to)
+    # what AdapterCallback does the loop does anyway
+    foreign = [c for c in callbacks if isinstance(c, TrainerCallback) and not isinstance(c, AdapterCallback)]
+    foreign += tracker_callbacks(settings.report_to)
     output = Path(settings.output_dir)
     main = int(os.environ.get("RANK", "0")) == 0  # as torchrun and accelerate launch number the processes
     with output_lock(output) if main else nullcontext():
@@ -162,13 +166,6 @@ def _train(
     untrained = replace(judge, corpus=corpus.without_task_ids())
     before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]
 
-    randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
-    bare = adapt(base.model, settings.method, settings.task, settings.method_options)
-    if settings.gradient_checkpointing:
-        enable_checkpointing(bare)
-    for parameter in bare.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()  # small updates vanish in half precision
     order = Order(
         [row.length for row in corpus.train.features],
         settings.seed,
@@ -178,6 +175,14 @@ def _train(
         settings.group_by_length,
     )
     pace = Pace.of(settings, order.steps_per_epoch)
+
+    randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
+    bare = adapt(base.model, settings.method, settings.task, settings.options_of(pace.total_steps))
+    if settings.gradient_checkpointing:
+        enable_checkpointing(bare)
+    for parameter in bare.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()  # small updates vanish in half precision
     optimizer = build_optimizer(bare, settings)
     scheduler = build_scheduler(optimizer, settings, pace.total_steps)
     trackers = None

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deltatune.errors import ConfigError
 from deltatune.train.aliases import CANONICAL, canonical, unknown_key
-from deltatune.train.defaults import FULL, learning_rate, with_defaults
+from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
 from deltatune.train.method import method_fields, method_names, normal_method, peft_config, takes_tasks
 
 Task = Literal["seq2seq", "causal", "classification", "token_classification", "question_answering"]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+UNKNOWN_STEPS = 10**9  # of a run, before its data are read
 TASKS = {
     "seq2seq": "seq2seq", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "text2text": "seq2seq",
     "causal": "causal", "causal_lm": "causal", "lm": "causal", "clm": "causal",
@@ -132,6 +133,10 @@ class TrainSettings(BaseModel):
             return self.learning_rate
         return learning_rate(self.method, self.method_options)
 
+    def options_of(self, steps: int) -> dict[str, Any]:
+        """The method's options in a run of so many optimizer steps."""
+        return for_run(self.method, self.method_options, steps)
+
     def resolved(self) -> dict[str, Any]:
         """The settings with every default filled in, as JSON holds them; a run can be repeated from it."""
         return {**self.model_dump(mode="json"), "learning_rate": self.resolved_learning_rate}
@@ -165,7 +170,8 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
         given["allow_change"] = given["allow_change"].split(",")
     given["method_options"] = with_defaults(method, {k: v for k, v in options.items() if v is not None})
     if method != FULL:
-        peft_config(method, given["task"], given["method_options"])  # refuses bad values before anything is loaded
+        # refuses bad values before anything is loaded
+        peft_config(method, given["task"], for_run(method, given["method_options"], UNKNOWN_STEPS))
     return given
 
 

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import ResumeError
+from deltatune.model import PeftModel
+from deltatune.schedule import pack, unpack
 from deltatune.train import randomness
 from deltatune.train.checkpoint import Checkpoint
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: every parameter with a gradient, and the buffers of modules that hold nothing frozen."""
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """What training changes: every parameter with a gradient, and the buffers of modules that hold nothing frozen.
+
+    A schedule may have frozen what was trained before.
+    """
+    schedules = model.base_model.schedules.values() if isinstance(model, PeftModel) else ()
+    scheduled = {id(p) for schedule in schedules if schedule.trains for p in schedule.parameters().values()}
+    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or id(p) in scheduled}
     for path, module in model.named_modules():
         own = list(module.parameters())
         if own and all(parameter.requires_grad for parameter in own):
@@ -29,15 +36,18 @@ def take(
     """`progress` says where the run is, `facts` under which conditions it runs."""
     moments, settings = _optimizer_out(model, optimizer)
     random_tensors, random_values = randomness.capture()
+    scheduled, plain = pack(model.base_model.schedules) if isinstance(model, PeftModel) else ({}, {})
     state = {
         "progress": progress,
         "conditions": facts,
         "optimizer": settings,
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if _plain(value)},
         "random": random_values,
+        "schedule": plain,
     }
     trained = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}  # tied ones stand alone
-    return Checkpoint({"trainable": trained, "optimizer": moments, "random": random_tensors}, state)
+    groups = {"trainable": trained, "optimizer": moments, "random": random_tensors, "schedule": scheduled}
+    return Checkpoint(groups, state)
 
 
 def put_back(
@@ -57,12 +67,20 @@ def put_back(
                 found=_shape(there),
                 expected=_shape(here),
             )
-    with torch.no_grad():
-        for name, tensor in present.items():
-            tensor.copy_(stored[name])
+    put_back_tensors(checkpoint, model)
     _optimizer_in(checkpoint, model, optimizer)
     scheduler.load_state_dict({**scheduler.state_dict(), **checkpoint.state["scheduler"]})
     randomness.restore(checkpoint.tensors["random"], checkpoint.state["random"])
+
+
+def put_back_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """What is trained, and what its schedules have decided about it."""
+    stored = checkpoint.tensors["trainable"]
+    with torch.no_grad():
+        for name, tensor in trained_tensors(model).items():
+            tensor.copy_(stored[name])
+    if isinstance(model, PeftModel):
+        unpack(model.base_model.schedules, checkpoint.tensors["schedule"], checkpoint.state.get("schedule", {}))
 
 
 def _optimizer_out(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

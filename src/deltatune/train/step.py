@@ -14,6 +14,7 @@ from deltatune.data.collate import Collator
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.features import Features
 from deltatune.errors import LimitError, TrainError
+from deltatune.model import PeftModel
 from deltatune.train.base import autocast
 from deltatune.train.optim import first_bad_gradient
 from deltatune.train.settings import TrainSettings
@@ -72,6 +73,8 @@ class Stepper:
         rate = self.scheduler.get_last_lr()[0]
         self.around("before_update")
         self.optimizer.step()
+        if isinstance(self.bare, PeftModel):
+            self.bare.after_step(step)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.around("after_update")

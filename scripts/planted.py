@@ -1,0 +1,98 @@
+"""The faults that `mutants.py` plants: one line of a method, and the same line with a typical mistake in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file` of the package, `right` becomes `wrong`."""
+
+    method: str
+    fault: str
+    right: str
+    wrong: str
+    place: str = ""  # if not the method's file
+
+    @property
+    def file(self) -> str:
+        return self.place or f"methods/{self.method}.py"
+
+    def into(self, text: str) -> str:
+        """The file's text with the fault in it.
+
+        Raises:
+            LookupError: The line has changed or stands there more than once; the mutant needs another.
+        """
+        if text.count(self.right) != 1:
+            raise LookupError(f"{self.file} holds {self.right!r} {text.count(self.right)} times, not once")
+        return text.replace(self.right, self.wrong)
+
+
+MUTANTS = [
+    Mutant("lora", "forgotten scale, forward", "y + (self.scaling * update)", "y + (update)"),
+    Mutant(
+        "lora",
+        "forgotten scale, both ways",
+        "return weight + self.scaling * (self.B @ self.A)",
+        "self.scaling = 1.0; return weight + self.scaling * (self.B @ self.A)",
+    ),
+    Mutant("lora", "wrong sign, both ways", "self.lora_B.matrix, self.blocks", "-self.lora_B.matrix, self.blocks"),
+    Mutant("lora", "bias forgotten in the weight", "bias + self.scaling * own", "bias"),
+    Mutant("lora", "dropout on indices", "x if self.embedding else self.lora_dropout(x)", "self.lora_dropout(x)"),
+    Mutant("lora", "rank-stabilised scale", "math.sqrt(r)", "r"),
+    Mutant("ia3", "output's vector on the input", "self.l[:, None] * weight", "weight * self.l[:, None].mean()"),
+    Mutant("ia3", "bias not scaled", "else bias * self.l", "else bias"),
+    Mutant("ia3", "vector not repeated over a kernel", "repeat_interleave(self.kernel)", "repeat(self.kernel)"),
+    Mutant(
+        "hra",
+        "reflections in the wrong order",
+        "reversed(self.U.to(x.dtype).unbind(1))",
+        "self.U.to(x.dtype).unbind(1)",
+    ),
+    Mutant("hra", "vectors not normalised", "self.hra_u / self.hra_u.norm(dim=0)", "self.hra_u"),
+    Mutant("hra", "half a reflection", "x - 2 * (x @ u)", "x - (x @ u)", place="factors.py"),
+    Mutant("oft", "transposed rotation, weight", '"onc,nkc->onk"', '"onk,nkc->onc"'),
+    Mutant(
+        "oft", "transposed rotation, both ways", "return self._dropped(R).expand", "return self._dropped(R.mT).expand"
+    ),
+    Mutant("oft", "projection not passed by the gradient", "Q + (drawn - Q).detach()", "drawn"),
+    Mutant(
+        "hira",
+        "added instead of multiplied",
+        "return weight * (self.B @ self.A)",
+        "return 0 * weight + self.B @ self.A",
+    ),
+    Mutant("hira", "weight itself not kept", "return weight + self.update(weight)", "return self.update(weight)"),
+    Mutant("hira", "dropout on the whole input", "y = layer(x)  # W", "x = self.hira_dropout(x); y = layer(x)  # W"),
+    Mutant("hira", "ranks by name forgotten", "r = pattern_value(config.rank_pattern, path, config.r)", "r = config.r"),
+    Mutant("loha", "forgotten scale", "alpha / r, dropout", "1.0, dropout"),
+    Mutant("loha", "sum instead of product", "(A1 @ B1) * (A2 @ B2)", "(A1 @ B1) + (A2 @ B2)"),
+    Mutant("loha", "factors exchanged, forward", "A1[:, :, None] * A2[:, None]", "A2[:, :, None] * A1[:, None]"),
+    Mutant("loha", "dropout not scaled up", "rescale=True", "rescale=False"),
+    Mutant("loha", "core forgotten", "tucker(self.hada_t2, A2, B2)", "tucker(self.hada_t1, A2, B2)"),
+    Mutant("lokr", "forgotten scale", "alpha / r, dropout", "1.0, dropout"),
+    Mutant(
+        "lokr",
+        "factors exchanged",
+        "torch.kron(w1, w2 if w2.ndim == 3 else w2.flatten(1))",
+        "torch.kron(w2.flatten(1), w1)",
+    ),
+    Mutant("lokr", "x not as rows of n, forward", "return h.mT.flatten(-2)", "return h.flatten(-2)"),
+    Mutant("lokr", "full matrix one rank late", "if r >= max(q, n) / 2", "if r > max(q, n) / 2"),
+    Mutant("lokr", "order of a Conv1d", "w2 if w2.ndim == 3 else w2.flatten(1)", "w2.flatten(1)"),
+    Mutant("lokr", "scale of the rows forgotten", "return scale * (first", "return (first"),
+    Mutant(
+        "gralora", "scale without the hybrid rank", "self.scaling = alpha / (r + hybrid_r)", "self.scaling = alpha / r"
+    ),
+    Mutant("gralora", "shares not exchanged", ".transpose(-3, -2).flatten(-3)", ".flatten(-3)"),
+    Mutant(
+        "gralora",
+        "whole update forgotten in the weight",
+        "update = update + self.gralora_B_general.weight @",
+        "update + self.gralora_B_general.weight @",
+    ),
+    Mutant("gralora", "blocks drawn as one", "in (*A, *B, *(", "in (A, B, *("),
+    Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
+]

@@ -1,0 +1,140 @@
+"""FourierFT: W' = W + s Re(IDFT2(S)), S a sparse real spectrum.   https://arxiv.org/abs/2405.03003"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune import checks
+from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.config import PeftType, config
+from deltatune.factors import drawn_positions
+from deltatune.methods.c3a import usual_targets
+from deltatune.methods.common import LayerConfig, all_linear
+from deltatune.patterns import pattern_value
+
+
+@config
+class FourierFTConfig(LayerConfig):
+    """FourierFT's options, with PEFT's names and defaults.
+
+    Attributes:
+        n_frequency: Number n of coefficients of the spectrum that are trained, all others are zero.
+        n_frequency_pattern: Layer name or regular expression -> another number.
+        scaling: The s of the equation.
+        random_loc_seed: Decides where the coefficients are; files hold the seed, not the places.
+        init_weights: True starts them at zero, so that a fresh adapter changes nothing; False draws them from N(0, 1).
+        fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    n_frequency_pattern: dict | None = field(default_factory=dict)
+    init_weights: bool = False
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.FOURIERFT
+        super().__post_init__()
+
+    def validate(self) -> None:
+        super().validate()
+        checks.positive_int("FourierFTConfig", "n_frequency", self.n_frequency)
+        for pattern, count in (self.n_frequency_pattern or {}).items():
+            checks.positive_int("FourierFTConfig", f"n_frequency_pattern[{pattern!r}]", count)
+        checks.finite_positive("FourierFTConfig", "scaling", self.scaling)
+        checks.seed("FourierFTConfig", "random_loc_seed", self.random_loc_seed)
+        checks.one_of("FourierFTConfig", "bias", self.bias, ("none",))
+
+
+class FourierFT(Adapter):
+    """Trainable: n coefficients. Their places `indices` (2, n), rows and columns of S, follow from the seed."""
+
+    views: ClassVar[tuple[str, ...]] = (
+        *("fourierft_spectrum", "fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices"),
+    )
+
+    indices: Tensor
+    halves: Tensor
+    mirrored: Tensor
+    share: Tensor
+
+    def __init__(self, layer: LinearMap, count: int, scaling: float, seed: int, zeros: bool) -> None:
+        super().__init__()
+        self.kind, self.shape = layer.kind, (layer.out_features, layer.in_features)
+        self.fourierft_n_frequency, self.fourierft_scaling, self.fourierft_random_loc_seed = count, scaling, seed
+        self.fourierft_spectrum = nn.Parameter(torch.zeros(count) if zeros else torch.randn(count))
+        if not zeros:
+            self.identity_at_birth = "init_weights=False draws the spectrum"
+        self._place(drawn_positions(*self.shape, count, seed))
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: FourierFTConfig, path: str) -> FourierFT:
+        count = pattern_value(config.n_frequency_pattern or {}, path, config.n_frequency)
+        entries = layer.out_features * layer.in_features
+        checks.at_most("FourierFTConfig", "n_frequency", count, entries, f"the entries of {path}")
+        return cls(layer, count, config.scaling, config.random_loc_seed, config.init_weights)
+
+    def _place(self, indices: Tensor) -> None:
+        """The places, and the same in half spectra: of real vectors, the other half mirrors the first."""
+        (rows, columns), (height, width) = indices, self.shape
+        halves = torch.stack([torch.minimum(rows, height - rows), torch.minimum(columns, width - columns)])
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("halves", halves, persistent=False)
+        self.register_buffer("mirrored", (2 * columns <= width) != (2 * rows > height), persistent=False)
+        alone = (halves[0] == 0) | (2 * halves[0] == height)  # rows without a mirror image
+        self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
+
+    @property
+    def delta(self) -> Tensor:
+        spectrum = self.fourierft_spectrum.to(_at_least_single(self.fourierft_spectrum))  # half precision has no FFT
+        dense = spectrum.new_zeros(self.shape).index_put((self.indices[0], self.indices[1]), spectrum)
+        return torch.fft.ifft2(dense).real * self.fourierft_scaling
+
+    def adapt(self, weight: Tensor) -> Tensor:
+        return weight + self.delta
+
+    def forward(self, x: Any, layer: LinearMap) -> Tensor:
+        y = layer(x)
+        # Either n numbers for each vector of x or out x in for all of them, whichever are fewer.
+        vectors = x.numel() if self.kind == "embedding" else x.numel() // self.shape[1]
+        few = 0 < vectors * self.fourierft_n_frequency <= self.shape[0] * self.shape[1]
+        change = self._change(x, layer) if few and self.kind != "conv" else layer.apply(x, self.delta)
+        return y + change.to(y.dtype)
+
+    def _change(self, x: Tensor, layer: LinearMap) -> Tensor:
+        """delta x = Re(IDFT(places(c * IDFT(x)))): a transform of x, n products, and a transform back."""
+        height, width = self.shape
+        rows, columns = self.halves
+        c = self.fourierft_spectrum.to(_at_least_single(self.fourierft_spectrum))
+        if self.kind == "embedding":  # one-hot vectors, whose transforms are known; times the layer's own factor
+            angle = (x[..., None] * columns % width).to(c.dtype) * (-2 * math.pi / width)
+            X = torch.polar(torch.ones_like(angle), angle)
+            c = c * layer.apply(x, c.new_ones(1, width))
+        else:
+            dtype = torch.promote_types(x.dtype, c.dtype)
+            X = torch.fft.rfft(x.to(dtype))[..., columns]
+        h = torch.where(self.mirrored, X.conj(), X) * (c * self.share)
+        H = h.new_zeros(*h.shape[:-1], height // 2 + 1).index_add(-1, rows, h)
+        return torch.fft.irfft(H, n=height) * (self.fourierft_scaling / width)
+
+
+def _at_least_single(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+METHOD = Method(
+    PeftType.FOURIERFT,
+    FourierFTConfig,
+    FourierFT,
+    key_prefix="fourierft_",
+    default_targets=usual_targets,
+    learning_rate=0.1,
+    train_options=all_linear,
+)

@@ -1,0 +1,164 @@
+"""GraLoRA: W' = W + (alpha / r) D, each of k x k blocks D_ji = B_ji A_ji of rank r / k.   https://arxiv.org/abs/2505.20355"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune import checks
+from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.config import PeftType, config
+from deltatune.errors import ConfigError
+from deltatune.factors import Factor
+from deltatune.methods.common import LayerConfig, all_linear
+from deltatune.methods.lora import usual_targets
+
+
+@config
+class GraloraConfig(LayerConfig):
+    """GraLoRA's options, with PEFT's names and defaults.
+
+    Attributes:
+        r: What LoRA of the same size calls its rank; each block has rank r / gralora_k.
+        gralora_k: Blocks per side. It divides r and both sides of a layer.
+        hybrid_r: Rank of a LoRA update of the whole layer beside the blocks, 0 for none.
+        alpha: The update is scaled by alpha / (r + hybrid_r).
+        gralora_dropout: Dropout on the input of the update, in training.
+        init_weights: True: A uniform (Kaiming), B zero. False: both random, so that a fresh adapter changes the output.
+        fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
+    """
+
+    beyond_peer: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: int | float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.GRALORA
+        super().__post_init__()
+
+    def validate(self) -> None:
+        super().validate()
+        checks.positive_int("GraloraConfig", "r", self.r)
+        checks.positive_int("GraloraConfig", "gralora_k", self.gralora_k)
+        checks.finite_positive("GraloraConfig", "alpha", self.alpha)
+        checks.probability("GraloraConfig", "gralora_dropout", self.gralora_dropout)
+        checks.one_of("GraloraConfig", "bias", self.bias, ("none",))
+        if self.hybrid_r < 0:
+            checks.refuse("GraloraConfig", "hybrid_r", self.hybrid_r, "an integer of 0 or more")
+        if self.r % self.gralora_k:
+            near = max(self.gralora_k, self.r - self.r % self.gralora_k)
+            raise ConfigError(
+                f"GraloraConfig: r={self.r} does not divide by gralora_k={self.gralora_k}; use r={near}",
+                field="r",
+                found=self.r,
+                expected=near,
+            )
+
+
+class GraLoRA(Adapter):
+    """Trainable: A (k, in / k, r) and B (k, r, out / k), r (in + out) numbers; with hybrid_r two factors of LoRA too.
+
+    The columns of A_i are cut into k shares, one for each block j of the output, and the rows of B_j into k shares, one
+    for each block i of the input: D_ji = (share i of B_j)^T (share j of A_i)^T.
+    """
+
+    views: ClassVar[tuple[str, ...]] = (
+        *("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
+        *("scaling", "r", "alpha", "hybrid_r", "gralora_k", "gralora_dropout"),
+    )
+
+    def __init__(
+        self, layer: LinearMap, r: int, k: int, hybrid_r: int, alpha: float, dropout: float, start_at_zero: bool
+    ) -> None:
+        super().__init__()
+        self.r, self.gralora_k, self.hybrid_r, self.alpha, self.kind = r, k, hybrid_r, alpha, layer.kind
+        self.scaling = alpha / (r + hybrid_r)
+        self.gralora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        A, B = torch.empty(k, r, layer.in_features // k), torch.empty(k, layer.out_features // k, r)
+        whole = [(hybrid_r, layer.in_features), (layer.out_features, hybrid_r)] if hybrid_r else []
+        general = [Factor(*shape) for shape in whole]
+        for factor in (*A, *B, *(factor.weight for factor in general)):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))  # each block as nn.Linear does
+        if start_at_zero:
+            nn.init.zeros_(B)
+            nn.init.zeros_(general[1].weight) if general else None
+        else:
+            self.identity_at_birth = "init_weights=False draws all factors"
+        self.gralora_A, self.gralora_B = nn.Parameter(A.mT.contiguous()), nn.Parameter(B.mT.contiguous())
+        self.gralora_A_general, self.gralora_B_general = general or (None, None)
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: GraloraConfig, path: str) -> GraLoRA:
+        k, out, width = config.gralora_k, layer.out_features, layer.in_features
+        if out % k or width % k:
+            legal = [n for n in range(1, config.r + 1) if math.gcd(out, width, config.r) % n == 0]
+            near = min(legal, key=lambda n: abs(n - k))
+            raise ConfigError(
+                f"GraloraConfig: gralora_k={k} does not divide both sides of {path}, ({out}, {width}); "
+                f"the nearest value that does is {near}",
+                field="gralora_k",
+                found=k,
+                expected=near,
+            )
+        return cls(layer, config.r, k, config.hybrid_r, config.alpha, config.gralora_dropout, config.init_weights)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The update as two matrices (k r, in) and (out, k r), the rows of the first in the order of the second."""
+        down = torch.block_diag(*self.gralora_A.mT)
+        return self._exchanged(down.T).T, torch.block_diag(*self.gralora_B.mT)
+
+    def _exchanged(self, h: Tensor) -> Tensor:
+        """(..., k r): from k shares of each block of the input to k shares for each block of the output."""
+        k = self.gralora_k
+        return h.unflatten(-1, (k, k, self.r // k)).transpose(-3, -2).flatten(-3)
+
+    def adapt(self, weight: Tensor) -> Tensor:
+        down, up = self.factors
+        update = up @ down
+        if self.gralora_A_general is not None and self.gralora_B_general is not None:
+            update = update + self.gralora_B_general.weight @ self.gralora_A_general.weight
+        return weight + self.scaling * update
+
+    def forward(self, x: Any, layer: LinearMap) -> Tensor:
+        y = layer(x)
+        if self.kind == "linear":
+            update = self._through_blocks(self._dropped(x))
+        else:
+            down, up = self.factors
+            update = layer.mix(layer.apply(self._dropped(x), down), up)
+        if self.gralora_A_general is not None and self.gralora_B_general is not None:
+            h = layer.apply(self._dropped(x), self.gralora_A_general.weight)
+            update = update + layer.mix(h, self.gralora_B_general.weight)
+        return y + (self.scaling * update).to(y.dtype)
+
+    def _dropped(self, x: Any) -> Any:
+        return x if self.kind == "embedding" else self.gralora_dropout(x)  # an embedding reads indices
+
+    def _through_blocks(self, x: Tensor) -> Tensor:
+        """Of vectors; as two matrices it would cost k times as much."""
+        A, B = self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
+        h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, A.shape[:2]), A).flatten(-2)
+        h = self._exchanged(h).unflatten(-1, (self.gralora_k, self.r))
+        return torch.einsum("...nr,nro->...no", h, B).flatten(-2)
+
+
+METHOD = Method(
+    PeftType.GRALORA,
+    GraloraConfig,
+    GraLoRA,
+    key_prefix="gralora_",
+    default_targets=usual_targets,
+    learning_rate=2e-4,
+    train_options=all_linear,
+)

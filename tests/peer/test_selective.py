@@ -1,0 +1,91 @@
+"""Methods that train a chosen part (the bias, entries, subspaces) against PEFT's, both ways."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import deltatune
+from deltatune.errors import MismatchError
+from tests.core.tiny import TASKS, batch, logits, tiny
+from tests.peer.crossing import EXACT, crosses_over, trains_alike
+from tests.peer.pairs import ATTENTION, peft, saved_by_peft, theirs
+
+quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "output.dense"], "t5": ["q", "wo"]}
+
+
+def pair(name, arch, **options):
+    """PEFT's config and ours of one method."""
+    arguments = {"task_type": TASKS[arch], **options}
+    return getattr(peft, name)(**arguments), getattr(deltatune, name)(**arguments)
+
+
+def read_by_peft_with_a_warning(made, arch, folder):
+    """Of missing keys, which hold what PEFT derives by itself."""
+    made.save_pretrained(folder / "made")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = peft.PeftModel.from_pretrained(tiny(arch), folder / "made").eval()
+    assert_close(logits(there, batch(arch)), logits(made, batch(arch)), **EXACT)
+
+
+@quiet
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5", "bart"])
+def test_beft_on_its_usual_targets(arch, tmp_path):
+    crosses_over(*pair("BeftConfig", arch), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+@pytest.mark.parametrize("init", [True, False])
+def test_beft(arch, init, tmp_path):
+    crosses_over(*pair("BeftConfig", arch, target_modules=ATTENTION[arch], init_weights=init), arch, tmp_path)
+
+
+def test_beft_trains_alike(tmp_path):
+    trains_alike(pair("BeftConfig", "bert")[0], "bert", tmp_path, lr=1e-2)
+
+
+@quiet
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5"])
+def test_glora_on_its_usual_targets(arch, tmp_path):
+    _, made = crosses_over(*pair("GloraConfig", arch, r=4), arch, tmp_path, back=arch == "bert")
+    read_by_peft_with_a_warning(made, arch, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_glora_with_random_options(arch, seed, tmp_path):
+    draw = random.Random(seed)
+    options = {
+        "r": draw.choice([1, 3, 8]),
+        "config_A_B": draw.choice(["lora", "vector", "constant"] + (["none"] if arch == "bert" else [])),
+        "config_C": draw.choice(["lora", "vector", "none"]),
+        "config_D_E": draw.choice(["vector", "constant", "none"]),
+        "init_weights": draw.random() < 0.5,
+        "target_modules": draw.sample(ATTENTION[arch], 2),
+    }
+    if options["config_A_B"] == options["config_C"] == "none":
+        options["config_D_E"] = "vector"
+    # PEFT reads ours, but warns of its `.zeros`, which our files leave out
+    zeros = arch == "llama" or "none" in options.values()
+    model, made = crosses_over(*pair("GloraConfig", arch, **options), arch, tmp_path, back=not zeros)
+    assert model.get_nb_trainable_parameters() == made.get_nb_trainable_parameters()
+    read_by_peft_with_a_warning(made, arch, tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["lora", "vector"])
+def test_glora_trains_alike(weights, tmp_path):
+    config, _ = pair("GloraConfig", "bert", r=2, config_A_B=weights, config_D_E="vector")
+    trains_alike(config, "bert", tmp_path)
+
+
+def test_zeros_of_glora_that_are_none_are_refused(tmp_path):
+    config, _ = pair("GloraConfig", "bert", config_C="none")
+    model = theirs("bert", config)
+    with torch.no_grad():
+        next(b for name, b in model.named_buffers() if name.endswith("zeros")).fill_(1.0)
+    with pytest.raises(MismatchError, match="zeros"):
+        deltatune.PeftModel.from_pretrained(tiny("bert"), saved_by_peft(model, tmp_path))

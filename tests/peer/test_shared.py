@@ -1,0 +1,85 @@
+"""Methods whose layers share tensors, against PEFT 0.21.2: files both ways, training from the same start."""
+
+import json
+import random
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import deltatune
+from tests.core.tiny import TASKS, batch, logits, tiny
+from tests.peer.crossing import EXACT, crosses_over, trains_alike
+from tests.peer.pairs import ATTENTION, loaded_by_peft, saved_by_peft, scatter, theirs
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
+CONFIGS = {"vera": "VeraConfig"}
+PROJECTED = ("vera",)  # methods with random projections, and what they are called
+TENSORS = {"vera": ["vera_A", "vera_B"]}
+
+
+def configs(method, arch, **options):
+    """PEFT's config and ours; PEFT's is quiet about what its files then lack."""
+    arguments = {"task_type": TASKS[arch], **options}
+    return getattr(peft, CONFIGS[method])(**arguments), getattr(deltatune, CONFIGS[method])(**arguments)
+
+
+def drawn(method, arch, seed):
+    draw = random.Random(f"{method}{arch}{seed}")
+    options = {"target_modules": sorted(draw.sample(ATTENTION[arch], draw.randint(1, 3))), "r": draw.choice([1, 3, 8])}
+    options["projection_prng_key"] = draw.choice([0, 7, 123])
+    if draw.random() < 0.5:
+        options["d_initial"] = draw.choice([0.01, 1.0])
+    if draw.random() < 0.3:
+        options["layers_to_transform"] = draw.choice([[1], 0, [0, 1]])
+    if draw.random() < 0.3:
+        options["init_weights"] = False
+    return options
+
+
+@pytest.mark.filterwarnings("ignore:.*projections|.*vera_A")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("arch", ATTENTION)
+@pytest.mark.parametrize("method", PROJECTED)
+def test_random_options_cross_over(method, arch, seed, tmp_path):
+    their_model, our_model = crosses_over(*configs(method, arch, **drawn(method, arch, seed)), arch, tmp_path)
+    assert their_model.get_nb_trainable_parameters()[0] == our_model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("method", PROJECTED)
+def test_projections_are_drawn_as_pefts(method):
+    their_config, our_config = configs(method, "llama", r=5, projection_prng_key=3, target_modules="all-linear")
+    made, ours = theirs("llama", their_config), deltatune.get_peft_model(tiny("llama"), our_config)
+    for name in TENSORS[method]:
+        expected = getattr(made.base_model, name)["default"]
+        assert torch.equal(ours.get_base_model().shared_by_adapters["default"].get_buffer(name), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not load")
+@pytest.mark.parametrize("method", PROJECTED)
+def test_saved_projections_are_optional_and_believed(method, tmp_path):
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    model, inputs = theirs("llama", configs(method, "llama", **options)[0]), batch("llama")
+    for name in TENSORS[method]:  # as if drawn on a machine whose generator gives other numbers
+        getattr(model.base_model, name)["default"].mul_(1.5)
+    saved_by_peft(model, tmp_path / "theirs")
+    ours = deltatune.PeftModel.from_pretrained(tiny("llama"), tmp_path / "theirs")
+    assert_close(logits(ours, inputs), logits(model, inputs), **EXACT)
+    ours.save_pretrained(tmp_path / "again")
+    held = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert {f"base_model.{name}" for name in TENSORS[method]} <= held.keys()
+    assert_close(logits(loaded_by_peft(tiny("llama"), tmp_path / "again"), inputs), logits(model, inputs), **EXACT)
+
+    small = scatter(deltatune.get_peft_model(tiny("llama"), configs(method, "llama", **options)[1]), 11)
+    small.save_pretrained(tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["save_projection"] is False
+    assert all("lambda" in key for key in load_file(tmp_path / "small" / "adapter_model.safetensors"))
+    assert_close(logits(loaded_by_peft(tiny("llama"), tmp_path / "small"), inputs), logits(small, inputs), **EXACT)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+@pytest.mark.parametrize("method", PROJECTED)
+def test_training_gives_pefts_losses(method, arch, tmp_path):
+    trains_alike(configs(method, arch, r=8, target_modules=ATTENTION[arch][:3])[0], arch, tmp_path)

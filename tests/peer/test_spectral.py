@@ -1,0 +1,95 @@
+"""C3A, FourierFT, WaveFT, PEANuT and SHiRA beside PEFT's: files both ways, training from the same start."""
+
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import deltatune
+from tests.core.tiny import TASKS
+from tests.peer import crossing
+from tests.peer.pairs import ATTENTION, WHOLE, peft
+
+quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
+NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig"}
+LEARNING_RATES = {"c3a": 0.1, "fourierft": 0.1}
+SIZES = {"c3a": {"block_size": 8}, "fourierft": {"n_frequency": 40}}
+# PEFT's C3A does not know Conv1D, of which GPT-2 is made
+ARCHITECTURES = {"c3a": ("llama", "bert", "t5"), "fourierft": ("llama", "bert", "gpt2")}
+PAIRS = [(method, arch) for method, archs in ARCHITECTURES.items() for arch in archs]
+
+
+def configs(method, arch, **options):
+    arguments = {"task_type": TASKS[arch], **SIZES[method], **options}
+    return getattr(peft, NAMES[method])(**arguments), getattr(deltatune, NAMES[method])(**arguments)
+
+
+def crosses_over(method, arch, tmp_path, **options):
+    return crossing.crosses_over(*configs(method, arch, **options), arch, tmp_path)
+
+
+@quiet
+@pytest.mark.parametrize("method,arch", PAIRS)
+def test_usual_targets(method, arch, tmp_path):
+    crosses_over(method, arch, tmp_path)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_twenty_steps(method, tmp_path):
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    if method == "c3a":  # layers with nothing trained before them, see the next test
+        targets = {"target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [0]}
+    config, _ = configs(method, "llama", **targets)
+    crossing.trains_alike(config, "llama", tmp_path, lr=LEARNING_RATES.get(method, 3e-3))
+
+
+def test_pefts_c3a_hands_a_wrong_gradient_to_the_layers_before_it():
+    """Its own backward turns the blocks the wrong way; ours is that of the matrix of which both are the product."""
+    from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
+
+    from deltatune.factors import circulant, correlate
+
+    torch.manual_seed(0)
+    kernel = torch.randn(2, 3, 5, dtype=torch.float64)
+    x = torch.randn(4, 15, dtype=torch.float64, requires_grad=True)
+    assert_close(circulant(kernel), get_circulant_fast(kernel))
+    products = [x @ circulant(kernel).T, correlate(x, kernel), BlockCircularConvolution.apply(x, kernel)]
+    right, ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in products)
+    assert_close(ours, right)
+    assert_close(products[2], products[0])
+    assert not torch.allclose(theirs, right), "PEFT is right by now: train more layers in the test above"
+
+
+def drawn(arch, seed):
+    """Options that all of these methods have."""
+    draw = random.Random(f"{arch}{seed}")
+    options = {"target_modules": sorted(draw.sample(ATTENTION[arch], draw.randint(1, 3)))}
+    if draw.random() < 0.4:
+        options["layers_to_transform"] = draw.choice([[1], 0, [0, 1]])
+    if draw.random() < 0.3:
+        options["modules_to_save"] = WHOLE[arch]
+    return options, draw
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("llama", 1), ("bert", 2), ("t5", 3)])
+def test_c3a_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options["block_size"] = draw.choice([1, 2, 4, 8])
+    options["init_weights"] = draw.choice([True, False, "gaussian", "kaiming_uniform", "xavier_uniform"])
+    if draw.random() < 0.7:
+        options["block_size_pattern"] = {options["target_modules"][0]: draw.choice([2, 4])}
+    crosses_over("c3a", arch, tmp_path, **options)
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("llama", 1), ("gpt2", 2), ("t5", 3)])
+def test_fourierft_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options |= {"n_frequency": draw.choice([1, 7, 100]), "scaling": draw.choice([150, 30.0])}
+    options |= {"random_loc_seed": draw.choice([0, 777, 123456789]), "init_weights": draw.random() < 0.5}
+    if draw.random() < 0.7:
+        options["n_frequency_pattern"] = {options["target_modules"][0]: draw.choice([12, 60])}
+    if draw.random() < 0.5:
+        options["exclude_modules"] = r".*\.1\..*"
+        options.pop("layers_to_transform", None)
+    crosses_over("fourierft", arch, tmp_path, **options)
