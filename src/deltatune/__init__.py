@@ -55,6 +55,7 @@ _NAMES = {
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
+    "deltatune.outputs.poly": ("PolyConfig",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "deltatune.prompts.compose": ("compose_cartridge_adapters", "compose_prefix_folders", "compose_prefixes"),

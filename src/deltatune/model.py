@@ -245,7 +245,10 @@ class PeftModel(Persistence, nn.Module):
         saved = inject.find_saved(model, config)
         method = METHODS[config.peft_type]
         assert method.graft is not None
-        graft = method.graft.attach(model, config, name, selection, method.encoder)
+        # nobody gives a trial pass what adapters read of a call, so it runs without them
+        trial = nullcontext() if calls.readers(model) is None else selection.use(Call())
+        with trial:
+            graft = method.graft.attach(model, config, name, selection, method.encoder)
         self.prompts[name] = graft
         self.prompt_encoder[name] = graft.encoder
         inject.add_copies(model, saved, name, selection)

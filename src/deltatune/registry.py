@@ -33,6 +33,7 @@ from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.poly import METHOD as POLY
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -73,6 +74,7 @@ METHODS: dict[PeftType | str, Method] = {
         MISS,
         DELORA,
         BOTTLENECK,
+        POLY,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -149,6 +149,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
+    "n_splits": (2,),
+    "preset": ("parallel",),
+    "parallel": (True,),
+    "non_linearity": ("swish",),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
@@ -161,9 +165,6 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
     "wavelet_family": ("db2", "sym4", "coif1"),
-    "preset": ("parallel",),
-    "parallel": (True,),
-    "non_linearity": ("swish",),
 }
 
 
