@@ -15,6 +15,8 @@ from deltatune.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqL
 from deltatune.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from deltatune.callback import AdapterCallback as AdapterCallback
+from deltatune.calls import Value as Value
+from deltatune.calls import call_values as call_values
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType
@@ -30,6 +32,7 @@ from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.delora import DeloraConfig as DeloraConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
@@ -40,11 +43,15 @@ from deltatune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from deltatune.methods.loha import LoHaConfig as LoHaConfig
 from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
+from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel
+from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder

@@ -15,11 +15,13 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from deltatune.calls import Value
 from deltatune.config import PeftConfig, PeftType
+from deltatune.errors import MergeError
 
 
 class LinearMap(Protocol):
-    """A frozen layer seen as a matrix.
+    """A frozen layer seen as a matrix; a block of layers, which has none, is met by adapters of its output alone.
 
     keeps           names of the module's parameters that are `weight` and `bias`
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
@@ -88,13 +90,15 @@ class Stored(nn.Module):
 class Adapter(Stored):
     """A trainable change to a linear map. A method is complete once `adapt` is written.
 
-    Class attributes declare what the laws need to know about a method:
+    A change that no weight can hold (`mergeable`) is complete once `forward` is written, which is its definition then.
+
+    Class attributes declare what the laws need to know; where an option decides, an instance has its own:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
-        identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
-            where an option decides.
+        identity_at_birth: True, or the reason why a fresh adapter changes the output.
         replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
@@ -105,6 +109,7 @@ class Adapter(Stored):
     replaces: ClassVar[bool] = False
     mergeable: bool | str = True
     bounded_r: ClassVar[bool] = True
+    reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
 
@@ -130,7 +135,17 @@ class Adapter(Stored):
         return None
 
     def adapt(self, weight: Tensor) -> Tensor:
-        """W -> W', both (out, in)."""
+        """W -> W', both (out, in).
+
+        Raises:
+            MergeError: No weight can hold the change.
+        """
+        if self.mergeable is not True:
+            raise MergeError(
+                f"no weight can hold {type(self).__name__}, because {self.mergeable}; "
+                "call the layer instead of reading its weight, and leave the adapter unmerged",
+                found=type(self).__name__,
+            )
         raise NotImplementedError
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
@@ -140,7 +155,7 @@ class Adapter(Stored):
         """The bias under this adapter; methods in which it depends on the weight override this one."""
         return self.adapt_bias(layer.bias)
 
-    def forward(self, x: Any, layer: LinearMap) -> Tensor:
+    def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
     def penalty(self) -> Tensor | None:
@@ -159,10 +174,10 @@ class Adapter(Stored):
 
 
 class Applied:
-    """An adapter applied to a map."""
+    """An adapter applied to a map; `read` answers what it has to know about the call, by name."""
 
-    def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
-        self.adapter, self.inner = adapter, inner
+    def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
+        self.adapter, self.inner, self.read = adapter, inner, read
         self.in_features, self.out_features = inner.in_features, inner.out_features
         self.kernel, self.groups, self.turned = inner.kernel, inner.groups, inner.turned
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
@@ -186,7 +201,7 @@ class Applied:
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
             return self.inner.apply(x, self.weight, self.bias)
-        return self.adapter(x, self.inner)
+        return self.adapter(x, self.inner, **{value.name: self.read(value.name) for value in self.adapter.reads})
 
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.inner.apply(x, weight, bias)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltatune import inject
+from deltatune import calls, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -73,13 +74,19 @@ class PeftModel(Persistence, nn.Module):
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
             return input_rows.forward(self, adapter_names, args, kwargs)
-        with self._rows(adapter_names):
+        with self._choosing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
             for schedule in self.base_model.schedules.values():
                 if schedule.name in self.base_model.selection.active:
                     schedule.forward_begins()
-            return self.base_model.with_penalty(self.base_model(*args, **kwargs))
+            outputs = self.base_model(*args, **kwargs)
+            return self.base_model.with_penalty(outputs, self._penalties_of_grafts(kwargs))
+
+    def _penalties_of_grafts(self, kwargs: dict[str, Any]) -> list[Tensor]:
+        active = [self.prompts[name] for name in self.base_model.selection.names() if name in self.prompts]
+        terms = [graft.penalty(self.base_model.model, kwargs) for graft in active]
+        return [term for term in terms if term is not None]
 
     def after_step(self, step: int | None = None) -> None:
         """To be called after `optimizer.step()` and before `optimizer.zero_grad()` in a loop of your own.
@@ -97,16 +104,33 @@ class PeftModel(Persistence, nn.Module):
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
             return input_rows.generate(self, adapter_names, args, kwargs)
-        with self._rows(adapter_names, self._copies_per_row(kwargs) if adapter_names else 1):
-            model: Any = self.base_model.model
+        model: Any = self.base_model.model
+        with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
-    def _rows(self, names: list[str] | None, repeat: int = 1) -> Any:
-        if names is None:
+    def _choosing(
+        self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None
+    ) -> Any:
+        """What a call asks for beyond the arguments of the base model, which is taken out of them."""
+        call = self.base_model.selection.current()
+        if names is not None:
+            rows = tuple(None if name in (BASE, None) else name for name in names)
+            self._known([name for name in rows if name is not None])
+            call = Call(rows=rows)
+        call = self.informed(call, kwargs, generation)
+        if names is None and not call.values:
             return nullcontext()
-        rows = tuple(None if name in (BASE, None) else name for name in names)
-        self._known([name for name in rows if name is not None])
-        return self.base_model.selection.use(Call(rows=rows, copies=repeat))
+        return self.base_model.selection.use(
+            replace(call, copies=1 if generation is None else self._copies_per_row(generation))
+        )
+
+    def informed(self, call: Call, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Call:
+        """The call with what adapters read of it, as task_ids, taken out of the arguments."""
+        readers = calls.readers(self.base_model.model)
+        if readers is None:
+            return call
+        kept = {name for graft in self.prompts.values() for name in graft.reads}
+        return replace(call, values={**call.values, **readers.taken(kwargs, kept, generation)})
 
     def _copies_per_row(self, kwargs: dict[str, Any]) -> int:
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)

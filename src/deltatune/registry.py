@@ -10,6 +10,7 @@ from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
@@ -20,10 +21,14 @@ from deltatune.methods.ln_tuning import METHOD as LN_TUNING
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
+from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
+from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -47,14 +52,19 @@ METHODS: dict[PeftType | str, Method] = {
         HIRA,
         ROAD,
         BOFT,
+        PSOFT,
         BEFT,
         GLORA,
         C3A,
+        SUPERTUNING,
         LOHA,
         LOKR,
         FOURIERFT,
         VERA,
         GRALORA,
+        MISS,
+        DELORA,
+        BOTTLENECK,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

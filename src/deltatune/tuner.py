@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,21 +93,25 @@ class Tuner(nn.Module):
         kind = METHODS[self.peft_config[name].peft_type].adapter  # type: ignore[index]
         return kind is not None and kind.penalty is not Adapter.penalty
 
-    def with_penalty(self, outputs: Any) -> Any:
-        """The outputs of a training pass, the penalty added to their loss."""
+    def with_penalty(self, outputs: Any, further: Sequence[Tensor] = ()) -> Any:
+        """The outputs of a training pass, the penalty and further terms added to their loss."""
         call = self.selection.current()
-        if not any(name and self._penalises(name) for name in call.rows or call.names):
+        if not further and not any(name and self._penalises(name) for name in call.rows or call.names):
             return outputs
         loss = getattr(outputs, "loss", None)
         if isinstance(loss, Tensor):
-            term = self._penalty()
-            outputs.loss = loss if term is None else loss + term.to(loss)
+            outputs.loss = self._with_terms(loss, further)
         elif isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
-            term = self._penalty()
-            outputs = outputs if term is None else (outputs[0] + term.to(outputs[0]), *outputs[1:])
+            outputs = (self._with_terms(outputs[0], further), *outputs[1:])
         else:
             self.penalty_due = True
         return outputs
+
+    def _with_terms(self, loss: Tensor, further: Sequence[Tensor]) -> Tensor:
+        own = self._penalty()
+        for term in (*further, *([] if own is None else [own])):
+            loss = loss + term.to(loss)
+        return loss
 
     def after_step(self, step: int | None = None) -> None:
         """After every optimizer step, before its gradients are cleared: the schedules of the adapters that train.

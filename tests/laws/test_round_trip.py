@@ -93,7 +93,7 @@ def test_saving_a_loaded_adapter_again_gives_the_same_file(case: Case, tmp_path)
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
-@pytest.mark.parametrize("case", cases(("linear",), options=False))
+@pytest.mark.parametrize("case", cases(("linear",), options=False, weights=True))
 def test_saving_while_merged_saves_the_same_adapter(case: Case, tmp_path):
     model = case.model()
     x = case.batch()

@@ -11,7 +11,7 @@ from tests.core.tiny import TASKS, tiny
 from tests.peer import crossing
 from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter
 
-KINDS = ("RoadConfig", "BOFTConfig", "OFTConfig")
+KINDS = ("RoadConfig", "BOFTConfig", "OFTConfig", "PsoftConfig")
 pytestmark = pytest.mark.filterwarnings(  # PEFT, of its missing extension
     "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor", "ignore:Invalid `"
 )
@@ -177,3 +177,30 @@ def test_oft_with_blocks_that_pefts_adjustment_makes_single(tmp_path):
 
 def test_training_oft_on_an_embedding(tmp_path):
     trains_alike("OFTConfig", "llama", tmp_path, target_modules=["embed_tokens", "q_proj"], oft_block_size=8)
+
+
+# --------------------------------------------------------------------------------------------------------------- PSOFT
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5"])
+def test_psoft(arch, seed, tmp_path):
+    draw = random.Random(f"psoft{arch}{seed}")
+    options = {
+        "r": draw.choice([2, 5, 8]),
+        "psoft_alpha": draw.choice([1, 8, 32]),
+        "ab_svd_init": draw.choice(["psoft_init", "pissa_init"]),
+        "psoft_svd": draw.choice(["full", "lowrank"]),
+        "random_seed": draw.randint(0, 3),
+        "psoft_orth": draw.random() < 0.7,
+        "psoft_mag_a": draw.random() < 0.7,
+        "psoft_mag_b": draw.random() < 0.7,
+    }
+    if draw.random() < 0.5:
+        more = {"num_cayley_neumann_terms": draw.choice([3, 5]), "cayley_neumann_eps": draw.choice([None, 0.5])}
+        options |= {"use_cayley_neumann": True, **more}
+    crosses_over("PsoftConfig", arch, tmp_path, target_modules=some_layers(arch, draw), **options)
+
+
+def test_training_psoft(tmp_path):
+    trains_alike("PsoftConfig", "bert", tmp_path, target_modules=ATTENTION["bert"], r=8)

@@ -1,5 +1,6 @@
 """Methods that train a chosen part (the bias, entries, subspaces) against PEFT's, both ways."""
 
+import json
 import random
 import warnings
 
@@ -89,3 +90,47 @@ def test_zeros_of_glora_that_are_none_are_refused(tmp_path):
         next(b for name, b in model.named_buffers() if name.endswith("zeros")).fill_(1.0)
     with pytest.raises(MismatchError, match="zeros"):
         deltatune.PeftModel.from_pretrained(tiny("bert"), saved_by_peft(model, tmp_path))
+
+
+SUPERTUNING = [
+    {},
+    {"select_top": False, "sparsity": 0.5},
+    {"r": 3, "sparsity": 0.8},
+    {"r": 2, "lora_alpha": 7.0, "init_weights": False},
+    {"init_weights": False, "sparsity": 0.7},
+]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("options", SUPERTUNING, ids=str)
+def test_supertuning(options, saved, tmp_path):
+    """Chosen entries in the file, or chosen again by both."""
+    options = {"target_modules": ATTENTION["bert"], "sparsity": 0.9, "save_precomputed_indices": saved, **options}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="save_precomputed_indices=False")
+        model, made = crosses_over(*pair("SupertuningConfig", "bert", **options), "bert", tmp_path)
+    assert model.get_nb_trainable_parameters() == made.get_nb_trainable_parameters()
+
+
+@quiet
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_supertuning_on_its_usual_targets(arch, tmp_path):
+    crosses_over(*pair("SupertuningConfig", arch, save_precomputed_indices=True, r=2), arch, tmp_path)
+
+
+def test_what_peft_says_nothing_of_is_saved(tmp_path):
+    """Its default saves the chosen entries; ours does not, and a file of its that lacks the field means its default."""
+    config, own = pair("SupertuningConfig", "bert", sparsity=0.9)
+    assert config.save_precomputed_indices and not own.save_precomputed_indices
+    folder = saved_by_peft(theirs("bert", config), tmp_path)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    del values["save_precomputed_indices"]
+    path.write_text(json.dumps(values))
+    loaded = deltatune.PeftModel.from_pretrained(tiny("bert"), folder)
+    assert loaded.peft_config["default"].save_precomputed_indices
+
+
+def test_supertuning_trains_alike(tmp_path):
+    config, _ = pair("SupertuningConfig", "llama", sparsity=0.8, r=2, target_modules=TARGETS["llama"])
+    trains_alike(config, "llama", tmp_path)
