@@ -32,6 +32,7 @@ from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
+from deltatune.methods.deft import DeftConfig as DeftConfig
 from deltatune.methods.delora import DeloraConfig as DeloraConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
@@ -46,12 +47,16 @@ from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
+from deltatune.methods.pvera import PveraConfig as PveraConfig
+from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
+from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
+from deltatune.outputs.poly import PolyConfig as PolyConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder

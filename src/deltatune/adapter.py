@@ -97,6 +97,7 @@ class Adapter(Stored):
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
         replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
@@ -108,6 +109,7 @@ class Adapter(Stored):
     identity_at_birth: bool | str = True
     replaces: ClassVar[bool] = False
     mergeable: bool | str = True
+    deterministic: bool | str = True
     bounded_r: ClassVar[bool] = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
@@ -125,6 +127,12 @@ class Adapter(Stored):
         A method with `Method.shared` takes that module as a fourth argument.
         """
         raise NotImplementedError
+
+    @classmethod
+    def plan(cls, layers: dict[str, LinearMap], config: Any) -> Any:
+        """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
+        the rest."""
+        return config
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.
@@ -264,6 +272,7 @@ class Method:
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""
         assert self.adapter is not None
+        config = self.adapter.plan(layers, config)
         if self.shared is None:
             return {path: self.adapter.build(layer, config, path) for path, layer in layers.items()}, None
         shared, build = self.shared(layers, config), cast(Any, self.adapter).build

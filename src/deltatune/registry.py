@@ -10,6 +10,7 @@ from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
@@ -24,11 +25,15 @@ from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.psoft import METHOD as PSOFT
+from deltatune.methods.pvera import METHOD as PVERA
+from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
+from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.poly import METHOD as POLY
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -53,6 +58,7 @@ METHODS: dict[PeftType | str, Method] = {
         ROAD,
         BOFT,
         PSOFT,
+        DEFT,
         BEFT,
         GLORA,
         C3A,
@@ -60,11 +66,15 @@ METHODS: dict[PeftType | str, Method] = {
         LOHA,
         LOKR,
         FOURIERFT,
+        WAVEFT,
         VERA,
+        PVERA,
+        RANDLORA,
         GRALORA,
         MISS,
         DELORA,
         BOTTLENECK,
+        POLY,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -124,6 +124,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "sparsity": (0.9,),
     "oft_block_size": (4, 2, 1, 0),
+    "randlora_alpha": (8,),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
@@ -148,6 +149,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
+    "n_splits": (2,),
+    "preset": ("parallel",),
+    "parallel": (True,),
+    "non_linearity": ("swish",),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
@@ -156,11 +161,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "boft_n_butterfly_factor": (2, 3),
     "ab_svd_init": ("pissa_init",),
     "psoft_svd": ("lowrank",),
+    "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
-    "preset": ("parallel",),
-    "parallel": (True,),
-    "non_linearity": ("swish",),
+    "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
 
@@ -325,12 +329,12 @@ def _possible(name: str, variant: str, base: str) -> bool:
     if _adapter(method).fits(layer) is not True:
         return False
     try:
-        method.build({LAYER: layer}, config_of(name, variant))
+        made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise
         return False  # an option that the method refuses for this kind of layer
-    return True
+    return made[LAYER].deterministic is True  # the laws compare calls with each other
 
 
 def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:

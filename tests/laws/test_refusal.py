@@ -40,7 +40,7 @@ def picture(model: nn.Module):
 
 def deep() -> tuple[Deep, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    model, x = Deep(), torch.randn(3, 8)
+    model, x = Deep().eval(), torch.randn(3, 8)
     return model, x, model(x)
 
 
