@@ -24,6 +24,7 @@ from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.outputs.poly import METHOD as POLY
+from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -42,6 +43,7 @@ METHODS: dict[PeftType | str, Method] = {
         HRA,
         BOTTLENECK,
         POLY,
+        REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         HIRA,

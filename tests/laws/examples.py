@@ -136,6 +136,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "n_splits": (2,),
+    "first_n": (None, 0),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
