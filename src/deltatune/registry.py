@@ -34,6 +34,7 @@ from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.outputs.poly import METHOD as POLY
+from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -50,6 +51,9 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        BOTTLENECK,
+        POLY,
+        REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,

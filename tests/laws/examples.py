@@ -150,6 +150,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
     "n_splits": (2,),
+    "first_n": (None, 0),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
