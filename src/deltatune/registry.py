@@ -6,6 +6,7 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
+from deltatune.methods.adamss import METHOD as ADAMSS
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
@@ -53,6 +54,7 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         VERA,
         GRALORA,
+        ADAMSS,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

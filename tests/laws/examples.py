@@ -101,6 +101,7 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "sparsity": (0.9,),
+    "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
     "init_r": (4,),
     "target_r": (2,),
@@ -123,6 +124,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({LAYER: 5.0},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
+    "subspace_rank": (2,),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
