@@ -82,7 +82,9 @@ MUTANTS = [
     Mutant("lokr", "x not as rows of n, forward", "return h.mT.flatten(-2)", "return h.flatten(-2)"),
     Mutant("lokr", "full matrix one rank late", "if r >= max(q, n) / 2", "if r > max(q, n) / 2"),
     Mutant("lokr", "order of a Conv1d", "w2 if w2.ndim == 3 else w2.flatten(1)", "w2.flatten(1)"),
-    Mutant("lokr", "scale of the rows forgotten", "return scale * (first", "return (first"),
+    Mutant(
+        "lokr", "scale of the rows forgotten", "return scale_of_rows(x, layer, first.dtype) * (first", "return (first"
+    ),
     Mutant(
         "gralora", "scale without the hybrid rank", "self.scaling = alpha / (r + hybrid_r)", "self.scaling = alpha / r"
     ),
@@ -94,5 +96,34 @@ MUTANTS = [
         "update + self.gralora_B_general.weight @",
     ),
     Mutant("gralora", "blocks drawn as one", "in (*A, *B, *(", "in (A, B, *("),
+    Mutant(
+        "miss", "mean instead of sum, forward", ".unflatten(-1, (-1, r)).sum(-2)", ".unflatten(-1, (-1, r)).mean(-2)"
+    ),
+    Mutant("miss", "blocks of inputs side by side", "columns.repeat(1, ", "columns.repeat_interleave(dim=1, repeats="),
+    Mutant(
+        "miss",
+        "outputs repeated one by one",
+        "y.repeat(*[1] * (x.ndim - 1), self.copies)",
+        "y.repeat_interleave(self.copies, -1)",
+    ),
+    Mutant("miss", "bat without D alone", "blocks, D) + D[:, :, None]", "blocks, D)"),
+    Mutant("miss", "bat with D transposed", '"joik,jkl->joil"', '"joik,jlk->joil"'),
+    Mutant("delora", "rank forgotten", "self.delora_lambda / self.r / (a * b)", "self.delora_lambda / (a * b)"),
+    Mutant(
+        "delora", "norms of rows and columns exchanged", "self.delora_A.norm(dim=1)", "self.delora_A.norm(dim=0).mean()"
+    ),
+    Mutant("delora", "norms of the weight forgotten", "self.delora_A * self.delora_w_norm", "self.delora_A * 1"),
+    Mutant(
+        "delora",
+        "short vectors blown up",
+        "self.delora_B.norm(dim=0).clamp_min(SHORTEST)",
+        "self.delora_B.norm(dim=0).clamp_min(1e-12)",
+    ),
+    Mutant(
+        "delora",
+        "vectors not normalised by the gradient",
+        "clamp_min(SHORTEST), self.delora_B.norm",
+        "clamp_min(SHORTEST).detach(), self.delora_B.norm",
+    ),
     Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
 ]

@@ -19,7 +19,7 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Holder(nn.Linear(8, 8)) for _ in range(3)])
-        self.norm = nn.LayerNorm(8)
+        self.norm = nn.Sequential(nn.LayerNorm(8))  # not itself a layer
         self.head = nn.Linear(8, 4)
         self.head.weight.requires_grad_(False)  # the flags of the user come back too
 
@@ -40,7 +40,7 @@ def picture(model: nn.Module):
 
 def deep() -> tuple[Deep, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    model, x = Deep(), torch.randn(3, 8)
+    model, x = Deep().eval(), torch.randn(3, 8)
     return model, x, model(x)
 
 

@@ -22,6 +22,7 @@ class Graft:
         place: Where it acts, in words.
         identity_at_birth: Whether a fresh adapter leaves the output as it was.
         unmergeable: What it is, and why it cannot be merged.
+        reads: Arguments of a call beyond those of the base model, which it takes itself.
     """
 
     takes_positions: ClassVar[bool] = False
@@ -29,6 +30,7 @@ class Graft:
     place: ClassVar[str] = "the attentions"
     identity_at_birth: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "learned tokens, or their keys and values, which no weight can hold"
+    reads: tuple[str, ...] = ()
 
     name: str
     config: Any
@@ -58,6 +60,10 @@ class Graft:
     def carried(self) -> AbstractContextManager[None]:
         """What a layer that checkpointing computes again has to run in, asked for while the layer runs forward."""
         return nullcontext()
+
+    def penalty(self, model: nn.Module, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """A term of the loss of a training step, after the pass with these labels; see `Adapter.penalty`."""
+        return None
 
     # ----------------------------------------------------------------------------------------------------------- files
 
