@@ -27,6 +27,7 @@ _NAMES = {
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.methods.adalora": ("AdaLoraConfig",),
+    "deltatune.methods.adamss": ("AdamssConfig",),
     "deltatune.methods.gralora": ("GraloraConfig",),
     "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.bitfit": ("BitFitConfig",),

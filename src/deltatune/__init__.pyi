@@ -28,6 +28,7 @@ from deltatune.functional import inject_adapter_in_model as inject_adapter_in_mo
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from deltatune.methods.adamss import AdamssConfig as AdamssConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig

@@ -6,6 +6,7 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
+from deltatune.methods.adamss import METHOD as ADAMSS
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
@@ -75,6 +76,7 @@ METHODS: dict[PeftType | str, Method] = {
         PVERA,
         RANDLORA,
         GRALORA,
+        ADAMSS,
         MISS,
         DELORA,
         BOTTLENECK,

@@ -123,6 +123,7 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "sparsity": (0.9,),
+    "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
     "randlora_alpha": (8,),
     "init_r": (4,),
@@ -149,6 +150,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
+    "subspace_rank": (2,),
     "n_splits": (2,),
     "first_n": (None, 0),
     "preset": ("parallel",),
