@@ -49,6 +49,7 @@ _NAMES = {
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),
     "deltatune.methods.supertuning": ("SupertuningConfig",),
+    "deltatune.methods.vblora": ("VBLoRAConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),

@@ -44,12 +44,13 @@ from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig
 from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
-from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig

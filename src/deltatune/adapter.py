@@ -95,6 +95,7 @@ class Adapter(Stored):
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
@@ -106,6 +107,7 @@ class Adapter(Stored):
     identity_at_birth: bool | str = True
     mergeable: bool | str = True
     deterministic: bool | str = True
+    lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()

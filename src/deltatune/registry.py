@@ -22,12 +22,13 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
-from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -63,6 +64,7 @@ METHODS: dict[PeftType | str, Method] = {
         VERA,
         PVERA,
         RANDLORA,
+        VBLORA,
         GRALORA,
         MISS,
         DELORA,
