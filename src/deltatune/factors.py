@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltatune.adapter import LinearMap
 
@@ -130,7 +131,7 @@ def circulant(kernel: Tensor) -> Tensor:
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
     """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C)."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)  # half precision has no FFT
+    dtype = torch.promote_types(x.dtype, at_least_single(kernel))  # half precision has no FFT
     parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
     if not parts.numel():  # nothing to transform, which not every library for FFT takes
         return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)
@@ -148,6 +149,26 @@ def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
 def _drawn(size: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(size, generator=generator, device="cpu")[:count].clone()
+
+
+def at_least_single(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors); what it builds on the way is built again for the gradient instead of being kept for it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def fewer_by_vector(x: Tensor, layer: LinearMap, count: int) -> bool:
+    """Whether `count` numbers for each vector of x are fewer than the entries of a matrix for all of them.
+
+    Never for images, whose patches are not laid out, nor for no vectors.
+    """
+    vectors = x.numel() if layer.kind == "embedding" else x.numel() // layer.in_features
+    return layer.kind != "conv" and 0 < vectors * count <= layer.out_features * layer.in_features
 
 
 def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:

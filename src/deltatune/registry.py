@@ -10,6 +10,7 @@ from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
@@ -17,6 +18,7 @@ from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.ln_tuning import METHOD as LN_TUNING
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
@@ -30,7 +32,9 @@ from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
+from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.poly import METHOD as POLY
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -50,10 +54,12 @@ METHODS: dict[PeftType | str, Method] = {
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
+        LN_TUNING,
         HIRA,
         ROAD,
         BOFT,
         PSOFT,
+        DEFT,
         BEFT,
         GLORA,
         C3A,
@@ -61,6 +67,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOHA,
         LOKR,
         FOURIERFT,
+        WAVEFT,
         VERA,
         PVERA,
         RANDLORA,
@@ -69,6 +76,7 @@ METHODS: dict[PeftType | str, Method] = {
         MISS,
         DELORA,
         BOTTLENECK,
+        POLY,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -151,6 +151,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
+    "n_splits": (2,),
+    "preset": ("parallel",),
+    "parallel": (True,),
+    "non_linearity": ("swish",),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
@@ -159,11 +163,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "boft_n_butterfly_factor": (2, 3),
     "ab_svd_init": ("pissa_init",),
     "psoft_svd": ("lowrank",),
+    "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
-    "preset": ("parallel",),
-    "parallel": (True,),
-    "non_linearity": ("swish",),
+    "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
 

@@ -90,7 +90,7 @@ class TrainableTokens(Adapter):
             )
         with torch.no_grad():
             there = layer.weight[:, tokens].T if layer.kind == "embedding" else layer.weight[tokens]
-            rows = there.float().clone() if config.init_weights else torch.randn(there.shape)
+            rows = there.clone() if config.init_weights else torch.randn(there.shape)
         made = cls(layer, tokens, nn.Parameter(rows))
         if not config.init_weights:
             made.identity_at_birth = "init_weights=False draws the rows"

@@ -57,13 +57,13 @@ class Graft:
         """Leave the model as it was before `attach`."""
         raise NotImplementedError
 
-    def penalty(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """A term of the loss of the training pass that has just run with these inputs."""
-        return None
-
     def carried(self) -> AbstractContextManager[None]:
         """What a layer that checkpointing computes again has to run in, asked for while the layer runs forward."""
         return nullcontext()
+
+    def penalty(self, model: nn.Module, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """A term of the loss of a training step, after the pass with these labels; see `Adapter.penalty`."""
+        return None
 
     # ----------------------------------------------------------------------------------------------------------- files
 
