@@ -53,6 +53,7 @@ _NAMES = {
     "deltatune.methods.road": ("RoadConfig",),
     "deltatune.methods.waveft": ("WaveFTConfig",),
     "deltatune.methods.supertuning": ("SupertuningConfig",),
+    "deltatune.methods.vblora": ("VBLoRAConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),

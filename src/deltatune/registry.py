@@ -31,6 +31,7 @@ from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
@@ -75,6 +76,7 @@ METHODS: dict[PeftType | str, Method] = {
         VERA,
         PVERA,
         RANDLORA,
+        VBLORA,
         GRALORA,
         ADAMSS,
         MISS,

@@ -126,6 +126,8 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
     "randlora_alpha": (8,),
+    "num_vectors": (6,),
+    "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
