@@ -43,6 +43,7 @@ _NAMES = {
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.miss": ("MissConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.peanut": ("PeanutConfig",),
     "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),

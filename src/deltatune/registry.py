@@ -22,6 +22,7 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
@@ -60,6 +61,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOKR,
         FOURIERFT,
         WAVEFT,
+        PEANUT,
         VERA,
         GRALORA,
         MISS,

@@ -158,6 +158,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "psoft_svd": ("lowrank",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "depth": (1, 2),
+    "act_fn": ("tanh", "gelu_new"),
     "wavelet_family": ("db2", "sym4", "coif1"),
     "preset": ("parallel",),
     "parallel": (True,),
