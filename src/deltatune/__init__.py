@@ -48,6 +48,7 @@ _NAMES = {
     "deltatune.methods.oft": ("OFTConfig",),
     "deltatune.methods.pvera": ("PveraConfig",),
     "deltatune.methods.randlora": ("RandLoraConfig",),
+    "deltatune.methods.peanut": ("PeanutConfig",),
     "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),

@@ -169,6 +169,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "depth": (1, 2),
+    "act_fn": ("tanh", "gelu_new"),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
