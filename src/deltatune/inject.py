@@ -81,8 +81,7 @@ def _build_all(
     """An adapter for every layer that a config targets; `built` gets them. Returns what they share."""
     assert method.adapter is not None
     targets.with_defaults(config, model, method.default_targets, method.find_targets)
-    found = targets.find(model, config, blocks="block" in method.adapter.base_kinds)
-    owners = _owners(model, built)
+    found, owners = targets.find(model, config, method.adapter), _owners(model, built)
     for path, module in found.items():
         if id(module) in built:
             raise ConfigError(
@@ -146,9 +145,7 @@ def _inside(path: str, saved: dict[str, nn.Module]) -> bool:
 
 
 def _map(module: nn.Module) -> LinearMap:
-    layer = targets.map_of(module)
-    assert layer is not None
-    return layer
+    return targets.map_of(module) or Block(_holder(module))
 
 
 def _stored(module: nn.Module) -> Any:
@@ -232,10 +229,9 @@ def _layer(
         layer = targets.as_map(module)
     if layer is None or layer.kind == "block":
         layer = Block(_holder(module), width=width_of(model, path))
-    if layer.kind not in kind.base_kinds:
+    if (fits := kind.fits(layer)) is not True:
         raise TargetError(
-            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} "
-            f"cannot adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
+            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} cannot adapt; {fits}",
             field="target_modules",
             path=path,
         )

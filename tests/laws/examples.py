@@ -85,9 +85,18 @@ BASES: dict[str, Base] = {
     ),
     "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
     "block": Base(lambda: Block(12), (5, 12)),
+    "norm": Base(lambda: nn.LayerNorm(12), (5, 12)),
+    "norm-no-bias": Base(lambda: nn.RMSNorm(8), (5, 8)),
 }
-PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "block")  # where every option is tried
+PLAIN = ("linear", "transposed", "embedding", "conv2d-circular", "norm")  # one of each kind, for laws that cost more
+SWEPT = (
+    "linear",
+    "linear-wide-no-bias",
+    "embedding",
+    "conv2d-circular",
+    "block",
+    "norm",
+)  # where every option is tried
 
 
 class Holder(nn.Module):
@@ -113,7 +122,12 @@ LAYER_METHODS: dict[str, Method] = {
 # Values to try for options whose defaults are too large for small layers, by the option's name, best first.
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
+    "sparsity": (0.9,),
+    "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
+    "randlora_alpha": (8,),
+    "num_vectors": (6,),
+    "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
@@ -137,17 +151,27 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({LAYER: 5.0},),
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "r": (None,),
+    "subspace_rank": (2,),
+    "n_splits": (2,),
+    "first_n": (None, 0),
+    "preset": ("parallel",),
+    "parallel": (True,),
+    "non_linearity": ("swish",),
     "config_A_B": ("vector", "constant", "none"),
     "config_C": ("vector", "none"),
     "config_D_E": ("vector", "none"),
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
+    "ab_svd_init": ("pissa_init",),
+    "psoft_svd": ("lowrank",),
+    "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
-    "preset": ("parallel",),
-    "parallel": (True,),
-    "non_linearity": ("swish",),
+    "depth": (1, 2),
+    "act_fn": ("tanh", "gelu_new"),
+    "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
 
@@ -161,7 +185,7 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := map_of(base)).kind in _adapter(method).base_kinds:
+                if _adapter(method).fits(layer := map_of(base)) is True:
                     method.build({LAYER: layer}, config)
         except PeftError:
             continue
@@ -309,15 +333,15 @@ def allows(name: str, base: str) -> bool:
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
     layer, method = map_of(BASES[base]), LAYER_METHODS[name]
-    if layer.kind not in _adapter(method).base_kinds:
+    if _adapter(method).fits(layer) is not True:
         return False
     try:
-        method.build({LAYER: layer}, config_of(name, variant))
+        made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise
         return False  # an option that the method refuses for this kind of layer
-    return True
+    return made[LAYER].deterministic is True  # the laws compare calls with each other
 
 
 def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:

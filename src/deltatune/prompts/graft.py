@@ -61,6 +61,10 @@ class Graft:
         """What a layer that checkpointing computes again has to run in, asked for while the layer runs forward."""
         return nullcontext()
 
+    def penalty(self, model: nn.Module, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """A term of the loss of a training step, after the pass with these labels; see `Adapter.penalty`."""
+        return None
+
     # ----------------------------------------------------------------------------------------------------------- files
 
     def owns(self, key: str) -> bool:
