@@ -15,15 +15,18 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from deltatune.calls import Value
 from deltatune.config import PeftConfig, PeftType
+from deltatune.errors import MergeError
 
 
 class LinearMap(Protocol):
-    """A frozen layer seen as a matrix.
+    """A frozen layer seen as a matrix; a block of layers, which has none, is met by adapters of its output alone.
 
     keeps           names of the module's parameters that are `weight` and `bias`
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
     parts           modules inside of it that are adapted with it
+    turned          it stores its weight as (in, out)
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
     positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
@@ -37,6 +40,7 @@ class LinearMap(Protocol):
     out_features: int
     kernel: int
     groups: int
+    turned: bool
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -86,12 +90,17 @@ class Stored(nn.Module):
 class Adapter(Stored):
     """A trainable change to a linear map. A method is complete once `adapt` is written.
 
-    Class attributes declare what the laws need to know about a method:
+    A change that no weight can hold (`mergeable`) is complete once `forward` is written, which is its definition then.
+
+    Class attributes declare what the laws need to know; where an option decides, an instance has its own:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
-        identity_at_birth: True, or the reason why a fresh adapter changes the output; an instance may set its own
-            where an option decides.
+        identity_at_birth: True, or the reason why a fresh adapter changes the output.
+        replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
@@ -99,10 +108,19 @@ class Adapter(Stored):
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
+    replaces: ClassVar[bool] = False
     mergeable: bool | str = True
+    deterministic: bool | str = True
+    lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
+    reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
+
+    @classmethod
+    def fits(cls, layer: LinearMap) -> bool | str:
+        """True, or why the method's maths does not allow the layer."""
+        return layer.kind in cls.base_kinds or f"its maths allows {', '.join(sorted(cls.base_kinds))} layers"
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
@@ -111,6 +129,12 @@ class Adapter(Stored):
         A method with `Method.shared` takes that module as a fourth argument.
         """
         raise NotImplementedError
+
+    @classmethod
+    def plan(cls, layers: dict[str, LinearMap], config: Any) -> Any:
+        """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
+        the rest."""
+        return config
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.
@@ -121,7 +145,17 @@ class Adapter(Stored):
         return None
 
     def adapt(self, weight: Tensor) -> Tensor:
-        """W -> W', both (out, in)."""
+        """W -> W', both (out, in).
+
+        Raises:
+            MergeError: No weight can hold the change.
+        """
+        if self.mergeable is not True:
+            raise MergeError(
+                f"no weight can hold {type(self).__name__}, because {self.mergeable}; "
+                "call the layer instead of reading its weight, and leave the adapter unmerged",
+                found=type(self).__name__,
+            )
         raise NotImplementedError
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
@@ -131,7 +165,7 @@ class Adapter(Stored):
         """The bias under this adapter; methods in which it depends on the weight override this one."""
         return self.adapt_bias(layer.bias)
 
-    def forward(self, x: Any, layer: LinearMap) -> Tensor:
+    def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
     def penalty(self) -> Tensor | None:
@@ -150,12 +184,12 @@ class Adapter(Stored):
 
 
 class Applied:
-    """An adapter applied to a map."""
+    """An adapter applied to a map; `read` answers what it has to know about the call, by name."""
 
-    def __init__(self, adapter: Adapter, inner: LinearMap) -> None:
-        self.adapter, self.inner = adapter, inner
+    def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
+        self.adapter, self.inner, self.read = adapter, inner, read
         self.in_features, self.out_features = inner.in_features, inner.out_features
-        self.kernel, self.groups = inner.kernel, inner.groups
+        self.kernel, self.groups, self.turned = inner.kernel, inner.groups, inner.turned
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property
@@ -177,7 +211,7 @@ class Applied:
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
             return self.inner.apply(x, self.weight, self.bias)
-        return self.adapter(x, self.inner)
+        return self.adapter(x, self.inner, **{value.name: self.read(value.name) for value in self.adapter.reads})
 
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.inner.apply(x, weight, bias)
@@ -240,6 +274,7 @@ class Method:
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""
         assert self.adapter is not None
+        config = self.adapter.plan(layers, config)
         if self.shared is None:
             return {path: self.adapter.build(layer, config, path) for path, layer in layers.items()}, None
         shared, build = self.shared(layers, config), cast(Any, self.adapter).build

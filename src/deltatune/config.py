@@ -32,7 +32,7 @@ class TaskType(str, Enum):
 
 
 class PeftType(str, Enum):
-    """Names of methods, as PEFT has them; `deltatune.registry.METHODS` says which are built."""
+    """Names of methods, PEFT's and at the end our own; `deltatune.registry.METHODS` says which are built."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -80,6 +80,10 @@ class PeftType(str, Enum):
     HIRA = "HIRA"
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
+    BITFIT = "BITFIT"  # this one and what follows is not PEFT's
+    BOTTLENECK = "BOTTLENECK"
+    COMPACTER = "COMPACTER"
+    REFT = "REFT"
 
 
 if TYPE_CHECKING:

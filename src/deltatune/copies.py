@@ -41,11 +41,11 @@ class TrainedCopies(nn.Module):
             return self.current(*args, **kwargs)
         copies = self.modules_to_save
         rows = tuple(name if name and name in copies else None for name in call.rows_of(len(args[0])))
-        return by_adapter(
-            rows,
-            args[0],
-            lambda name, x: (self.original_module if name is None else copies[name])(x, *args[1:], **kwargs),
-        )
+
+        def run(name: str | None, index: list[int]) -> Any:
+            return (self.original_module if name is None else copies[name])(args[0][index], *args[1:], **kwargs)
+
+        return by_adapter(rows, run, args[0].device)
 
     @property
     def weight(self) -> Tensor:

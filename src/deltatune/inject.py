@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import targets
+from deltatune import calls, targets
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
@@ -70,6 +71,7 @@ def graft(
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
         add_copies(model, saved, name, selection, undo)
+        calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
 
 
@@ -77,8 +79,9 @@ def _build_all(
     model: nn.Module, method: Method, config: Any, name: str, autocast: bool, built: dict[int, Adapter]
 ) -> Stored | None:
     """An adapter for every layer that a config targets; `built` gets them. Returns what they share."""
+    assert method.adapter is not None
     targets.with_defaults(config, model, method.default_targets, method.find_targets)
-    found, owners = targets.find(model, config), _owners(model, built)
+    found, owners = targets.find(model, config, method.adapter), _owners(model, built)
     for path, module in found.items():
         if id(module) in built:
             raise ConfigError(
@@ -87,7 +90,7 @@ def _build_all(
                 field="target_modules",
                 path=path,
             )
-    made, shared = _build(method, found, config, name, autocast)
+    made, shared = _build(model, method, found, config, name, autocast)
     for module in {id(module): module for module in found.values()}.values():
         sharing = owners.setdefault(id(_stored(module)), [])
         followed = (owner.tied(_map(module), config) for owner in sharing)
@@ -142,15 +145,13 @@ def _inside(path: str, saved: dict[str, nn.Module]) -> bool:
 
 
 def _map(module: nn.Module) -> LinearMap:
-    layer = targets.map_of(module)
-    assert layer is not None
-    return layer
+    return targets.map_of(module) or Block(_holder(module))
 
 
 def _stored(module: nn.Module) -> Any:
     """The parameter in which a layer keeps its weight; the layer itself where it is none."""
-    holder = module.base_layer if isinstance(module, AdaptedLayer) else module
-    stored = holder._parameters.get(_map(module).keeps[0])
+    layer, holder = targets.map_of(module), _holder(module)
+    stored = None if layer is None else holder._parameters.get(layer.keeps[0])
     return holder if stored is None else stored
 
 
@@ -184,13 +185,13 @@ def add_copies(
 
 
 def _build(
-    method: Method, found: dict[str, nn.Module], config: PeftConfig, name: str, autocast: bool
+    model: nn.Module, method: Method, found: dict[str, nn.Module], config: PeftConfig, name: str, autocast: bool
 ) -> tuple[dict[int, Adapter], Stored | None]:
     """An adapter per layer, by the layer's id, and what they share, all in place and precision of their layers."""
     assert method.adapter is not None
     once = {id(module): path for path, module in reversed(found.items())}  # a layer goes by the first of its paths
     layers = {
-        path: _layer(method.adapter, module, config, path, name)
+        path: _layer(method.adapter, model, module, config, path, name)
         for path, module in found.items()
         if once[id(module)] == path
     }
@@ -210,7 +211,9 @@ def _build(
     return {id(found[path]): adapter for path, adapter in made.items()}, shared
 
 
-def _layer(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str, name: str) -> LinearMap:
+def _layer(
+    kind: type[Adapter], model: nn.Module, module: nn.Module, config: PeftConfig, path: str, name: str
+) -> LinearMap:
     """A target as the map that is adapted.
 
     Raises:
@@ -224,11 +227,11 @@ def _layer(kind: type[Adapter], module: nn.Module, config: PeftConfig, path: str
         layer = module.as_map()
     else:
         layer = targets.as_map(module)
-    assert layer is not None
-    if layer.kind not in kind.base_kinds:
+    if layer is None or layer.kind == "block":
+        layer = Block(_holder(module), width=width_of(model, path))
+    if (fits := kind.fits(layer)) is not True:
         raise TargetError(
-            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} "
-            f"cannot adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
+            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} cannot adapt; {fits}",
             field="target_modules",
             path=path,
         )
@@ -273,11 +276,13 @@ def _wrap(
 
 
 def resolve(model: nn.Module, path: str) -> nn.Module:
-    """The module at a bare path; copies are passed through to their original."""
+    """The module at a bare path; copies and blocks are passed through to their original."""
     for part in path.split(".") if path else []:
         child = model._modules[part]
         assert child is not None
-        model = child.original_module if isinstance(child, TrainedCopies) else child
+        if isinstance(child, TrainedCopies):
+            child = child.original_module
+        model = child.base_layer if isinstance(child, AdaptedLayer) and child.is_block else child
     return model
 
 
@@ -288,6 +293,7 @@ def _inner(wrapper: AdaptedLayer | TrainedCopies) -> nn.Module:
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter off; a wrapper left without adapters is taken off too."""
     remove_shared(model, name)
+    calls.forget(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             module.adapters.pop(name) if name in module.adapters else None
@@ -304,6 +310,7 @@ def remove(model: nn.Module, name: str) -> None:
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
     """Take every wrapper off. Copies of the adapters in `keep` stay in the model in place of their originals."""
     strip_shared(model)
+    calls.forget(model)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             _replace(model, path, module.base_layer)

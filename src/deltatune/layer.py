@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
+from deltatune.bases.block import Block, first_tensor, with_first
 from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
@@ -33,7 +34,7 @@ class Merged:
 
 
 class AdaptedLayer(LayerViews, nn.Module):
-    """A layer under adapters.
+    """A layer, or a block of layers, under adapters.
 
     Which of them act is decided by `selection`, shared by all layers of the model. To code that reads the layer
     instead of calling it, `weight` and `bias` are the adapted ones, everything else is the base layer's.
@@ -49,28 +50,44 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.adapters = nn.ModuleDict()
         self.selection = selection
         self.stash = None
+        self.is_block = as_map(base_layer) is None  # then layers in it keep the paths they had without it
         self.training = base_layer.training
 
-    def as_map(self, names: Iterable[str] = (), args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap:
-        """The base layer under the named adapters, in order; names without an adapter here are passed over."""
-        layer = as_map(self.base_layer, args, kwargs)
-        assert layer is not None  # checked before wrapping
-        for name in names:
-            if name in self.adapters:
-                layer = Applied(self.adapters[name], layer)  # type: ignore[arg-type]
+    def as_map(
+        self,
+        names: Iterable[str] = (),
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+        read: Callable[[str], Any] = lambda name: None,
+    ) -> LinearMap:
+        """The base layer under the named adapters; names without an adapter here are passed over.
+
+        Those that change the weight come first, in order, and then in order those that no weight can hold: a changed
+        weight stays one, whatever acts on what comes out of the layer.
+        """
+        layer: Any = Block(self.base_layer) if self.is_block else as_map(self.base_layer, args, kwargs)
+        return self._under(layer, names, read)
+
+    def _under(self, layer: LinearMap, names: Iterable[str], read: Callable[[str], Any]) -> LinearMap:
+        here: list[Any] = [self.adapters[name] for name in names if name in self.adapters]
+        for adapter in [a for a in here if a.mergeable is True] + [a for a in here if a.mergeable is not True]:
+            layer = Applied(adapter, layer, read)
         return layer
 
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
         self.adapters[name] = adapter
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.selection.current()
+        if self.is_block:
+            return self._block_forward(call, args, kwargs)
+        x, args = args[0], args[1:]
         if self.stash is not None:
             return self._merged_forward(x, args, kwargs)
         if call.rows is not None:
             return self._mixed_forward(x, call, args, kwargs)
-        return self.as_map(call.names, args, kwargs)(x)
+        return self.as_map(call.names, args, kwargs, lambda name: call.value(name, len(x)))(x)
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""
@@ -78,8 +95,32 @@ class AdaptedLayer(LayerViews, nn.Module):
             names = self._one_for_all(call)
             with self.selection.use(Call(names)):  # parts whose weight it reads follow
                 return self.as_map(names, args, kwargs)(x)
-        here = tuple(name if name and name in self.adapters else None for name in call.rows_of(len(x)))
-        return by_adapter(here, x, lambda name, part: self.as_map([name] if name else [], args, kwargs)(part))
+
+        def run(adapter: str | None, index: list[int]) -> Any:
+            names = [adapter] if adapter else []
+            return self.as_map(names, args, kwargs, lambda name: call.value(name, len(x), index))(x[index])
+
+        return by_adapter(self._rows_here(call, len(x)), run, x.device)
+
+    def _rows_here(self, call: Call, batch: int) -> tuple[str | None, ...]:
+        return tuple(name if name and name in self.adapters else None for name in call.rows_of(batch))
+
+    def _block_forward(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The block runs once, as it is; adapters act on what comes out of it."""
+        output = self.base_layer(*args, **kwargs)
+        names = {name for name in call.rows or call.names if name} & set(self.adapters)
+        if not names:
+            return output
+        x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+        if call.rows is None:
+            layer = self._under(Block(self.base_layer, y), call.names, lambda name: call.value(name, len(y)))
+            return with_first(output, layer(x))
+
+        def run(adapter: str | None, index: list[int]) -> Tensor:
+            block, names = Block(self.base_layer, y[index]), [adapter] if adapter else []
+            return self._under(block, names, lambda name: call.value(name, len(y), index))(x[index])
+
+        return with_first(output, by_adapter(self._rows_here(call, len(y)), run, y.device))
 
     def _one_for_all(self, call: Call) -> tuple[str, ...]:
         """The adapters whose weight is every row's.
@@ -117,7 +158,8 @@ class AdaptedLayer(LayerViews, nn.Module):
             return self.stored_weight(self._one_for_all(call)).to(stored.dtype)
 
         # Under the compiler an unused matrix is dropped from the graph, and a wrapper would only break it.
-        return compute() if torch.compiler.is_compiling() else LazyWeight(stored, compute)
+        can = all(self.adapters[name].mergeable is True for name in names)
+        return compute() if can and torch.compiler.is_compiling() else LazyWeight(stored, compute)
 
     @property
     def bias(self) -> Tensor | None:
@@ -127,7 +169,7 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def stored_weight(self, names: Iterable[str]) -> Tensor:
         """The adapted weight in the base layer's own layout."""
-        return as_map(self.base_layer).store(self.as_map(names).weight)  # type: ignore[union-attr]
+        return self.as_map().store(self.as_map(names).weight)
 
     # ------------------------------------------------------------------------------------------------------- merging
 
@@ -143,9 +185,12 @@ class AdaptedLayer(LayerViews, nn.Module):
         try:
             self.eval()
             with torch.no_grad():
-                base, adapted = self.as_map(), self.as_map(names)
-                weight, bias = adapted.weight, adapted.bias
-                held = base.hold(weight)
+                base, bias = self.as_map(), self.as_map(names).bias
+                plain = weight = base.weight
+                for name in names:
+                    weight = self.adapters[name].adapt(weight)  # type: ignore[operator]
+                # what no adapter changed is kept as it is, and needs no packing again
+                held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
             self.train(training)
         if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):

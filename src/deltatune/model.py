@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltatune import inject
+from deltatune import calls, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -74,7 +75,7 @@ class PeftModel(Persistence, nn.Module):
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
             return input_rows.forward(self, adapter_names, args, kwargs)
-        with self._rows(adapter_names):
+        with self._choosing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
             for schedule in self.base_model.schedules.values():
@@ -98,16 +99,33 @@ class PeftModel(Persistence, nn.Module):
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
             return input_rows.generate(self, adapter_names, args, kwargs)
-        with self._rows(adapter_names, self._copies_per_row(kwargs) if adapter_names else 1):
-            model: Any = self.base_model.model
+        model: Any = self.base_model.model
+        with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
-    def _rows(self, names: list[str] | None, repeat: int = 1) -> Any:
-        if names is None:
+    def _choosing(
+        self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None
+    ) -> Any:
+        """What a call asks for beyond the arguments of the base model, which is taken out of them."""
+        call = self.base_model.selection.current()
+        if names is not None:
+            rows = tuple(None if name in (BASE, None) else name for name in names)
+            self._known([name for name in rows if name is not None])
+            call = Call(rows=rows)
+        call = self.informed(call, kwargs, generation)
+        if names is None and not call.values:
             return nullcontext()
-        rows = tuple(None if name in (BASE, None) else name for name in names)
-        self._known([name for name in rows if name is not None])
-        return self.base_model.selection.use(Call(rows=rows, copies=repeat))
+        return self.base_model.selection.use(
+            replace(call, copies=1 if generation is None else self._copies_per_row(generation))
+        )
+
+    def informed(self, call: Call, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Call:
+        """The call with what adapters read of it, as task_ids, taken out of the arguments."""
+        readers = calls.readers(self.base_model.model)
+        if readers is None:
+            return call
+        kept = {name for graft in self.prompts.values() for name in graft.reads}
+        return replace(call, values={**call.values, **readers.taken(kwargs, kept, generation)})
 
     def _copies_per_row(self, kwargs: dict[str, Any]) -> int:
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
@@ -229,7 +247,10 @@ class PeftModel(Persistence, nn.Module):
         saved = inject.find_saved(model, config)
         method = METHODS[config.peft_type]
         assert method.graft is not None
-        graft = method.graft.attach(model, config, name, selection, method.encoder)
+        # nobody gives a trial pass what adapters read of a call, so it runs without them
+        trial = nullcontext() if calls.readers(model) is None else selection.use(Call())
+        with trial:
+            graft = method.graft.attach(model, config, name, selection, method.encoder)
         self.prompts[name] = graft
         self.prompt_encoder[name] = graft.encoder
         inject.add_copies(model, saved, name, selection)
@@ -264,6 +285,20 @@ class PeftModel(Persistence, nn.Module):
                     f"set_adapter: {', '.join(map(repr, rivals))} have a copy of {path!r} each, and that of "
                     f"{rivals[-1]!r} alone acts and trains; activate one of them to train its own"
                 )
+        self._warn_replaced(names)
+
+    def _warn_replaced(self, names: tuple[str, ...]) -> None:
+        hidden: dict[tuple[str, str], str] = {}
+        for path, layer in inject.adapted_layers(self.base_model.model):
+            here = [name for name in names if name in layer.adapters]
+            last = max((index for index, name in enumerate(here) if layer.adapters[name].replaces), default=0)
+            for name in here[:last]:
+                hidden.setdefault((here[last], name), path)
+        for (name, before), path in hidden.items():
+            warn(
+                f"set_adapter: {name!r} replaces the whole weight of {path!r}, so that {before!r} before it has no "
+                f"effect there; name {before!r} after it"
+            )
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

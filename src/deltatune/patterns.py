@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from deltatune import checks
 from deltatune.errors import ConfigError
 
@@ -16,6 +18,8 @@ PATTERNED = {
     "rank_pattern": checks.positive_int,
     "alpha_pattern": checks.finite_positive,
     "lambda_pattern": checks.finite_positive,
+    "block_size_pattern": checks.positive_int,
+    "n_frequency_pattern": checks.positive_int,
 }
 
 
@@ -28,6 +32,16 @@ def name_matches(names: Names, path: str) -> bool:
     parts = path.split(".")
     endings = {".".join(parts[start:]) for start in range(len(parts))}
     return not endings.isdisjoint(names)
+
+
+def bare_name(name: str) -> str:
+    """The name that a module had before the blocks around it were wrapped."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model under the names they had before it was adapted; a wrapped one itself, not its wrapper."""
+    return {bare_name(name): module for name, module in model.named_modules()}
 
 
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:

@@ -29,11 +29,13 @@ class Call:
 
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
+        values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def rows_of(self, batch: int) -> tuple[str | None, ...]:
         """One name per row of a batch of this size."""
@@ -47,6 +49,17 @@ class Call:
             field="adapter_names",
             found=len(self.rows),
         )
+
+    def value(self, name: str, batch: int, index: list[int] | None = None) -> Tensor | None:
+        """One entry per row of a batch of this size (of its rows in `index`), or one for all; None: unknown."""
+        value: Tensor | None = self.values.get(name)
+        if value is None or len(value) == 1:
+            return value
+        if len(value) * self.copies == batch:
+            value = value.repeat_interleave(self.copies, dim=0)
+        if len(value) != batch:
+            raise StateError(f"{name}: {len(value)} entries for a batch of {batch} rows", field=name, found=len(value))
+        return value if index is None else value[index]
 
 
 @dataclass(eq=False)
@@ -98,13 +111,15 @@ def _look_up(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
 
 
-def by_adapter(rows: tuple[str | None, ...], x: Tensor, run: Callable[[str | None, Tensor], Tensor]) -> Tensor:
-    """Each row of `x` through `run` with its name: one run per name, and the rows back in their order."""
+def by_adapter(
+    rows: tuple[str | None, ...], run: Callable[[str | None, list[int]], Tensor], device: torch.device
+) -> Tensor:
+    """What `run` makes of the rows of each name: one run per name, and the rows back in their order."""
     groups: dict[str | None, list[int]] = {}
     for index, name in enumerate(rows):
         groups.setdefault(name, []).append(index)
-    outputs = [run(name, x[index]) for name, index in groups.items()]
-    order = torch.tensor([row for index in groups.values() for row in index], device=x.device)
+    outputs = [run(name, index) for name, index in groups.items()]
+    order = torch.tensor([row for index in groups.values() for row in index], device=device)
     return torch.cat(outputs)[order.argsort()]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.adapter import LinearMap
+from deltatune.adapter import Adapter, LinearMap
 from deltatune.bases import as_map, supported
+from deltatune.bases.block import Block
 from deltatune.config import PeftConfig, TaskType
 from deltatune.copies import TrainedCopies
 from deltatune.errors import TargetError
@@ -35,33 +36,57 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
         yield path, child
         if isinstance(child, TrainedCopies):
             yield from walk(child.original_module, path)
-        elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it
-            yield from walk(child.base_layer, f"{path}.base_layer")
+        elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it, or a block
+            yield from walk(child.base_layer, path if child.is_block else f"{path}.base_layer")
         else:
             yield from walk(child, path)
 
 
-def find(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) -> dict[str, nn.Module]:
     """Path -> layer for everything the config targets, in the order of the model. Changes nothing.
+
+    Args:
+        adapter: What is to be put there; "all-linear" passes over layers that it does not fit. Where it adapts blocks
+            of layers too, the name of a list of them stands for its members.
 
     Raises:
         TargetError: Nothing matches, or a layer that is named cannot be adapted.
     """
-    modules = dict(walk(model))
+    modules, blocks = dict(walk(model)), adapter is not None and "block" in adapter.base_kinds
     if config.target_modules == ALL_LINEAR:
         found = {path: module for path, module in modules.items() if _is_linear(module)}
         for path in _outputs(model, config.task_type):
             found.pop(path, None)
+        found = _that_fit(found, adapter)
     else:
         found = {path: module for path, module in modules.items() if name_matches(config.target_modules, path)}
+        if blocks:
+            lists = {path for path, module in found.items() if isinstance(module, nn.ModuleList)}
+            found = {
+                p: m for p, m in modules.items() if p.rpartition(".")[0] in lists or (p in found and p not in lists)
+            }
         found = {path: module for path, module in modules.items() if path in found or _is_part(path, found)}
     found = {path: found[path] for path in found if not _excluded(config, path)}
     found = {path: found[path] for path in found if _in_layers(config, path)}
     if not found:
         raise _nothing(model, modules, config)
-    _refuse_unsupported(found)
+    _refuse_unsupported(found, blocks)
     _warn_dead(config, modules, found)
     return found
+
+
+def _that_fit(found: dict[str, nn.Module], adapter: type[Adapter] | None) -> dict[str, nn.Module]:
+    answers = {path: True if adapter is None else adapter.fits(map_of(found[path])) for path in found}  # type: ignore
+    if found and True not in answers.values():
+        path, reason = next(iter(answers.items()))
+        raise TargetError(
+            f"target {ALL_LINEAR!r}: {adapter.__name__} fits none of the {len(found)} linear layers, "  # type: ignore
+            f"such as {path}: {reason}",
+            field="target_modules",
+            path=path,
+            found=ALL_LINEAR,
+        )
+    return {path: module for path, module in found.items() if answers[path] is True}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -109,15 +134,17 @@ def _in_layers(config: Any, path: str) -> bool:
         return True
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        numbered = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+        numbered = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path)
         if numbered:
             return int(numbered[1]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 
 
-def _refuse_unsupported(found: dict[str, nn.Module]) -> None:
+def _refuse_unsupported(found: dict[str, nn.Module], blocks: bool) -> None:
     for path, module in found.items():
-        if not isinstance(module, AdaptedLayer) and as_map(module) is None:
+        if isinstance(module, AdaptedLayer) or (blocks and Block.fits(module)):
+            continue
+        if as_map(module) is None:
             raise TargetError(
                 f"target {path!r} is a {type(module).__name__}, which cannot be adapted; "
                 f"supported are {', '.join(supported())}",
@@ -151,7 +178,8 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
     lists = {"target_modules": (config.target_modules, found), "exclude_modules": (config.exclude_modules, modules)}
     for field, (names, candidates) in lists.items():
         if isinstance(names, (set, list)):
-            dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in candidates)]
+            paths = set(candidates) | {path.rpartition(".")[0] for path in candidates}
+            dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in paths)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
     for field, values in by_layer(config).items():
@@ -172,7 +200,8 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = usual(model_type) if usual and model_type else None
     if found is None and search is not None:
-        found = search(model)
+        found = _shortened({path for path in search(model) or () if not _excluded(config, path)}, config, model)
+    found = found(config) if callable(found) else found
     if found is None:
         linear = [path for path, module in walk(model) if _is_linear(module)][:5]
         raise TargetError(
@@ -185,3 +214,10 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     values = found if isinstance(found, dict) else {"target_modules": found}
     for name, value in values.items():
         setattr(config, name, set(value) if isinstance(value, list) else value)
+
+
+def _shortened(paths: set[str], config: Any, model: nn.Module) -> set[str] | None:
+    """The last parts of many paths where they mean the same layers, else the paths; None for none."""
+    endings = {path.rpartition(".")[2] for path in paths}
+    named = {path for path, _ in walk(model) if name_matches(endings, path) and not _excluded(config, path)}
+    return (endings if named == paths and len(paths) > 1 else paths) or None

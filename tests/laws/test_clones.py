@@ -9,7 +9,7 @@ import torch
 
 from tests.laws.examples import Case, adapters, cases
 
-KINDS = ("linear", "transposed", "embedding", "conv2d-circular")
+KINDS = ("linear", "transposed", "embedding", "conv2d-circular", "norm")
 
 
 def through_torch_save(model):
@@ -57,7 +57,7 @@ def test_a_clone_made_inside_of_a_call_starts_outside_of_it(case: Case):
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle])
-@pytest.mark.parametrize("case", cases(("linear", "transposed"), options=False))
+@pytest.mark.parametrize("case", cases(("linear", "transposed"), options=False, weights=True))
 def test_a_clone_of_a_merged_model_can_be_unmerged(case: Case, clone):
     model = case.model()
     x = case.batch()

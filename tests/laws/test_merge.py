@@ -60,7 +60,7 @@ def test_in_half_precision_too(case: Case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", cases(PLAIN, options=False))
+@pytest.mark.parametrize("case", cases(PLAIN, options=False, weights=True))
 def test_while_merged_a_disabled_call_is_the_base_bit_for_bit(case: Case, dtype):
     model = case.model(dtype)
     x = case.batch(dtype=dtype)
@@ -92,7 +92,7 @@ def test_unload_gives_the_base_back(case: Case):
     assert plain.layer is stored and torch.equal(plain(x), expected)
 
 
-@pytest.mark.parametrize("case", cases(("conv2d-grouped", "conv2d-depthwise-reflect"), options=False))
+@pytest.mark.parametrize("case", cases(("conv2d-grouped", "conv2d-depthwise-reflect"), options=False, weights=True))
 def test_a_grouped_convolution_is_merged_right_or_refused_whole(case: Case):
     model = case.model()
     x, before = case.batch(), base_values(model)
@@ -106,7 +106,7 @@ def test_a_grouped_convolution_is_merged_right_or_refused_whole(case: Case):
         assert relative(model(x), apart) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("case", cases(PLAIN, options=False))
+@pytest.mark.parametrize("case", cases(PLAIN, options=False, weights=True))
 def test_a_broken_adapter_is_refused_before_any_weight_changes(case: Case):
     model = case.model()
     before = base_values(model)
@@ -117,7 +117,7 @@ def test_a_broken_adapter_is_refused_before_any_weight_changes(case: Case):
     assert same(base_values(model), before)
 
 
-@pytest.mark.parametrize("case", cases(("linear", "embedding"), options=False))
+@pytest.mark.parametrize("case", cases(("linear", "embedding"), options=False, weights=True))
 def test_merging_leaves_a_layer_that_shares_the_weight_alone(case: Case):
     """A head tied to the layer keeps the weight that it had."""
     model = case.model()
@@ -128,3 +128,14 @@ def test_merging_leaves_a_layer_that_shares_the_weight_alone(case: Case):
     model.base_model.merge_adapter()
     assert isinstance(other, nn.Module) and same(dict(other.named_parameters()), kept)
     assert not same(dict(layer.named_parameters()), kept)
+
+
+@pytest.mark.parametrize("case", cases(options=False, weights=False))
+def test_what_no_weight_can_hold_is_refused_in_words(case: Case):
+    model = case.model()
+    layer, x, before = model.get_base_model().layer, case.batch(), base_values(model)
+    apart = model(x)
+    for merge in (model.base_model.merge_adapter, model.merge_and_unload, lambda: layer.stored_weight(["default"])):
+        with pytest.raises(MergeError, match=r"no weight|has no weight"):
+            merge()
+        assert same(base_values(model), before) and not layer.merged and torch.equal(model(x), apart)

@@ -26,6 +26,7 @@ class Input(Graft):
 
     def __init__(self, name: str, config: Any, encoder: InputEncoder, stage: InputStage) -> None:
         self.name, self.config, self.encoder, self.stage = name, config, encoder, stage
+        self.reads = ("task_ids",) if encoder.takes_tasks else ()
         self._folded: tuple[Any, Tensor] | None = None
 
     @classmethod

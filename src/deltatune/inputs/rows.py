@@ -45,7 +45,7 @@ def forward(model: Any, names: Sequence[str | None], args: tuple[Any, ...], kwar
     groups = _groups(model, names, named)
     outputs, weights = [], []
     for name, index, part in groups:
-        with model.base_model.selection.use(Call((name,) if name is not None else ())):
+        with model.base_model.selection.use(model.informed(Call((name,) if name is not None else ()), part)):
             outputs.append(base(**{**part, "return_dict": True}))
         weights.append(_counted(model, name, part, len(index)))
     order = torch.cat([index for _, index, _ in groups]).argsort()
@@ -72,7 +72,7 @@ def generate(model: Any, names: Sequence[str | None], args: tuple[Any, ...], kwa
     groups = _groups(model, names, {("input_ids" if key == "inputs" else key): v for key, v in kwargs.items()})
     found = []
     for name, _, part in groups:
-        with model.base_model.selection.use(Call((name,) if name is not None else ())):
+        with model.base_model.selection.use(model.informed(Call((name,) if name is not None else ()), part, part)):
             found.append(stage.generate(**part))
     settings = kwargs.get("generation_config") or model.base_model.model.generation_config
     padding = kwargs.get("pad_token_id", getattr(settings, "pad_token_id", None)) or 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import TargetError
+from deltatune.patterns import modules_by_name
 from deltatune.prompts.capture import check_shift
 from deltatune.prompts.positions import position_modules
 from deltatune.prompts.rotation import rotations
@@ -54,7 +55,7 @@ def _obstacle(prefix: Prefix, model: PreTrainedModel) -> str | None:
     """What stands in the way of an exact conversion, in words."""
     text = model.config.get_text_config()
     shapes = set(prefix.encoder.shapes)
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     windows = [text.sliding_window] if getattr(text, "sliding_window", None) else []
     windows += [text.attention_chunk_size] if getattr(text, "attention_chunk_size", None) else []
     if getattr(model.config, "is_encoder_decoder", False):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import ConfigError, TargetError
+from deltatune.patterns import modules_by_name
 from deltatune.prompts.attention import GATES, install
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.projections import Projections, find_projections
@@ -165,7 +166,7 @@ class Gates(Graft):
         if starts is not None:
             built.fill(starts)
         made = cls(name, config, built.to(model.device), sites, model)
-        modules = dict(model.named_modules())
+        modules = modules_by_name(model)
         install()
         for site, found, learned in zip(sites, projections, built):
             module = modules[site.name]
@@ -177,7 +178,7 @@ class Gates(Graft):
         return made
 
     def detach(self) -> None:
-        modules = dict(self.model.named_modules())
+        modules = modules_by_name(self.model)
         for site in self.sites:
             slot = vars(modules[site.name]).get(GATES)
             if slot is not None:

@@ -25,6 +25,7 @@ class Graft:
         verbs: Methods of its own that the `PeftModel` has too while the adapter is active.
         absent: What is said of a file without any of its tensors.
         unmergeable: What it is, and why it cannot be merged.
+        reads: Arguments of a call beyond those of the base model, which it takes itself.
     """
 
     takes_positions: ClassVar[bool] = False
@@ -34,6 +35,7 @@ class Graft:
     verbs: ClassVar[tuple[str, ...]] = ()
     absent: ClassVar[str] = "the file holds no tensor of its prompt"
     unmergeable: ClassVar[str] = "learned tokens, or their keys and values, which no weight can hold"
+    reads: tuple[str, ...] = ()
 
     name: str
     config: Any

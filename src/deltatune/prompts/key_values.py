@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltatune.config import TaskType
 from deltatune.errors import AdapterNameError, ConfigError, TargetError
+from deltatune.patterns import modules_by_name
 from deltatune.prompts import files
 from deltatune.prompts.attention import SLOT, Slot
 from deltatune.prompts.capture import check_shift
@@ -77,7 +78,7 @@ class Prefix(Graft):
         if stage is None:
             stage = vars(model)[STAGE] = Stage(model, selection)
         prefix = cls(name, config, built, sites, stage)
-        modules = dict(model.named_modules())
+        modules = modules_by_name(model)
         for site in sites:
             if SLOT not in vars(modules[site.name]):
                 vars(modules[site.name])[SLOT] = slot = Slot(stage, site.name)
@@ -96,7 +97,7 @@ class Prefix(Graft):
         stage, model = self.stage, self.stage.model
         stage.prefixes.pop(self.name, None)
         still = {site.name for prefix in stage.prefixes.values() for site in prefix.sites}
-        modules = dict(model.named_modules())
+        modules = modules_by_name(model)
         for site in self.sites:
             slot = None if site.name in still else vars(modules[site.name]).pop(SLOT, None)
             if slot is not None and slot.mount is not None:

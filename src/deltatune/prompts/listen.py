@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltatune.patterns import bare_name
 from deltatune.prompts.attention import Recorder
 from deltatune.prompts.follow import FUSED, SOFTMAX, Follower, Function, Trail
 from deltatune.prompts.product import Product, Roles, as_product
@@ -36,7 +37,7 @@ class Listener(Recorder, Follower):
 
     def __init__(self, model: nn.Module) -> None:
         Follower.__init__(self)
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): bare_name(name) for name, module in model.named_modules()}
         self.lost: dict[str, nn.Module] = {}
         self.born: dict[int, tuple[Any, Stack]] = {}  # products, and tensors that come from them: where
         self.broken: set[int] = set()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import TargetError
+from deltatune.patterns import modules_by_name
 
 
 class Shifting(Protocol):
@@ -136,7 +137,7 @@ def _where_positions_enter(model: nn.Module, site_names: list[str]) -> Iterator[
 
     homes = [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in modules_by_name(model).items()
         if isinstance(module, PreTrainedModel)
         and all(f"{site}.".startswith(f"{name}." if name else "") for site in site_names)
     ]

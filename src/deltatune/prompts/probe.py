@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import StateError
+from deltatune.patterns import modules_by_name
 from deltatune.prompts.example import example_inputs, two_rows
 from deltatune.prompts.follow import Trail
 from deltatune.prompts.listen import Listener
@@ -88,7 +89,7 @@ class _Watch(Listener):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.modules = dict(model.named_modules())
+        self.modules = modules_by_name(model)
         self.calls: dict[str, tuple[int, int, tuple[int, int, int, int]]] = {}
         self.counts: Counter[str] = Counter()
         self.layouts: dict[str, Layout] = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import TargetError
+from deltatune.patterns import modules_by_name
 from deltatune.prompts.attention import Recorder
 from deltatune.prompts.example import call_with_tokens, example_inputs, ordinary_tokens
 from deltatune.prompts.rotation import Rotation, rotations
@@ -65,7 +66,7 @@ class _Watch(Recorder):
     """Notes what the children of the sites read and returned before their first attention call, and who came after."""
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
-        modules = dict(model.named_modules())
+        modules = modules_by_name(model)
         self.names = {id(modules[site.name]): site.name for site in sites}
         self.calls: dict[str, tuple[Tensor, Tensor]] = {}
         self.before: dict[str, list[tuple[str, Tensor, Tensor]]] = {site.name: [] for site in sites}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import DataError, MismatchError, TargetError
+from deltatune.patterns import modules_by_name
 from deltatune.prompts.capture import rows_of
 from deltatune.prompts.convert import turned
 from deltatune.prompts.example import ordinary_tokens
@@ -144,7 +145,7 @@ def _filled(prefix: Prefix, model: PreTrainedModel, rows: Tensor, batch_size: in
 
     cache = DynamicCache(config=model.config)
     parts = rows.to(model.dtype).split(prefix.encoder.part_sizes, dim=1)
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules: dict[str, Any] = modules_by_name(model)
     for index, (site, (heads, dim, value_heads, value_dim)) in enumerate(zip(prefix.sites, prefix.encoder.shapes)):
         layer = getattr(modules[site.name], "layer_idx", index)
         key = parts[2 * index].unflatten(1, (heads, dim)).transpose(0, 1)  # (heads, P, dim)

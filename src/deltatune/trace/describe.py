@@ -225,7 +225,7 @@ def _layer(path: str, layer: AdaptedLayer, names: tuple[str, ...], watch: Watch,
         where=where(AdaptedLayer.forward),
         path=path,
         layer_class=type(layer.base_layer).__name__,
-        weight=list(layer.as_map().weight.shape),
+        weight=None if layer.is_block else list(layer.as_map().weight.shape),
         calls=passage.calls,
         input_shape=passage.input_shape,
         output_shape=passage.output_shape,
@@ -236,7 +236,10 @@ def _layer(path: str, layer: AdaptedLayer, names: tuple[str, ...], watch: Watch,
 def _adapter(name: str, layer: AdaptedLayer, below: list[str], gradients: Gradients, reason: str) -> AdapterPart:
     adapter: Any = layer.adapters[name]
     parameters = gradients.parameters(adapter, reason)
-    base_norm, delta_norm = _norms(adapter, layer.as_map(below).weight)
+    base_norm = delta_norm = None
+    if adapter.mergeable is True:
+        below = [other for other in below if layer.adapters[other].mergeable is True]
+        base_norm, delta_norm = _norms(adapter, layer.as_map(below).weight)
     views = {view: getattr(adapter, view) for view in adapter.views}
     return AdapterPart(
         where=where(type(adapter)),

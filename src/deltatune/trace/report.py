@@ -192,14 +192,15 @@ class AdapterPart:
 
     Attributes:
         facts: Plain values that its class declares in `views`, such as LoRA's r and scaling.
-        delta_norm: Frobenius norm of what it adds to the weight; `base_norm` is that of the weight below it.
+        delta_norm: Frobenius norm of what it adds to the weight; `base_norm` is that of the weight below it. None of an
+            adapter that no weight can hold.
     """
 
     where: str
     adapter: str
     facts: dict[str, Any]
-    base_norm: float
-    delta_norm: float
+    base_norm: float | None
+    delta_norm: float | None
     parameters: list[Parameter]
     dead: bool
 
@@ -214,12 +215,15 @@ class AdapterPart:
 
 @dataclass
 class LayerStop:
-    """One wrapped layer; shapes are those of the first of its `calls` in the batch, None where there was no call."""
+    """One wrapped layer; shapes are those of the first of its `calls` in the batch, None where there was no call.
+
+    A block of layers has no `weight`.
+    """
 
     where: str
     path: str
     layer_class: str
-    weight: Shape
+    weight: Shape | None
     calls: int
     input_shape: Shape | None
     output_shape: Shape | None

@@ -161,7 +161,7 @@ def _part(part: Part) -> Text:
 
 def _layer(layer: LayerStop) -> Text:
     text = Text(layer.path, "bold red" if any(part.dead for part in layer.adapters) else "")
-    text.append(f"  {layer.layer_class} {words.shape(layer.weight)}", "dim")
+    text.append(f"  {layer.layer_class} {'' if layer.weight is None else words.shape(layer.weight)}", "dim")
     if layer.calls:
         text.append(f"\nin {words.shape(layer.input_shape)}  out {words.shape(layer.output_shape)}", "dim")
     else:
@@ -170,6 +170,7 @@ def _layer(layer: LayerStop) -> Text:
         rank = "" if part.rank is None else f"r {part.rank}  "
         scaling = "" if part.scaling is None else f"scaling {words.number(part.scaling)}  "
         norms = f"|W| {words.number(part.base_norm)}  |ΔW| {words.number(part.delta_norm)}"
+        norms = "no change of the weight" if part.delta_norm is None else norms
         prefix = f"{part.adapter}: " if len(layer.adapters) > 1 else ""
         text.append(f"\n{prefix}{rank}{scaling}{norms}")
         if part.dead:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune.layer import AdaptedLayer
+from deltatune.patterns import bare_name
 from deltatune.prompts import attention
 from deltatune.trace.report import AttentionCall, Shape
 
@@ -41,7 +42,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, encoders: dict[str, nn.Module], kinds: dict[str, str]) -> None:
         self.model, self.encoders, self.kinds = model, encoders, kinds
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): bare_name(name) for name, module in model.named_modules()}
         self.rows: dict[str, Tensor] = {}
         self.passages: dict[int, Passage] = {}
         self.calls: list[AttentionCall] = []

@@ -1,0 +1,1 @@
+"""One file per method: what you set (its config) and what it computes (its adapter)."""
