@@ -104,6 +104,7 @@ from deltatune.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from deltatune.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from deltatune.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from deltatune.tasks import get_peft_model as get_peft_model
+from deltatune.xlora.config import XLoraConfig as XLoraConfig
 
 __version__: str
 __all__: list[str]

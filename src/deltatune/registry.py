@@ -46,6 +46,7 @@ from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
 from deltatune.shadow.graft import METHOD as SHADOW
+from deltatune.xlora.graft import METHOD as XLORA
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -93,6 +94,7 @@ METHODS: dict[PeftType | str, Method] = {
         MULTITASK_PROMPT_TUNING,
         CPT,
         SHADOW,
+        XLORA,
     )
 }
 
