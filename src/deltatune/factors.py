@@ -112,6 +112,13 @@ def reflect(x: Tensor, u: Tensor) -> Tensor:
     return x - 2 * (x @ u)[..., None] * u
 
 
+def orthonormal_rows(matrix: Tensor) -> Tensor:
+    """The rows (at most as many as columns) made orthonormal by Gram-Schmidt, in one step."""
+    wide = matrix.T.to(torch.promote_types(matrix.dtype, torch.float32))  # no solver works in half precision
+    Q, triangle = torch.linalg.qr(wide)
+    return (Q * triangle.diagonal().sign()).T.to(matrix.dtype)
+
+
 def orthonormal(columns: Tensor) -> Tensor:
     """The columns made orthonormal by Gram-Schmidt, in order."""
     done: list[Tensor] = []

@@ -26,16 +26,19 @@ from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.osf import METHOD as OSF
+from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.outputs.poly import METHOD as POLY
+from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -52,6 +55,9 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        BOTTLENECK,
+        POLY,
+        REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
@@ -69,9 +75,11 @@ METHODS: dict[PeftType | str, Method] = {
         LOKR,
         FOURIERFT,
         WAVEFT,
+        PEANUT,
         VERA,
         PVERA,
         RANDLORA,
+        VBLORA,
         GRALORA,
         ADAMSS,
         MISS,

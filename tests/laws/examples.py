@@ -126,6 +126,8 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
     "randlora_alpha": (8,),
+    "num_vectors": (6,),
+    "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
@@ -153,6 +155,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "subspace_rank": (2,),
     "effective_rank": (0.25,),
     "n_splits": (2,),
+    "first_n": (None, 0),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
@@ -167,6 +170,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "depth": (1, 2),
+    "act_fn": ("tanh", "gelu_new"),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
 

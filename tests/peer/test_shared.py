@@ -16,7 +16,12 @@ from tests.peer.crossing import EXACT, crosses_over, trains_alike
 from tests.peer.pairs import ATTENTION, loaded_by_peft, saved_by_peft, scatter, theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
-CONFIGS = {"vera": "VeraConfig", "pvera": "PveraConfig", "randlora": "RandLoraConfig"}
+CONFIGS = {
+    "vera": "VeraConfig",
+    "pvera": "PveraConfig",
+    "randlora": "RandLoraConfig",
+    "vblora": "VBLoRAConfig",
+}
 REPEATING = ("randlora",)  # PEFT's files hold the projections once per layer too, and it warns where they do not
 PROJECTED = ("vera", "pvera", "randlora")  # methods with random projections, and what they are called
 TENSORS = {"vera": ["vera_A", "vera_B"], "pvera": ["pvera_A", "pvera_B"], "randlora": ["randlora_A", "randlora_B"]}
@@ -123,3 +128,25 @@ def test_options_and_defaults_are_pefts(method):
     for name, value in theirs.to_dict().items():
         if name not in ("save_projection", "peft_type", "auto_mapping"):
             assert getattr(ours, name) == value, name
+
+
+def drawn_bank(arch, seed):
+    draw = random.Random(f"vblora{arch}{seed}")
+    names = sorted(draw.sample([name for name in ATTENTION[arch] if name != "k_proj"], draw.randint(1, 3)))
+    options = {"target_modules": names, "r": draw.choice([1, 3]), "vector_length": draw.choice([2, 8])}
+    options |= {"num_vectors": draw.choice([5, 300]), "topk": draw.choice([1, 2, 4])}
+    options |= {"init_vector_bank_bound": 1.0, "save_only_topk_weights": draw.random() < 0.5}
+    return options
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("arch", ATTENTION)
+def test_banks_cross_over(arch, seed, tmp_path):
+    their_model, our_model = crosses_over(*configs("vblora", arch, **drawn_bank(arch, seed)), arch, tmp_path)
+    assert their_model.get_nb_trainable_parameters()[0] == our_model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_training_a_bank_gives_pefts_losses(arch, tmp_path):
+    options = {"r": 2, "num_vectors": 6, "vector_length": 8, "target_modules": ATTENTION[arch][:3]}
+    trains_alike(configs("vblora", arch, **options)[0], arch, tmp_path)
