@@ -46,6 +46,7 @@ _NAMES = {
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.miss": ("MissConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.osf": ("OSFConfig",),
     "deltatune.methods.pvera": ("PveraConfig",),
     "deltatune.methods.randlora": ("RandLoraConfig",),
     "deltatune.methods.peanut": ("PeanutConfig",),

@@ -47,6 +47,7 @@ from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.osf import OSFConfig as OSFConfig
 from deltatune.methods.peanut import PeanutConfig as PeanutConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig

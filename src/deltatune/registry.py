@@ -25,6 +25,7 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.osf import METHOD as OSF
 from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
@@ -86,6 +87,7 @@ METHODS: dict[PeftType | str, Method] = {
         DELORA,
         BOTTLENECK,
         POLY,
+        OSF,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -150,6 +150,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
     "subspace_rank": (2,),
+    "effective_rank": (0.25,),
     "n_splits": (2,),
     "first_n": (None, 0),
     "preset": ("parallel",),
