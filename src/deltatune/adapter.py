@@ -26,6 +26,7 @@ class LinearMap(Protocol):
     keeps           names of the module's parameters that are `weight` and `bias`
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
     parts           modules inside of it that are adapted with it
+    turned          it stores its weight as (in, out)
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
     positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
@@ -39,6 +40,7 @@ class LinearMap(Protocol):
     out_features: int
     kernel: int
     groups: int
+    turned: bool
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -90,12 +92,15 @@ class Adapter(Stored):
 
     A change that no weight can hold (`mergeable`) is complete once `forward` is written, which is its definition then.
 
-    Class attributes declare what the laws need to know of a method; where an option decides, an instance sets its own:
+    Class attributes declare what the laws need to know; where an option decides, an instance has its own:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
+        replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
-        reads: What it has to know about a call; `forward` is handed each by name.
+        deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
@@ -103,11 +108,19 @@ class Adapter(Stored):
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
+    replaces: ClassVar[bool] = False
     mergeable: bool | str = True
-    reads: tuple[Value, ...] = ()
+    deterministic: bool | str = True
+    lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
+    reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
+
+    @classmethod
+    def fits(cls, layer: LinearMap) -> bool | str:
+        """True, or why the method's maths does not allow the layer."""
+        return layer.kind in cls.base_kinds or f"its maths allows {', '.join(sorted(cls.base_kinds))} layers"
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
@@ -116,6 +129,12 @@ class Adapter(Stored):
         A method with `Method.shared` takes that module as a fourth argument.
         """
         raise NotImplementedError
+
+    @classmethod
+    def plan(cls, layers: dict[str, LinearMap], config: Any) -> Any:
+        """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
+        the rest."""
+        return config
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.
@@ -170,7 +189,7 @@ class Applied:
     def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
         self.adapter, self.inner, self.read = adapter, inner, read
         self.in_features, self.out_features = inner.in_features, inner.out_features
-        self.kernel, self.groups = inner.kernel, inner.groups
+        self.kernel, self.groups, self.turned = inner.kernel, inner.groups, inner.turned
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property
@@ -255,6 +274,7 @@ class Method:
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""
         assert self.adapter is not None
+        config = self.adapter.plan(layers, config)
         if self.shared is None:
             return {path: self.adapter.build(layer, config, path) for path, layer in layers.items()}, None
         shared, build = self.shared(layers, config), cast(Any, self.adapter).build

@@ -80,6 +80,7 @@ class PeftType(str, Enum):
     HIRA = "HIRA"
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
+    BITFIT = "BITFIT"  # this one and what follows is not PEFT's
     BOTTLENECK = "BOTTLENECK"
     COMPACTER = "COMPACTER"
     REFT = "REFT"

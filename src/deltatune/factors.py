@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltatune.adapter import LinearMap
 
@@ -66,6 +69,11 @@ class RowDropout(nn.Module):
             kept = (torch.rand(layer.out_features, device=update.device) > self.features).float()
             update = layer.scale(update, kept / kept.mean().clamp_min(1e-6) if self.rescale else kept)
         return update
+
+
+def scale_of_rows(x: Tensor, layer: LinearMap, dtype: torch.dtype) -> Tensor:
+    """What an embedding that scales its rows multiplies them by, (..., 1); ones with others."""
+    return layer.apply(x, torch.ones((), dtype=dtype, device=x.device).expand(1, layer.in_features))
 
 
 def skew_symmetric(entries: Tensor, size: int) -> Tensor:
@@ -130,7 +138,7 @@ def circulant(kernel: Tensor) -> Tensor:
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
     """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C)."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)  # half precision has no FFT
+    dtype = torch.promote_types(x.dtype, at_least_single(kernel))  # half precision has no FFT
     parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
     if not parts.numel():  # nothing to transform, which not every library for FFT takes
         return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)
@@ -150,6 +158,26 @@ def _drawn(size: int, count: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=generator, device="cpu")[:count].clone()
 
 
+def at_least_single(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors); what it builds on the way is built again for the gradient instead of being kept for it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def fewer_by_vector(x: Tensor, layer: LinearMap, count: int) -> bool:
+    """Whether `count` numbers for each vector of x are fewer than the entries of a matrix for all of them.
+
+    Never for images, whose patches are not laid out, nor for no vectors.
+    """
+    vectors = x.numel() if layer.kind == "embedding" else x.numel() // layer.in_features
+    return layer.kind != "conv" and 0 < vectors * count <= layer.out_features * layer.in_features
+
+
 def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
     """Outputs and inputs of the smallest matrix of which every layer's is a corner."""
     sizes = [(layer.out_features, layer.in_features) for layer in layers]
@@ -159,3 +187,45 @@ def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
 def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
     """Kaiming's uniform start, out of a generator of its own."""
     return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
+
+
+def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int) -> Tensor:
+    """x S^T for the matrix S (out, in) with `values` at (rows, columns); neither S nor its gradient is built."""
+    y = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), values, rows, columns, out)
+    return y.view(*x.shape[:-1], out)
+
+
+_AT_ONCE = 1 << 22  # products that `_SparseLinear` holds at a time
+
+
+class _SparseLinear(torch.autograd.Function):
+    """Written out because autograd would keep the product of every entry with every row of x."""
+
+    @staticmethod
+    def forward(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int) -> Tensor:
+        inputs = x.T.to(torch.promote_types(x.dtype, values.dtype))
+        return _gather(inputs, values, columns, rows, out).T.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, rows, columns = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, values.dtype)
+        inputs, outputs = (part.T.to(wide).contiguous() for part in (x, grads[0]))
+        at_once = max(_AT_ONCE // max(len(x), 1), 1)
+        pairs = zip(rows.split(at_once), columns.split(at_once))
+        dots = [torch.linalg.vecdot(outputs.index_select(0, row), inputs.index_select(0, col)) for row, col in pairs]
+        of_x = _gather(outputs, values, rows, columns, len(inputs)).T.to(x.dtype) if ctx.needs_input_grad[0] else None
+        return of_x, torch.cat(dots).to(values.dtype), None, None, None
+
+
+def _gather(source: Tensor, values: Tensor, read: Tensor, written: Tensor, size: int) -> Tensor:
+    """(size, T): at row `written` the sum of `values` times the rows `read` of `source` (., T)."""
+    written, order = written.sort()
+    starts = torch.searchsorted(written, torch.arange(size, device=written.device))
+    return F.embedding_bag(
+        read[order], source.contiguous(), starts, mode="sum", per_sample_weights=values[order].to(source.dtype)
+    )

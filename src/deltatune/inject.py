@@ -79,6 +79,7 @@ def _build_all(
     model: nn.Module, method: Method, config: Any, name: str, autocast: bool, built: dict[int, Adapter]
 ) -> Stored | None:
     """An adapter for every layer that a config targets; `built` gets them. Returns what they share."""
+    assert method.adapter is not None
     targets.with_defaults(config, model, method.default_targets, method.find_targets)
     found, owners = targets.find(model, config, method.adapter), _owners(model, built)
     for path, module in found.items():
@@ -149,8 +150,8 @@ def _map(module: nn.Module) -> LinearMap:
 
 def _stored(module: nn.Module) -> Any:
     """The parameter in which a layer keeps its weight; the layer itself where it is none."""
-    holder = module.base_layer if isinstance(module, AdaptedLayer) else module
-    stored = holder._parameters.get(_map(module).keeps[0])
+    layer, holder = targets.map_of(module), _holder(module)
+    stored = None if layer is None else holder._parameters.get(layer.keeps[0])
     return holder if stored is None else stored
 
 
@@ -228,10 +229,9 @@ def _layer(
         layer = targets.as_map(module)
     if layer is None or layer.kind == "block":
         layer = Block(_holder(module), width=width_of(model, path))
-    if layer.kind not in kind.base_kinds:
+    if (fits := kind.fits(layer)) is not True:
         raise TargetError(
-            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} "
-            f"cannot adapt; its maths allows {', '.join(sorted(kind.base_kinds))} layers",
+            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} cannot adapt; {fits}",
             field="target_modules",
             path=path,
         )
@@ -292,8 +292,8 @@ def _inner(wrapper: AdaptedLayer | TrainedCopies) -> nn.Module:
 
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter off; a wrapper left without adapters is taken off too."""
-    calls.forget(model, name)
     remove_shared(model, name)
+    calls.forget(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             module.adapters.pop(name) if name in module.adapters else None
@@ -309,8 +309,8 @@ def remove(model: nn.Module, name: str) -> None:
 
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
     """Take every wrapper off. Copies of the adapters in `keep` stay in the model in place of their originals."""
-    calls.forget(model)
     strip_shared(model)
+    calls.forget(model)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
             _replace(model, path, module.base_layer)

@@ -186,9 +186,12 @@ class AdaptedLayer(LayerViews, nn.Module):
         try:
             self.eval()
             with torch.no_grad():
-                base, adapted = self.as_map(), self.as_map(names)
-                weight, bias = adapted.weight, adapted.bias
-                held = base.hold(weight)
+                base, bias = self.as_map(), self.as_map(names).bias
+                plain = weight = base.weight
+                for name in names:
+                    weight = self.adapters[name].adapt(weight)  # type: ignore[operator]
+                # what no adapter changed is kept as it is, and needs no packing again
+                held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
             self.train(training)
         if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):

@@ -18,6 +18,8 @@ PATTERNED = {
     "rank_pattern": checks.positive_int,
     "alpha_pattern": checks.finite_positive,
     "lambda_pattern": checks.finite_positive,
+    "block_size_pattern": checks.positive_int,
+    "n_frequency_pattern": checks.positive_int,
 }
 
 

@@ -39,7 +39,7 @@ class Persistence:
         """File key -> tensor of one adapter; of those that a file may leave out only the given ones (None: all)."""
         self._known([name])
         if name not in self.prompts:
-            return collect(self.base_model.model, name, given=given)
+            return collect(self.base_model.model, name, given=None if format == "peft" else given)
         copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
@@ -71,7 +71,8 @@ class Persistence:
         """Write adapters as PEFT's folders: "default" into the folder itself, others into subfolders.
 
         Args:
-            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it.
+            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it. Of layer
+                methods it also writes the frozen tensors that files otherwise leave out, which PEFT warns of.
         """
         if not safe_serialization:
             raise ConfigError(

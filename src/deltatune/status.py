@@ -10,7 +10,6 @@ from torch import nn
 
 from deltatune.adapter import Adapter
 from deltatune.inject import adapted_layers, trained_copies
-from deltatune.registry import METHODS
 
 Answer = bool | Literal["irregular"]
 
@@ -88,7 +87,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(bare).__name__,
         adapter_model_type=type(getattr(model, "base_model", bare)).__name__,
-        peft_types={name: METHODS[config.peft_type].name.upper() for name, config in configs.items()},
+        peft_types={
+            name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()
+        },
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
         total_params=sum(p.numel() for p in parameters),
         num_adapter_layers=len(layers),

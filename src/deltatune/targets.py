@@ -46,7 +46,8 @@ def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) ->
     """Path -> layer for everything the config targets, in the order of the model. Changes nothing.
 
     Args:
-        adapter: What is to be put there. If it adapts blocks of layers, the name of a list stands for its members.
+        adapter: What is to be put there; "all-linear" passes over layers that it does not fit. Where it adapts blocks
+            of layers too, the name of a list of them stands for its members.
 
     Raises:
         TargetError: Nothing matches, or a layer that is named cannot be adapted.
@@ -56,6 +57,7 @@ def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) ->
         found = {path: module for path, module in modules.items() if _is_linear(module)}
         for path in _outputs(model, config.task_type):
             found.pop(path, None)
+        found = _that_fit(found, adapter)
     else:
         found = {path: module for path, module in modules.items() if name_matches(config.target_modules, path)}
         if blocks:
@@ -71,6 +73,20 @@ def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) ->
     _refuse_unsupported(found, blocks)
     _warn_dead(config, modules, found)
     return found
+
+
+def _that_fit(found: dict[str, nn.Module], adapter: type[Adapter] | None) -> dict[str, nn.Module]:
+    answers = {path: True if adapter is None else adapter.fits(map_of(found[path])) for path in found}  # type: ignore
+    if found and True not in answers.values():
+        path, reason = next(iter(answers.items()))
+        raise TargetError(
+            f"target {ALL_LINEAR!r}: {adapter.__name__} fits none of the {len(found)} linear layers, "  # type: ignore
+            f"such as {path}: {reason}",
+            field="target_modules",
+            path=path,
+            found=ALL_LINEAR,
+        )
+    return {path: module for path, module in found.items() if answers[path] is True}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -184,7 +200,7 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found = usual(model_type) if usual and model_type else None
     if found is None and search is not None:
-        found = search(model)
+        found = _shortened({path for path in search(model) or () if not _excluded(config, path)}, config, model)
     found = found(config) if callable(found) else found
     if found is None:
         linear = [path for path, module in walk(model) if _is_linear(module)][:5]
@@ -198,3 +214,10 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     values = found if isinstance(found, dict) else {"target_modules": found}
     for name, value in values.items():
         setattr(config, name, set(value) if isinstance(value, list) else value)
+
+
+def _shortened(paths: set[str], config: Any, model: nn.Module) -> set[str] | None:
+    """The last parts of many paths where they mean the same layers, else the paths; None for none."""
+    endings = {path.rpartition(".")[2] for path in paths}
+    named = {path for path, _ in walk(model) if name_matches(endings, path) and not _excluded(config, path)}
+    return (endings if named == paths and len(paths) > 1 else paths) or None

@@ -70,7 +70,9 @@ def test_a_miss_names_the_nearest_layers(arch, wanted, nearest):
 
 
 def test_a_layer_that_cannot_be_adapted_is_named_with_those_that_can():
-    with pytest.raises(TargetError, match=r"'model.norm' is a LlamaRMSNorm.*supported are Linear, Conv1D, Embedding"):
+    with pytest.raises(TargetError, match=r"'model.layers.0.mlp' is a LlamaMLP.*supported are Linear, Conv1D"):
+        get_peft_model(tiny("llama"), LoraConfig(target_modules=["mlp"]))
+    with pytest.raises(TargetError, match=r"'model.norm' is a LlamaRMSNorm, which LoRA cannot.*embedding, linear"):
         get_peft_model(tiny("llama"), LoraConfig(target_modules=["model.norm"]))
 
 

@@ -85,9 +85,18 @@ BASES: dict[str, Base] = {
     ),
     "conv3d": Base(lambda: nn.Conv3d(2, 6, 2), (2, 3, 3, 4)),
     "block": Base(lambda: Block(12), (5, 12)),
+    "norm": Base(lambda: nn.LayerNorm(12), (5, 12)),
+    "norm-no-bias": Base(lambda: nn.RMSNorm(8), (5, 8)),
 }
-PLAIN = ("linear", "transposed", "embedding", "conv2d-circular")  # one of each kind, for laws that cost more
-SWEPT = ("linear", "linear-wide-no-bias", "embedding", "conv2d-circular", "block")  # where every option is tried
+PLAIN = ("linear", "transposed", "embedding", "conv2d-circular", "norm")  # one of each kind, for laws that cost more
+SWEPT = (
+    "linear",
+    "linear-wide-no-bias",
+    "embedding",
+    "conv2d-circular",
+    "block",
+    "norm",
+)  # where every option is tried
 
 
 class Holder(nn.Module):
@@ -113,8 +122,12 @@ LAYER_METHODS: dict[str, Method] = {
 # Values to try for options whose defaults are too large for small layers, by the option's name, best first.
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
+    "sparsity": (0.9,),
+    "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
-    "size": (4,),
+    "randlora_alpha": (8,),
+    "num_vectors": (6,),
+    "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
@@ -123,18 +136,23 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
     "n_frequency": (6,),
+    "delora_lambda": (1,),
+    "size": (4,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian", "lycoris"),
+    "init_weights": (False, "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
     "hybrid_r": (2,),
     "rank_pattern": ({LAYER: 8}, {LAYER: 1}),
     "alpha_pattern": ({LAYER: 5.0},),
+    "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
+    "r": (None,),
+    "subspace_rank": (2,),
     "n_splits": (2,),
     "first_n": (None, 0),
     "preset": ("parallel",),
@@ -146,8 +164,14 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "variant": ("road_2", "road_4"),
     "group_size": (4,),
     "boft_n_butterfly_factor": (2, 3),
+    "ab_svd_init": ("pissa_init",),
+    "psoft_svd": ("lowrank",),
+    "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "depth": (1, 2),
+    "act_fn": ("tanh", "gelu_new"),
+    "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
 
@@ -161,7 +185,7 @@ def small(method_name: str) -> dict[str, Any]:
         try:
             config = method.config(target_modules=[LAYER], **sizes)
             for base in BASES.values():
-                if (layer := _map(base)).kind in _adapter(method).base_kinds:
+                if _adapter(method).fits(layer := map_of(base)) is True:
                     method.build({LAYER: layer}, config)
         except PeftError:
             continue
@@ -203,7 +227,7 @@ def _adapter(method: Method) -> type[Adapter]:
     return method.adapter
 
 
-def _map(base: Base) -> LinearMap:
+def map_of(base: Base) -> LinearMap:
     module = base.make()
     return as_map(module) or block_base.Block(module, width=base.shape[-1])
 
@@ -236,24 +260,24 @@ class Case:
     @functools.cached_property
     def has_weight(self) -> bool:
         """Whether the adapted layer has a weight: not every method is a change of one."""
-        return self._adapter(_map(BASES[self.base])).mergeable is True
+        return self._adapter(map_of(BASES[self.base])).mergeable is True
 
     @property
     def mergeable(self) -> bool:
         """A grouped convolution is block-diagonal, and most adapters leave the blocks."""
-        grouped = "grouped" in self.base or "depthwise" in self.base
-        return self.has_weight and not grouped and not self.adds_bias
+        apart = "grouped" in self.base or "depthwise" in self.base
+        return self.has_weight and not apart and not self.adds_bias
 
     @property
     def adds_bias(self) -> bool:
         """A layer without bias cannot hold one."""
-        layer = _map(BASES[self.base])
+        layer = map_of(BASES[self.base])
         return layer.bias is None and self._adapter(layer).adapted_bias(layer) is not None
 
     @property
     def changes_weight(self) -> bool:
         """Some methods change the bias alone."""
-        layer = _map(BASES[self.base])
+        layer = map_of(BASES[self.base])
         weight = layer.weight
         return self._adapter(layer).adapt(weight) is not weight
 
@@ -308,16 +332,16 @@ def allows(name: str, base: str) -> bool:
 
 @functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
-    layer, method = _map(BASES[base]), LAYER_METHODS[name]
-    if layer.kind not in _adapter(method).base_kinds:
+    layer, method = map_of(BASES[base]), LAYER_METHODS[name]
+    if _adapter(method).fits(layer) is not True:
         return False
     try:
-        method.build({LAYER: layer}, config_of(name, variant))
+        made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise
         return False  # an option that the method refuses for this kind of layer
-    return True
+    return made[LAYER].deterministic is True  # the laws compare calls with each other
 
 
 def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.laws.examples import Case, adapters, cases
 
-KINDS = ("linear", "transposed", "embedding", "conv2d-circular")
+KINDS = ("linear", "transposed", "embedding", "conv2d-circular", "norm")
 
 
 def through_torch_save(model):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from tests.laws.examples import Case, cases, move
 
-KINDS = ("linear", "embedding", "conv2d-circular")
+KINDS = ("linear", "embedding", "conv2d-circular", "norm")
 
 
 @pytest.fixture(autouse=True)

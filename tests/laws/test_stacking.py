@@ -24,7 +24,7 @@ from tests.laws.examples import (
 )
 
 PAIRS = pairs("stacking")
-KINDS = ("linear", "transposed", "conv2d-circular")
+KINDS = ("linear", "transposed", "conv2d-circular", "norm")
 
 
 class Dense(Applied):

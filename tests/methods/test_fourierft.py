@@ -48,16 +48,15 @@ def test_the_summand_is_the_real_part_of_the_inverse_transform(height, width, ro
 
 
 def test_few_vectors_build_no_matrix_and_many_do(monkeypatch):
-    wrapper, _ = adapted(nn.Linear(16, 10), n_frequency=8)
-    built = []
-    inside = type(wrapper.adapters["default"]).delta.fget
-    monkeypatch.setattr(
-        type(wrapper.adapters["default"]), "delta", property(lambda self: built.append(1) or inside(self))
-    )
+    wrapper, fourier = adapted(nn.Linear(16, 10), n_frequency=8)
+    built, inside = [], type(fourier).delta
+    monkeypatch.setattr(type(fourier), "delta", lambda self, c: built.append(1) or inside(self, c))
     wrapper(torch.randn(2, 10, 16, dtype=torch.float64)).sum().backward()
     assert built == []
-    wrapper(torch.randn(21, 16, dtype=torch.float64))
+    out = wrapper(torch.randn(21, 16, dtype=torch.float64))
     assert built == [1]
+    out.sum().backward()
+    assert built == [1, 1], "built again for the gradient, and kept by nobody"
 
 
 def test_conv1d_of_gpt2_is_seen_as_out_by_in():

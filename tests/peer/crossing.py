@@ -17,12 +17,19 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def crosses_over(
-    their_config: Any, our_config: Any, arch: str, folder: Path, back: bool = True, tolerance: dict = EXACT
+    their_config: Any,
+    our_config: Any,
+    arch: str,
+    folder: Path,
+    back: bool = True,
+    tolerance: dict = EXACT,
+    format: str | None = None,
 ) -> tuple[Any, Any]:
     """Both ways, and what we save of PEFT's adapter is what PEFT saved; returns PEFT's model and one of ours.
 
     Args:
         back: Whether PEFT reads what we write; False where it cannot express or load it.
+        format: In which ours is saved for PEFT.
     """
     model, inputs = theirs(arch, their_config), batch(arch)
     expected = logits(model, inputs)
@@ -38,7 +45,7 @@ def crosses_over(
     made = scatter(deltatune.get_peft_model(tiny(arch), our_config), 11)
     if back:
         assert_close(logits(loaded_by_peft(tiny(arch), folder / "again"), inputs), expected, **tolerance)
-        made.save_pretrained(folder / "ours")
+        made.save_pretrained(folder / "ours", format=format)
         assert_close(logits(loaded_by_peft(tiny(arch), folder / "ours"), inputs), logits(made, inputs), **tolerance)
     return model, made
 

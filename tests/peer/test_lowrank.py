@@ -17,12 +17,21 @@ from tests.peer import crossing
 from tests.peer.crossing import EXACT
 from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter, theirs
 
-CONFIGS = {"hira": "HiraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "gralora": "GraloraConfig"}
+CONFIGS = {
+    "hira": "HiraConfig",
+    "loha": "LoHaConfig",
+    "lokr": "LoKrConfig",
+    "gralora": "GraloraConfig",
+    "miss": "MissConfig",
+    "delora": "DeloraConfig",
+}
 SIZES: dict[str, dict[str, Any]] = {
     "hira": {"r": 4},
     "loha": {"r": 3, "alpha": 5},
     "lokr": {"r": 1, "alpha": 2},
     "gralora": {"r": 4, "alpha": 6},
+    "miss": {"r": 4},
+    "delora": {"r": 4, "delora_lambda": 1},
 }
 # PEFT's knows transformers' Conv1D, of which GPT-2 is made, only in some.
 ARCHITECTURES = {
@@ -30,6 +39,8 @@ ARCHITECTURES = {
     "loha": ("llama", "bert", "t5"),
     "lokr": ("llama", "bert", "t5"),
     "gralora": ("llama", "bert", "t5", "gpt2"),
+    "miss": ("llama", "bert", "t5"),
+    "delora": ("llama", "bert", "t5"),
 }
 CASES = [(method, arch) for method, known in ARCHITECTURES.items() for arch in known]
 
@@ -43,7 +54,9 @@ def configs(method: str, **options: Any) -> tuple[Any, Any]:
 
 def crosses_over(method: str, arch: str, folder: Any, **options: Any) -> None:
     their_config, our_config = configs(method, task_type=TASKS[arch], **options)
-    their_model, our_model = crossing.crosses_over(their_config, our_config, arch, folder)
+    # PEFT misses DeLoRA's norms with a warning, though it derives the same ones
+    format = "peft" if method == "delora" else None
+    their_model, our_model = crossing.crosses_over(their_config, our_config, arch, folder, format=format)
     assert their_model.get_nb_trainable_parameters()[0] == our_model.get_nb_trainable_parameters()[0]
 
 
@@ -97,7 +110,35 @@ def gralora_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
     }
 
 
-OPTIONS = {"hira": hira_options, "loha": loha_options, "lokr": lokr_options, "gralora": gralora_options}
+def miss_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    kind = draw.choice([True, False, "bat", "mini"])
+    return {
+        "init_weights": kind,
+        "r": draw.choice([2, 8] if kind == "bat" else [1, 5, 7, 16]),
+        "mini_r": draw.choice([1, 2, 8]),
+        "layers_to_transform": draw.choice([None, [1], 0]),
+    }
+
+
+def delora_options(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    return {
+        "r": draw.choice([1, 2, 5]),
+        "delora_lambda": draw.choice([1, 3]),
+        "rank_pattern": draw.choice([{}, {names[0]: 3}]),
+        "lambda_pattern": draw.choice([{}, {rf".*\.{names[-1]}": 2}]),
+        "init_weights": draw.choice([True, False]),
+        "exclude_modules": draw.choice([None, r".*\.0\..*"]),
+    }
+
+
+OPTIONS = {
+    "hira": hira_options,
+    "loha": loha_options,
+    "lokr": lokr_options,
+    "gralora": gralora_options,
+    "miss": miss_options,
+    "delora": delora_options,
+}
 
 
 @quiet
@@ -127,6 +168,12 @@ def test_training(method, arch, tmp_path):
     crossing.trains_alike(their_config, arch, tmp_path)
 
 
+@pytest.mark.parametrize("options", [{"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 2}], ids=str)
+def test_training_of_other_kinds_of_miss(options, tmp_path):
+    their_config, _ = configs("miss", task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], **options)
+    crossing.trains_alike(their_config, "llama", tmp_path)
+
+
 @quiet
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
 def test_hira_on_embeddings(arch, tmp_path):
@@ -145,6 +192,15 @@ def test_pefts_hira_passes_over_its_rank_pattern(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({**told, "rank_pattern": {}}))
     ours = deltatune.PeftModel.from_pretrained(tiny("llama"), folder)
     assert_close(logits(ours, batch("llama")), logits(model, batch("llama")), **EXACT)
+
+
+def test_peft_derives_the_norms_that_our_files_of_delora_leave_out(tmp_path):
+    _, our_config = configs("delora", target_modules=["q_proj", "down_proj"])
+    ours = scatter(deltatune.get_peft_model(tiny("llama"), our_config), 4)
+    ours.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Found missing adapter keys.*delora_w_norm"):
+        model = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert_close(logits(model, batch("llama")), logits(ours, batch("llama")), **EXACT)
 
 
 class Convolutions(nn.Module):

@@ -12,11 +12,21 @@ from tests.peer import crossing
 from tests.peer.pairs import ATTENTION, WHOLE, peft
 
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
-NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig"}
+NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig", "waveft": "WaveFTConfig", "peanut": "PeanutConfig"}
 LEARNING_RATES = {"c3a": 0.1, "fourierft": 0.1}
-SIZES = {"c3a": {"block_size": 8}, "fourierft": {"n_frequency": 40}}
-# PEFT's C3A does not know Conv1D, of which GPT-2 is made
-ARCHITECTURES = {"c3a": ("llama", "bert", "t5"), "fourierft": ("llama", "bert", "gpt2")}
+SIZES = {
+    "c3a": {"block_size": 8},
+    "fourierft": {"n_frequency": 40},
+    "waveft": {"n_frequency": 40, "scaling": 3.0},
+    "peanut": {"r": 4},
+}
+# PEFT's C3A and PEANuT do not know Conv1D, of which GPT-2 is made
+ARCHITECTURES = {
+    "c3a": ("llama", "bert", "t5"),
+    "fourierft": ("llama", "bert", "gpt2"),
+    "waveft": ("llama", "t5", "gpt2"),
+    "peanut": ("llama", "bert", "t5"),
+}
 PAIRS = [(method, arch) for method, archs in ARCHITECTURES.items() for arch in archs]
 
 
@@ -93,3 +103,55 @@ def test_fourierft_with_random_options(arch, seed, tmp_path):
         options["exclude_modules"] = r".*\.1\..*"
         options.pop("layers_to_transform", None)
     crosses_over("fourierft", arch, tmp_path, **options)
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("bert", 1), ("gpt2", 2), ("t5", 3), ("llama", 4), ("gpt2", 5)])
+def test_waveft_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options |= {"n_frequency": draw.choice([7, 100]), "scaling": draw.choice([5, 3.0])}
+    options |= {"random_loc_seed": draw.choice([0, 777]), "init_weights": draw.random() < 0.5}
+    options |= {"wavelet_family": draw.choice(["db1", "db4", "sym5", "coif2"]), "use_idwt": draw.random() < 0.8}
+    options["proportional_parameters"] = draw.random() < 0.5
+    if draw.random() < 0.5:
+        options["n_frequency_pattern"] = {options["target_modules"][0]: draw.choice([12, 60])}
+    crosses_over("waveft", arch, tmp_path, **options)
+
+
+@pytest.mark.parametrize("family", [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)]
+                         + [f"coif{n}" for n in range(1, 4)])  # fmt: skip
+def test_every_wavelet_is_pefts(family):
+    from peft.tuners.waveft.wavelet import Wavelet
+
+    from deltatune.wavelets import filters
+
+    theirs = torch.tensor([Wavelet(family).rec_lo, Wavelet(family).rec_hi], dtype=torch.float64)
+    assert_close(filters(family), theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["coif4", "coif5"])
+def test_what_peft_calls_by_these_names_is_no_wavelet(family):
+    from peft.tuners.waveft.wavelet import Wavelet
+
+    low = torch.tensor(Wavelet(family).rec_lo)
+    assert abs(low @ low - 1) > 1e-3, "PEFT has mended it: allow it here"
+    with pytest.raises(deltatune.PeftError, match=family):
+        deltatune.WaveFTConfig(wavelet_family=family)
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("bert", 1), ("llama", 2), ("t5", 3)])
+def test_peanut_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options |= {"r": draw.choice([1, 3, 32]), "depth": draw.choice([0, 1, 3]), "init_weights": draw.random() < 0.5}
+    options |= {"act_fn": draw.choice(["relu", "tanh", "silu"]), "scaling": draw.choice([0.5, 1.0])}
+    crosses_over("peanut", arch, tmp_path, **options)
+
+
+def test_activations_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+
+    from deltatune.methods.peanut import ACTIVATIONS
+
+    x = torch.linspace(-12, 12, 97)
+    assert {*ACT2FN} - {*ACTIVATIONS} <= {"prelu", "xielu"}, "they have parameters of their own"
+    for name, act in ACTIVATIONS.items():
+        assert_close(act(x), ACT2FN[name](x), rtol=1e-5, atol=1e-5)

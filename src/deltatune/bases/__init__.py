@@ -11,11 +11,15 @@ from deltatune.bases.attention import JointProjection
 from deltatune.bases.conv import Conv
 from deltatune.bases.embedding import Embedding
 from deltatune.bases.linear import Linear
+from deltatune.bases.module import OneWeight
 from deltatune.bases.packed import Bitsandbytes4bit, Bitsandbytes8bit, Opaque, PackedLinear, Torchao
 from deltatune.bases.transposed import Transposed
 
-# torchao before Linear: its layers are nn.Linear, whose weight claims the type of the values
-KINDS = (Torchao, Linear, Transposed, Embedding, Conv, JointProjection, Bitsandbytes4bit, Bitsandbytes8bit, Opaque)
+# torchao before Linear: its layers are nn.Linear, whose weight claims the type of the values. Last what fits no other.
+KINDS = (
+    *(Torchao, Linear, Transposed, Embedding, Conv, JointProjection, Bitsandbytes4bit, Bitsandbytes8bit, Opaque),
+    OneWeight,
+)
 
 
 def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap | None:

@@ -44,8 +44,6 @@ class C3AConfig(LayerConfig):
     def validate(self) -> None:
         super().validate()
         checks.positive_int("C3AConfig", "block_size", self.block_size)
-        for pattern, size in (self.block_size_pattern or {}).items():
-            checks.positive_int("C3AConfig", f"block_size_pattern[{pattern!r}]", size)
         starts = (True, False, "xavier_uniform", "kaiming_uniform", "gaussian")
         checks.one_of("C3AConfig", "init_weights", self.init_weights, starts)
         checks.one_of("C3AConfig", "bias", self.bias, ("none",))

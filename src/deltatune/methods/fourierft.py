@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import drawn_positions
+from deltatune.factors import at_least_single, drawn_positions, fewer_by_vector, recomputed
 from deltatune.methods.c3a import usual_targets
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
@@ -46,8 +46,6 @@ class FourierFTConfig(LayerConfig):
     def validate(self) -> None:
         super().validate()
         checks.positive_int("FourierFTConfig", "n_frequency", self.n_frequency)
-        for pattern, count in (self.n_frequency_pattern or {}).items():
-            checks.positive_int("FourierFTConfig", f"n_frequency_pattern[{pattern!r}]", count)
         checks.finite_positive("FourierFTConfig", "scaling", self.scaling)
         checks.seed("FourierFTConfig", "random_loc_seed", self.random_loc_seed)
         checks.one_of("FourierFTConfig", "bias", self.bias, ("none",))
@@ -92,27 +90,26 @@ class FourierFT(Adapter):
         self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
 
     @property
-    def delta(self) -> Tensor:
-        spectrum = self.fourierft_spectrum.to(_at_least_single(self.fourierft_spectrum))  # half precision has no FFT
-        dense = spectrum.new_zeros(self.shape).index_put((self.indices[0], self.indices[1]), spectrum)
-        return torch.fft.ifft2(dense).real * self.fourierft_scaling
+    def coefficients(self) -> Tensor:
+        spectrum = self.fourierft_spectrum
+        return spectrum.to(at_least_single(spectrum)) * self.fourierft_scaling  # half precision has no FFT
+
+    def delta(self, c: Tensor) -> Tensor:
+        return torch.fft.ifft2(c.new_zeros(self.shape).index_put((self.indices[0], self.indices[1]), c)).real
 
     def adapt(self, weight: Tensor) -> Tensor:
-        return weight + self.delta
+        return weight + self.delta(self.coefficients)
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x)
-        # Either n numbers for each vector of x or out x in for all of them, whichever are fewer.
-        vectors = x.numel() if self.kind == "embedding" else x.numel() // self.shape[1]
-        few = 0 < vectors * self.fourierft_n_frequency <= self.shape[0] * self.shape[1]
-        change = self._change(x, layer) if few and self.kind != "conv" else layer.apply(x, self.delta)
-        return y + change.to(y.dtype)
+        y, c = layer(x), self.coefficients
+        if fewer_by_vector(x, layer, self.fourierft_n_frequency):
+            return y + self._change(x, c, layer).to(y.dtype)
+        return y + recomputed(lambda x, c: layer.apply(x, self.delta(c)), x, c).to(y.dtype)
 
-    def _change(self, x: Tensor, layer: LinearMap) -> Tensor:
+    def _change(self, x: Tensor, c: Tensor, layer: LinearMap) -> Tensor:
         """delta x = Re(IDFT(places(c * IDFT(x)))): a transform of x, n products, and a transform back."""
         height, width = self.shape
         rows, columns = self.halves
-        c = self.fourierft_spectrum.to(_at_least_single(self.fourierft_spectrum))
         if self.kind == "embedding":  # one-hot vectors, whose transforms are known; times the layer's own factor
             angle = (x[..., None] * columns % width).to(c.dtype) * (-2 * math.pi / width)
             X = torch.polar(torch.ones_like(angle), angle)
@@ -122,11 +119,7 @@ class FourierFT(Adapter):
             X = torch.fft.rfft(x.to(dtype))[..., columns]
         h = torch.where(self.mirrored, X.conj(), X) * (c * self.share)
         H = h.new_zeros(*h.shape[:-1], height // 2 + 1).index_add(-1, rows, h)
-        return torch.fft.irfft(H, n=height) * (self.fourierft_scaling / width)
-
-
-def _at_least_single(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+        return torch.fft.irfft(H, n=height) / width
 
 
 METHOD = Method(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import RowDropout, block_diagonal, tucker
+from deltatune.factors import RowDropout, block_diagonal, scale_of_rows, tucker
 from deltatune.methods.common import LycorisConfig, all_linear
 from deltatune.methods.lora import usual_targets
 from deltatune.patterns import pattern_value
@@ -62,6 +62,12 @@ class LoKr(Adapter):
         *("scaling", "r", "alpha", "rank_dropout", "module_dropout", "rank_dropout_scale"),
     )
 
+    lokr_w1: nn.Parameter | None
+    lokr_w1_a: nn.Parameter
+    lokr_w1_b: nn.Parameter
+    lokr_w2: nn.Parameter | None
+    lokr_w2_a: nn.Parameter
+    lokr_w2_b: nn.Parameter
     lokr_t2: nn.Parameter | None
 
     def __init__(self, layer: LinearMap, r: int, alpha: float, dropout: RowDropout, config: LoKrConfig) -> None:
@@ -163,9 +169,7 @@ class LoKr(Adapter):
             reduce(F.linear, factors[1:], F.embedding(index, factors[0].T))
             for factors, index in ((self.w1, x // n), (self.w2, x % n))
         )
-        ones = torch.ones((), dtype=first.dtype, device=x.device).expand(1, layer.in_features)
-        scale = layer.apply(x, ones)  # of embeddings that scale their rows
-        return scale * (first[..., :, None] * second[..., None, :]).flatten(-2)
+        return scale_of_rows(x, layer, first.dtype) * (first[..., :, None] * second[..., None, :]).flatten(-2)
 
 
 def sides(size: int, factor: int) -> tuple[int, int]:

@@ -101,10 +101,6 @@ class LoraConfig(LayerConfig):
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
-        for pattern, rank in self.rank_pattern.items():
-            checks.positive_int("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in self.alpha_pattern.items():
-            checks.finite_positive("LoraConfig", f"alpha_pattern[{pattern!r}]", alpha)
         self.beside()
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:

@@ -17,20 +17,20 @@ class Graft:
     Attributes:
         encoder: The trainable part; the `PeftModel` registers it as a module, frees and freezes it.
         takes_positions: Whether the virtual tokens use up positions of the base, as tokens do.
-        reads: Arguments of a call beyond those of the base model, which it takes itself.
         root: How keys of modules that are trained whole beside it begin in its file. PEFT puts no tuner around a model
             with a prompt, so they are one step shorter than those of layer methods.
         place: Where it acts, in words.
         identity_at_birth: Whether a fresh adapter leaves the output as it was.
         unmergeable: What it is, and why it cannot be merged.
+        reads: Arguments of a call beyond those of the base model, which it takes itself.
     """
 
     takes_positions: ClassVar[bool] = False
-    reads: tuple[str, ...] = ()
     root: ClassVar[str] = "base_model."
     place: ClassVar[str] = "the attentions"
     identity_at_birth: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "learned tokens, or their keys and values, which no weight can hold"
+    reads: tuple[str, ...] = ()
 
     name: str
     config: Any
@@ -60,6 +60,10 @@ class Graft:
     def carried(self) -> AbstractContextManager[None]:
         """What a layer that checkpointing computes again has to run in, asked for while the layer runs forward."""
         return nullcontext()
+
+    def penalty(self, model: nn.Module, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """A term of the loss of a training step, after the pass with these labels; see `Adapter.penalty`."""
+        return None
 
     # ----------------------------------------------------------------------------------------------------------- files
 

@@ -92,7 +92,7 @@ def adapter_map(model: nn.Module) -> AdapterMap:
 
 def _is_matrix(module: nn.Module) -> bool:
     layer = as_map(module)
-    return isinstance(module, AdaptedLayer) or (layer is not None and layer.kind != "embedding")
+    return isinstance(module, AdaptedLayer) or (layer is not None and layer.kind not in ("embedding", "module"))
 
 
 def _leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:

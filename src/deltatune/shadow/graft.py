@@ -17,6 +17,7 @@ from deltatune.prompts.graft import Graft
 from deltatune.selection import Selection
 from deltatune.shadow import backbone
 from deltatune.shadow.config import ShadowConfig
+from deltatune.shadow.loss import task_loss
 from deltatune.shadow.network import Crossing, ShadowNetwork
 from deltatune.shadow.stage import STAGE, Stage
 
@@ -86,11 +87,13 @@ class Shadow(Graft):
     def carried(self) -> AbstractContextManager[None]:
         return self.stage.carried()
 
-    def penalty(self, model: Any, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    def penalty(self, model: nn.Module, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """The task's loss of the shadow alone, on s_0, times its weight; None without labels."""
-        from deltatune.shadow.loss import of_shadow
-
-        return of_shadow(self, model, labels, attention_mask)
+        first = self.stage.latest.pop(self.name, None)
+        if first is None or labels is None or self.config.auxiliary_loss_weight <= 0:
+            return None
+        loss = task_loss(model, self.encoder.shadow_head, first, labels, attention_mask)
+        return None if loss is None else self.config.auxiliary_loss_weight * loss
 
     # ----------------------------------------------------------------------------------------------------------- files
 

@@ -1,30 +1,25 @@
-"""The shadow's own loss: what the base's head says to s_0, before any block. It makes the shadow a model of its own."""
+"""The shadow's own loss: what a head says to s_0, before any block. It makes the shadow a model of its own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from deltatune.shadow.graft import Shadow
 
-
-def of_shadow(shadow: Shadow, model: Any, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Weighted loss of one shadow in the pass that has just ended; None where there is nothing to compare with."""
-    weight, first = shadow.config.auxiliary_loss_weight, shadow.stage.latest.get(shadow.name)
-    if labels is None or first is None or weight <= 0:
-        return None
-    head = shadow.encoder.shadow_head
+def task_loss(
+    model: Any, head: nn.Module | None, first: Tensor, labels: Tensor, attention_mask: Tensor | None
+) -> Tensor | None:
+    """Loss of a classifier's own head, or of the language model's, on s_0 (B, T, d); None where there is no head."""
     if head is not None:
-        return weight * classification(head(last_token(first, attention_mask)), labels)
+        return classification(head(last_token(first, attention_mask)), labels)
     head = model.get_output_embeddings()
     if head is None:
         return None
-    logits = head(first.to(head.weight.dtype)).float()
-    return weight * functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    logits = head(first.to(next(head.parameters()).dtype)).float()
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def last_token(states: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -100,8 +100,8 @@ class Stage:
         for name in names:
             first[name] = self._start(name, inputs)
         self.local.running.append(Pass(call, first, {0: first}))
-        if not torch.compiler.is_compiling():
-            self.latest = first
+        if module.training and not torch.compiler.is_compiling():
+            self.latest = dict(first)  # for the loss of these, which is asked for after the pass
         return (), inputs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

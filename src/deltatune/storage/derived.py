@@ -1,12 +1,14 @@
 """Checksums of tensors that config and base weight give again, so that files need not hold them.
 
 A hash of the bits would fail on another processor, whose sums end in other last digits. So a tensor is drawn up as a
-few projections onto fixed waves: last digits move them by as little, another seed or another vector by much.
+few projections onto fixed waves: last digits move them by as little, another seed or another vector by much. Integers
+(places of entries) are the same everywhere or wrong, and are hashed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from math import isclose, log2, sqrt
 from typing import Any
 
@@ -30,6 +32,9 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def _projections(tensor: Tensor, place: int) -> list[float]:
+    if not tensor.is_floating_point():
+        digest = sha256(f"{place} {tensor.flatten().tolist()}".encode()).digest()
+        return [byte / 256 for byte in digest[: len(_WAVES) + 1]]
     matrix = tensor.detach().float().reshape(len(tensor) if tensor.ndim else 1, -1)
     norm = matrix.norm().item()
     if not norm > 0:
