@@ -55,6 +55,7 @@ from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.unilora import UniLoraConfig as UniLoraConfig
 from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig

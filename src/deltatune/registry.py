@@ -33,6 +33,7 @@ from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.unilora import METHOD as UNILORA
 from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
@@ -81,6 +82,7 @@ METHODS: dict[PeftType | str, Method] = {
         PVERA,
         RANDLORA,
         VBLORA,
+        UNILORA,
         GRALORA,
         ADAMSS,
         MISS,

@@ -124,6 +124,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "oft_block_size": (4, 2, 1, 0),
     "randlora_alpha": (8,),
     "num_vectors": (6,),
+    "theta_d_length": (20,),
     "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
