@@ -46,6 +46,7 @@ _NAMES = {
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.miss": ("MissConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.osf": ("OSFConfig",),
     "deltatune.methods.pvera": ("PveraConfig",),
     "deltatune.methods.randlora": ("RandLoraConfig",),
     "deltatune.methods.peanut": ("PeanutConfig",),
@@ -54,6 +55,7 @@ _NAMES = {
     "deltatune.methods.road": ("RoadConfig",),
     "deltatune.methods.waveft": ("WaveFTConfig",),
     "deltatune.methods.supertuning": ("SupertuningConfig",),
+    "deltatune.methods.unilora": ("UniLoraConfig",),
     "deltatune.methods.vblora": ("VBLoRAConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
@@ -86,6 +88,7 @@ _NAMES = {
     "deltatune.shadow.config": ("ShadowConfig",),
     "deltatune.shadow.detached": ("detached_shadow",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "deltatune.xlora.config": ("XLoraConfig",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -47,6 +47,7 @@ from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.osf import OSFConfig as OSFConfig
 from deltatune.methods.peanut import PeanutConfig as PeanutConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig
@@ -54,6 +55,7 @@ from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.unilora import UniLoraConfig as UniLoraConfig
 from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
@@ -105,6 +107,7 @@ from deltatune.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from deltatune.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from deltatune.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from deltatune.tasks import get_peft_model as get_peft_model
+from deltatune.xlora.config import XLoraConfig as XLoraConfig
 
 __version__: str
 __all__: list[str]

@@ -25,6 +25,7 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.osf import METHOD as OSF
 from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
@@ -32,6 +33,7 @@ from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.unilora import METHOD as UNILORA
 from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
@@ -47,6 +49,7 @@ from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
 from deltatune.shadow.graft import METHOD as SHADOW
+from deltatune.xlora.graft import METHOD as XLORA
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -81,12 +84,14 @@ METHODS: dict[PeftType | str, Method] = {
         PVERA,
         RANDLORA,
         VBLORA,
+        UNILORA,
         GRALORA,
         ADAMSS,
         MISS,
         DELORA,
         BOTTLENECK,
         POLY,
+        OSF,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
@@ -95,6 +100,7 @@ METHODS: dict[PeftType | str, Method] = {
         MULTITASK_PROMPT_TUNING,
         CPT,
         SHADOW,
+        XLORA,
     )
 }
 

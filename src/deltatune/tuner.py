@@ -246,6 +246,9 @@ class Tuner(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
+        for graft in [self.grafts[key] for key in self.selection.active if key in self.grafts]:
+            if name in graft.verbs:
+                return getattr(graft, name)
         return getattr(self._modules["model"], name)
 
 

@@ -161,7 +161,7 @@ def cut_config(folder):
 
 
 def rename_keys(folder):
-    rewrite(folder, lambda tensors: {key.replace("layer.", "leyer.", 1): value for key, value in tensors.items()})
+    rewrite(folder, lambda tensors: {f"{key}s": value for key, value in tensors.items()})
 
 
 def drop_a_key(folder):
