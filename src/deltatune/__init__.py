@@ -60,6 +60,7 @@ _NAMES = {
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
+    "deltatune.outputs.compacter": ("CompacterConfig",),
     "deltatune.outputs.poly": ("PolyConfig",),
     "deltatune.outputs.reft": ("ReftConfig",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),

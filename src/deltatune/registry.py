@@ -38,6 +38,7 @@ from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.compacter import METHOD as COMPACTER
 from deltatune.outputs.poly import METHOD as POLY
 from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -58,6 +59,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         BOTTLENECK,
+        COMPACTER,
         POLY,
         REFT,
         ADALORA,

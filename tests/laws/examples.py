@@ -136,6 +136,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "n_frequency": (6,),
     "delora_lambda": (1,),
     "size": (4,),
+    "phm_dim": (2,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
