@@ -27,6 +27,7 @@ _NAMES = {
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.methods.adalora": ("AdaLoraConfig",),
+    "deltatune.methods.adamss": ("AdamssConfig",),
     "deltatune.methods.gralora": ("GraloraConfig",),
     "deltatune.methods.hira": ("HiraConfig",),
     "deltatune.methods.bitfit": ("BitFitConfig",),
@@ -45,8 +46,10 @@ _NAMES = {
     "deltatune.methods.lora": ("LoraConfig",),
     "deltatune.methods.miss": ("MissConfig",),
     "deltatune.methods.oft": ("OFTConfig",),
+    "deltatune.methods.osf": ("OSFConfig",),
     "deltatune.methods.pvera": ("PveraConfig",),
     "deltatune.methods.randlora": ("RandLoraConfig",),
+    "deltatune.methods.peanut": ("PeanutConfig",),
     "deltatune.methods.psoft": ("PsoftConfig",),
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),
@@ -59,6 +62,7 @@ _NAMES = {
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
     "deltatune.outputs.poly": ("PolyConfig",),
+    "deltatune.outputs.reft": ("ReftConfig",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),
     "deltatune.prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "deltatune.prompts.compose": ("compose_cartridge_adapters", "compose_prefix_folders", "compose_prefixes"),
@@ -84,6 +88,7 @@ _NAMES = {
     "deltatune.shadow.config": ("ShadowConfig",),
     "deltatune.shadow.detached": ("detached_shadow",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "deltatune.xlora.config": ("XLoraConfig",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -6,6 +6,7 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
+from deltatune.methods.adamss import METHOD as ADAMSS
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
@@ -24,6 +25,8 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.osf import METHOD as OSF
+from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
@@ -37,6 +40,7 @@ from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.outputs.poly import METHOD as POLY
+from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -45,6 +49,7 @@ from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
 from deltatune.shadow.graft import METHOD as SHADOW
+from deltatune.xlora.graft import METHOD as XLORA
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -53,6 +58,9 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        BOTTLENECK,
+        POLY,
+        REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
@@ -70,6 +78,7 @@ METHODS: dict[PeftType | str, Method] = {
         LOKR,
         FOURIERFT,
         WAVEFT,
+        PEANUT,
         VERA,
         PVERA,
         RANDLORA,
@@ -77,10 +86,12 @@ METHODS: dict[PeftType | str, Method] = {
         UNILORA,
         TINYLORA,
         GRALORA,
+        ADAMSS,
         MISS,
         DELORA,
         BOTTLENECK,
         POLY,
+        OSF,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
@@ -89,6 +100,7 @@ METHODS: dict[PeftType | str, Method] = {
         MULTITASK_PROMPT_TUNING,
         CPT,
         SHADOW,
+        XLORA,
     )
 }
 

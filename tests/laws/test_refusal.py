@@ -243,4 +243,8 @@ def test_the_folder_of_another_base_is_refused(name, tmp_path):
     with pytest.raises(MismatchError, match="another base model"):
         PeftModel.from_pretrained(other, tmp_path)
     assert picture(other) == before
-    PeftModel.from_pretrained(other, tmp_path, allow_base_mismatch=True)
+    try:
+        PeftModel.from_pretrained(other, tmp_path, allow_base_mismatch=True)
+    except MismatchError as error:  # sizes may follow from the base, and then no permission makes them fit
+        assert "has shape" in str(error) and model.get_base_model().layer.adapters["default"].derived_tensors()
+        assert picture(other) == before

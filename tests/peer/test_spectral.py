@@ -12,14 +12,20 @@ from tests.peer import crossing
 from tests.peer.pairs import ATTENTION, WHOLE, peft
 
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
-NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig", "waveft": "WaveFTConfig"}
+NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig", "waveft": "WaveFTConfig", "peanut": "PeanutConfig"}
 LEARNING_RATES = {"c3a": 0.1, "fourierft": 0.1}
-SIZES = {"c3a": {"block_size": 8}, "fourierft": {"n_frequency": 40}, "waveft": {"n_frequency": 40, "scaling": 3.0}}
-# PEFT's C3A does not know Conv1D, of which GPT-2 is made
+SIZES = {
+    "c3a": {"block_size": 8},
+    "fourierft": {"n_frequency": 40},
+    "waveft": {"n_frequency": 40, "scaling": 3.0},
+    "peanut": {"r": 4},
+}
+# PEFT's C3A and PEANuT do not know Conv1D, of which GPT-2 is made
 ARCHITECTURES = {
     "c3a": ("llama", "bert", "t5"),
     "fourierft": ("llama", "bert", "gpt2"),
     "waveft": ("llama", "t5", "gpt2"),
+    "peanut": ("llama", "bert", "t5"),
 }
 PAIRS = [(method, arch) for method, archs in ARCHITECTURES.items() for arch in archs]
 
@@ -130,3 +136,22 @@ def test_what_peft_calls_by_these_names_is_no_wavelet(family):
     assert abs(low @ low - 1) > 1e-3, "PEFT has mended it: allow it here"
     with pytest.raises(deltatune.PeftError, match=family):
         deltatune.WaveFTConfig(wavelet_family=family)
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("bert", 1), ("llama", 2), ("t5", 3)])
+def test_peanut_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options |= {"r": draw.choice([1, 3, 32]), "depth": draw.choice([0, 1, 3]), "init_weights": draw.random() < 0.5}
+    options |= {"act_fn": draw.choice(["relu", "tanh", "silu"]), "scaling": draw.choice([0.5, 1.0])}
+    crosses_over("peanut", arch, tmp_path, **options)
+
+
+def test_activations_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+
+    from deltatune.methods.peanut import ACTIVATIONS
+
+    x = torch.linspace(-12, 12, 97)
+    assert {*ACT2FN} - {*ACTIVATIONS} <= {"prelu", "xielu"}, "they have parameters of their own"
+    for name, act in ACTIVATIONS.items():
+        assert_close(act(x), ACT2FN[name](x), rtol=1e-5, atol=1e-5)
