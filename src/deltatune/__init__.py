@@ -55,6 +55,7 @@ _NAMES = {
     "deltatune.methods.road": ("RoadConfig",),
     "deltatune.methods.waveft": ("WaveFTConfig",),
     "deltatune.methods.supertuning": ("SupertuningConfig",),
+    "deltatune.methods.tinylora": ("TinyLoraConfig",),
     "deltatune.methods.unilora": ("UniLoraConfig",),
     "deltatune.methods.vblora": ("VBLoRAConfig",),
     "deltatune.methods.vera": ("VeraConfig",),

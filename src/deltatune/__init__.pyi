@@ -54,6 +54,7 @@ from deltatune.methods.pvera import PveraConfig as PveraConfig
 from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
+from deltatune.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.unilora import UniLoraConfig as UniLoraConfig
 from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig

@@ -32,6 +32,7 @@ from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
+from deltatune.methods.tinylora import METHOD as TINYLORA
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.unilora import METHOD as UNILORA
 from deltatune.methods.vblora import METHOD as VBLORA
@@ -85,6 +86,7 @@ METHODS: dict[PeftType | str, Method] = {
         RANDLORA,
         VBLORA,
         UNILORA,
+        TINYLORA,
         GRALORA,
         ADAMSS,
         MISS,

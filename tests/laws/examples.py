@@ -142,7 +142,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian", "lycoris", "bat", "mini"),
+    "init_weights": (False, "uniform", "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
     "hybrid_r": (2,),
