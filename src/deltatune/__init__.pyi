@@ -47,6 +47,7 @@ from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.peanut import PeanutConfig as PeanutConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.shira import ShiraConfig as ShiraConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig

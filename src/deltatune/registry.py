@@ -25,6 +25,7 @@ from deltatune.methods.oft import METHOD as OFT
 from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.vera import METHOD as VERA
@@ -62,6 +63,7 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         WAVEFT,
         PEANUT,
+        SHIRA,
         VERA,
         GRALORA,
         MISS,
