@@ -162,7 +162,7 @@ def test_places_outside_of_the_weight_are_refused():
 
 
 def test_more_entries_than_the_weight_has_are_refused():
-    with pytest.raises(ConfigError, match="r=5 .*layer.*at most r=4"):
+    with pytest.raises(ConfigError, match=r"r=5 .*layer.*at most r=4"):
         adapted(nn.Linear(12, 7), r=5)
     with pytest.raises(ConfigError, match="do not target"):
         adapted(nn.Linear(12, 1), r=1)
