@@ -26,6 +26,7 @@ class LinearMap(Protocol):
     keeps           names of the module's parameters that are `weight` and `bias`
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
     parts           modules inside of it that are adapted with it
+    turned          it stores its weight as (in, out)
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
     positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
@@ -39,6 +40,7 @@ class LinearMap(Protocol):
     out_features: int
     kernel: int
     groups: int
+    turned: bool
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -93,7 +95,10 @@ class Adapter(Stored):
     Class attributes declare what the laws need to know; where an option decides, an instance has its own:
         base_kinds: Kinds of layers its maths allows (`LinearMap.kind`).
         identity_at_birth: True, or the reason why a fresh adapter changes the output.
+        replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
+        deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
@@ -103,7 +108,10 @@ class Adapter(Stored):
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     identity_at_birth: bool | str = True
+    replaces: ClassVar[bool] = False
     mergeable: bool | str = True
+    deterministic: bool | str = True
+    lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
@@ -181,7 +189,7 @@ class Applied:
     def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
         self.adapter, self.inner, self.read = adapter, inner, read
         self.in_features, self.out_features = inner.in_features, inner.out_features
-        self.kernel, self.groups = inner.kernel, inner.groups
+        self.kernel, self.groups, self.turned = inner.kernel, inner.groups, inner.turned
         self.keeps, self.only_weight, self.parts = inner.keeps, inner.only_weight, inner.parts
 
     @property

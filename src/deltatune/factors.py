@@ -112,6 +112,13 @@ def reflect(x: Tensor, u: Tensor) -> Tensor:
     return x - 2 * (x @ u)[..., None] * u
 
 
+def orthonormal_rows(matrix: Tensor) -> Tensor:
+    """The rows (at most as many as columns) made orthonormal by Gram-Schmidt, in one step."""
+    wide = matrix.T.to(torch.promote_types(matrix.dtype, torch.float32))  # no solver works in half precision
+    Q, triangle = torch.linalg.qr(wide)
+    return (Q * triangle.diagonal().sign()).T.to(matrix.dtype)
+
+
 def orthonormal(columns: Tensor) -> Tensor:
     """The columns made orthonormal by Gram-Schmidt, in order."""
     done: list[Tensor] = []
@@ -238,3 +245,25 @@ def _gather(source: Tensor, values: Tensor, read: Tensor, written: Tensor, size:
     starts = torch.searchsorted(written, torch.arange(size, device=written.device))
     weights = values.to(source.dtype)
     return F.embedding_bag(read, source.contiguous(), starts, mode="sum", per_sample_weights=weights)
+
+
+def with_projected_gradient(columns: Tensor, basis: Tensor, onto: bool) -> Tensor:
+    """`columns` as they are; their gradient is projected onto the span of the orthonormal `basis`, or off it."""
+    return _ProjectedGradient.apply(columns, basis, onto)
+
+
+class _ProjectedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(columns: Tensor, basis: Tensor, onto: bool) -> Tensor:
+        return columns.view_as(columns)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.onto = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (basis,) = ctx.saved_tensors
+        along = basis @ (basis.T @ grads[0])
+        return along if ctx.onto else grads[0] - along, None, None

@@ -63,6 +63,7 @@ class PeftModel(Persistence, nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.prompts: dict[str, Graft] = {}
         self.base_model = Tuner(model, self.peft_config)
+        self.base_model.grafts = self.prompts
         self.prompt_encoder = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config)
@@ -80,13 +81,7 @@ class PeftModel(Persistence, nn.Module):
             for schedule in self.base_model.schedules.values():
                 if schedule.name in self.base_model.selection.active:
                     schedule.forward_begins()
-            outputs = self.base_model(*args, **kwargs)
-            return self.base_model.with_penalty(outputs, self._penalties_of_grafts(kwargs))
-
-    def _penalties_of_grafts(self, kwargs: dict[str, Any]) -> list[Tensor]:
-        active = [self.prompts[name] for name in self.base_model.selection.names() if name in self.prompts]
-        terms = [graft.penalty(self.base_model.model, kwargs) for graft in active]
-        return [term for term in terms if term is not None]
+            return self.base_model.with_penalty(self.base_model(*args, **kwargs), kwargs)
 
     def after_step(self, step: int | None = None) -> None:
         """To be called after `optimizer.step()` and before `optimizer.zero_grad()` in a loop of your own.
@@ -96,9 +91,9 @@ class PeftModel(Persistence, nn.Module):
         """
         self.base_model.after_step(step)
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
         """The extra loss of the active methods, for loops that compute a loss from the logits; see `Tuner.penalty`."""
-        return self.base_model.penalty()
+        return self.base_model.penalty(labels, attention_mask)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
@@ -202,6 +197,8 @@ class PeftModel(Persistence, nn.Module):
                 inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
             vars(peft_config).update(vars(config))
             self.peft_config[adapter_name] = peft_config
+            if adapter_name in self.prompts:
+                self.prompts[adapter_name].adopt(peft_config)
             self._add_schedule(adapter_name)
             if len(self.peft_config) == 1:
                 inject.freeze(self.base_model.model)
@@ -250,7 +247,10 @@ class PeftModel(Persistence, nn.Module):
         saved = inject.find_saved(model, config)
         method = METHODS[config.peft_type]
         assert method.graft is not None
-        graft = method.graft.attach(model, config, name, selection, method.encoder)
+        # nobody gives a trial pass what adapters read of a call, so it runs without them
+        trial = nullcontext() if calls.readers(model) is None else selection.use(Call())
+        with trial:
+            graft = method.graft.attach(model, config, name, selection, method.encoder)
         self.prompts[name] = graft
         self.prompt_encoder[name] = graft.encoder
         inject.add_copies(model, saved, name, selection)
@@ -285,6 +285,20 @@ class PeftModel(Persistence, nn.Module):
                     f"set_adapter: {', '.join(map(repr, rivals))} have a copy of {path!r} each, and that of "
                     f"{rivals[-1]!r} alone acts and trains; activate one of them to train its own"
                 )
+        self._warn_replaced(names)
+
+    def _warn_replaced(self, names: tuple[str, ...]) -> None:
+        hidden: dict[tuple[str, str], str] = {}
+        for path, layer in inject.adapted_layers(self.base_model.model):
+            here = [name for name in names if name in layer.adapters]
+            last = max((index for index, name in enumerate(here) if layer.adapters[name].replaces), default=0)
+            for name in here[:last]:
+                hidden.setdefault((here[last], name), path)
+        for (name, before), path in hidden.items():
+            warn(
+                f"set_adapter: {name!r} replaces the whole weight of {path!r}, so that {before!r} before it has no "
+                f"effect there; name {before!r} after it"
+            )
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

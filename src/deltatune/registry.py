@@ -6,10 +6,12 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
+from deltatune.methods.adamss import METHOD as ADAMSS
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
+from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.glora import METHOD as GLORA
@@ -17,20 +19,28 @@ from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
 from deltatune.methods.hra import METHOD as HRA
 from deltatune.methods.ia3 import METHOD as IA3
+from deltatune.methods.ln_tuning import METHOD as LN_TUNING
 from deltatune.methods.loha import METHOD as LOHA
 from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.osf import METHOD as OSF
 from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
+from deltatune.methods.pvera import METHOD as PVERA
+from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.unilora import METHOD as UNILORA
+from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.poly import METHOD as POLY
+from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -39,6 +49,7 @@ from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
 from deltatune.shadow.graft import METHOD as SHADOW
+from deltatune.xlora.graft import METHOD as XLORA
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -47,13 +58,18 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        BOTTLENECK,
+        POLY,
+        REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
+        LN_TUNING,
         HIRA,
         ROAD,
         BOFT,
         PSOFT,
+        DEFT,
         BEFT,
         GLORA,
         C3A,
@@ -65,10 +81,15 @@ METHODS: dict[PeftType | str, Method] = {
         PEANUT,
         SHIRA,
         VERA,
+        PVERA,
+        RANDLORA,
+        VBLORA,
+        UNILORA,
         GRALORA,
+        ADAMSS,
         MISS,
         DELORA,
-        BOTTLENECK,
+        OSF,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
@@ -77,6 +98,7 @@ METHODS: dict[PeftType | str, Method] = {
         MULTITASK_PROMPT_TUNING,
         CPT,
         SHADOW,
+        XLORA,
     )
 }
 

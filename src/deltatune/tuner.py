@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
 from deltatune.notice import warn
+from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
 from deltatune.schedule import Schedule
 from deltatune.selection import Selection
@@ -32,7 +33,9 @@ class Tuner(nn.Module):
         self.selection = Selection()
         self.peft_config = configs  # the same dict as the PeftModel's
         self.schedules: dict[str, Schedule] = {}  # of the adapters that have one
-        self.penalty_due = False  # a training pass gave no loss that it could have been added to
+        self.grafts: dict[str, Graft] = {}  # the adapters that act outside of single layers; the PeftModel's dict
+        # Whether a training pass gave no loss that the penalty could have been added to; None once that is settled.
+        self.penalty_due: bool | None = False
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,53 +68,54 @@ class Tuner(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
         """The extra loss of the active adapters that train, None where their methods have none.
 
         A training pass adds it to `outputs.loss` by itself. A loop that computes its own loss from the logits adds it.
-        """
-        self.penalty_due = False
-        return self._penalty()
 
-    def _penalty(self) -> Tensor | None:
-        call = self.selection.current()
-        names = {name for name in call.rows or call.names if name and self._penalises(name)}
-        if not names:
-            return None
-        total = None
-        for _, layer in inject.adapted_layers(self.model):
+        Args:
+            labels: Those of the pass that has just ended, for methods whose extra loss is one of the task.
+            attention_mask: Likewise.
+        """
+        self.penalty_due = None
+        return self._penalty({"labels": labels, "attention_mask": attention_mask})
+
+    def _penalty(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        call, total = self.selection.current(), None
+        names = {name for name in call.rows or call.names if name}
+        kinds = {name: METHODS[self.peft_config[name].peft_type].adapter for name in names}  # type: ignore[index]
+        plain = {name for name, kind in kinds.items() if kind is None or kind.penalty is Adapter.penalty}
+        terms = []
+        for _, layer in inject.adapted_layers(self.model) if names - plain else ():
             for name, adapter in layer.adapters.items():
                 trained = next((p for p in adapter.parameters() if p.requires_grad), None)
-                if name in names and trained is not None:
+                if name in names - plain and trained is not None:
                     with torch.autocast(trained.device.type, enabled=False):
-                        term: Tensor | None = adapter.penalty()  # type: ignore[operator]
-                    if term is not None:
-                        total = term if total is None else total + term.to(total)
+                        terms.append(adapter.penalty())  # type: ignore[operator]
+        for name in names & self.grafts.keys():
+            graft = self.grafts[name]
+            if any(p.requires_grad for p in graft.encoder.parameters()):
+                terms.append(graft.penalty(self.model, inputs.get("labels"), inputs.get("attention_mask")))
+        for term in terms:
+            if term is not None:
+                total = term if total is None else total + term.to(total)
         return total
 
-    def _penalises(self, name: str) -> bool:
-        kind = METHODS[self.peft_config[name].peft_type].adapter  # type: ignore[index]
-        return kind is not None and kind.penalty is not Adapter.penalty
-
-    def with_penalty(self, outputs: Any, further: Sequence[Tensor] = ()) -> Any:
-        """The outputs of a training pass, the penalty and further terms added to their loss."""
-        call = self.selection.current()
-        if not further and not any(name and self._penalises(name) for name in call.rows or call.names):
+    def with_penalty(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
+        """The outputs of a training pass with these inputs, the penalty added to their loss."""
+        loss: Tensor | None = getattr(outputs, "loss", None)
+        as_tuple = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0
+        if not isinstance(loss, Tensor) and not as_tuple:
+            if self.penalty_due is False:
+                self.penalty_due = self._penalty({}) is not None
             return outputs
-        loss = getattr(outputs, "loss", None)
-        if isinstance(loss, Tensor):
-            outputs.loss = self._with_terms(loss, further)
-        elif isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
-            outputs = (self._with_terms(outputs[0], further), *outputs[1:])
-        else:
-            self.penalty_due = True
+        term = self._penalty(inputs)
+        if term is None:
+            return outputs
+        if loss is None:
+            return (outputs[0] + term.to(outputs[0]), *outputs[1:])
+        outputs.loss = loss + term.to(loss)  # type: ignore[attr-defined]
         return outputs
-
-    def _with_terms(self, loss: Tensor, further: Sequence[Tensor]) -> Tensor:
-        own = self._penalty()
-        for term in (*further, *([] if own is None else [own])):
-            loss = loss + term.to(loss)
-        return loss
 
     def after_step(self, step: int | None = None) -> None:
         """After every optimizer step, before its gradients are cleared: the schedules of the adapters that train.
@@ -122,7 +126,7 @@ class Tuner(nn.Module):
             if name in self.schedules and self.schedules[name].trains:
                 self.schedules[name].advance(step)
         if self.penalty_due:
-            self.penalty_due = False
+            self.penalty_due = None
             warn(
                 "the outputs of this training pass held no loss, so the penalty of the adapter's method is in none; "
                 "add model.penalty() to your own loss"
@@ -242,6 +246,9 @@ class Tuner(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
+        for graft in [self.grafts[key] for key in self.selection.active if key in self.grafts]:
+            if name in graft.verbs:
+                return getattr(graft, name)
         return getattr(self._modules["model"], name)
 
 

@@ -40,7 +40,7 @@ def picture(model: nn.Module):
 
 def deep() -> tuple[Deep, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    model, x = Deep(), torch.randn(3, 8)
+    model, x = Deep().eval(), torch.randn(3, 8)
     return model, x, model(x)
 
 
@@ -161,7 +161,7 @@ def cut_config(folder):
 
 
 def rename_keys(folder):
-    rewrite(folder, lambda tensors: {key.replace("layer.", "leyer.", 1): value for key, value in tensors.items()})
+    rewrite(folder, lambda tensors: {f"{key}s": value for key, value in tensors.items()})
 
 
 def drop_a_key(folder):
@@ -243,4 +243,8 @@ def test_the_folder_of_another_base_is_refused(name, tmp_path):
     with pytest.raises(MismatchError, match="another base model"):
         PeftModel.from_pretrained(other, tmp_path)
     assert picture(other) == before
-    PeftModel.from_pretrained(other, tmp_path, allow_base_mismatch=True)
+    try:
+        PeftModel.from_pretrained(other, tmp_path, allow_base_mismatch=True)
+    except MismatchError as error:  # sizes may follow from the base, and then no permission makes them fit
+        assert "has shape" in str(error) and model.get_base_model().layer.adapters["default"].derived_tensors()
+        assert picture(other) == before

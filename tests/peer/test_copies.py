@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import deltatune
 from tests.core.tiny import TASKS, batch, logits, tiny
 from tests.peer.crossing import EXACT, crosses_over, trains_alike
-from tests.peer.pairs import ATTENTION, peft, saved_by_peft, scatter, theirs
+from tests.peer.pairs import ATTENTION, loaded_by_peft, peft, saved_by_peft, scatter, theirs
 
 ARCHITECTURES = ("gpt2", "llama", "t5", "bart")  # BERT has no head over tokens; it gets its own test
 CHOSEN = [5, 3, 11, *range(20, 40)]
@@ -92,3 +93,57 @@ def test_peft_reads_no_file_of_bitfit(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(KeyError, match="BITFIT"):
         peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)
+
+
+def norms(arch: str, **options):
+    arguments = {"task_type": TASKS[arch], **options}
+    return peft.LNTuningConfig(**arguments), deltatune.LNTuningConfig(**arguments)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_ln_tuning_of_the_usual_norms(arch, tmp_path):
+    model, made = crosses_over(*norms(arch), arch, tmp_path)
+    assert model.get_nb_trainable_parameters()[0] == made.get_nb_trainable_parameters()[0]
+
+
+NAMES = {  # layers of every kind, square ones among them
+    "gpt2": ["wte", "wpe", "ln_1", "ln_f", "c_attn", "c_proj", "lm_head"],
+    "llama": ["embed_tokens", "input_layernorm", "q_proj", "k_proj", "down_proj", "norm"],
+    "bert": ["LayerNorm", "query", "dense", "word_embeddings"],
+    "bart": ["fc1", "q_proj", "final_layer_norm", "embed_positions"],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ln_tuning_of_any_layers(seed, tmp_path):
+    draw = random.Random(seed)
+    arch = draw.choice(sorted(NAMES))
+    options = {"target_modules": draw.sample(NAMES[arch], draw.randint(2, 4))}
+    if draw.random() < 0.5:
+        options["exclude_modules"] = r".*\.0\..*"
+    if arch == "bert":
+        options["task_type"] = None
+    crosses_over(*norms(arch, **options), arch, tmp_path)
+
+
+def test_ln_tuning_of_a_classifier(tmp_path):
+    crosses_over(*norms("bert", target_modules=["LayerNorm"]), "bert", tmp_path)
+
+
+def test_ln_tuning_of_convolutions(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.GroupNorm(2, 8), nn.ConvTranspose2d(8, 4, 2)).eval()
+
+    x = torch.randn(2, 4, 6, 6)
+    config = {"target_modules": ["0", "1", "2"]}
+    model = scatter(peft.get_peft_model(base(), peft.LNTuningConfig(**config)), 3)
+    ours = deltatune.PeftModel.from_pretrained(base(), saved_by_peft(model, tmp_path / "theirs"))
+    assert_close(ours(x), model(x), **EXACT)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_close(loaded_by_peft(base(), tmp_path / "ours")(x), model(x), **EXACT)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_training_of_norms(arch, tmp_path):
+    trains_alike(norms(arch)[0], arch, tmp_path)

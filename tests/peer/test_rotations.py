@@ -11,7 +11,7 @@ from tests.core.tiny import TASKS, tiny
 from tests.peer import crossing
 from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, peft, saved_by_peft, scatter
 
-KINDS = ("RoadConfig", "BOFTConfig", "OFTConfig", "PsoftConfig")
+KINDS = ("RoadConfig", "BOFTConfig", "OFTConfig", "PsoftConfig", "DeftConfig")
 pytestmark = pytest.mark.filterwarnings(  # PEFT, of its missing extension
     "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor", "ignore:Invalid `"
 )
@@ -204,3 +204,25 @@ def test_psoft(arch, seed, tmp_path):
 
 def test_training_psoft(tmp_path):
     trains_alike("PsoftConfig", "bert", tmp_path, target_modules=ATTENTION["bert"], r=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DEFT
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5", "gpt2"])
+def test_deft(arch, seed, tmp_path):
+    draw = random.Random(f"deft{arch}{seed}")
+    options = {
+        "r": draw.choice([2, 5, 20]),  # at most the outputs, which are 8, 16 and more
+        "alpha": draw.choice([None, 3, 16]),
+        "decomposition_method": draw.choice(["relu", "qr"]),
+        "para": draw.random() < 0.3,
+        "init_weights": draw.random() < 0.5,
+    }
+    crosses_over("DeftConfig", arch, tmp_path, target_modules=some_layers(arch, draw), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"decomposition_method": "qr", "alpha": 16}, {"para": True}], ids=str)
+def test_training_deft(options, tmp_path):
+    trains_alike("DeftConfig", "bert", tmp_path, target_modules=ATTENTION["bert"], r=4, **options)

@@ -14,6 +14,7 @@ from deltatune.bases.parameter import like
 class Embedding:
     kind = "embedding"
     kernel = groups = 1
+    turned: bool = True
     types = ("Embedding",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

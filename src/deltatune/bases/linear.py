@@ -14,6 +14,7 @@ from deltatune.bases.parameter import like
 class Linear:
     kind = "linear"
     kernel = groups = 1
+    turned: bool = False
     types: tuple[str, ...] = ("Linear",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

@@ -17,6 +17,7 @@ from deltatune.bases.parameter import like
 class OneWeight:
     kind = "module"
     kernel = groups = 1
+    turned: bool = False
     types = ("norms and other modules with one weight",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

@@ -15,6 +15,7 @@ from deltatune.bases.parameter import like
 class Transposed:
     kind = "linear"
     kernel = groups = 1
+    turned: bool = True
     types = ("Conv1D",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

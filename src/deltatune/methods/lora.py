@@ -101,10 +101,6 @@ class LoraConfig(LayerConfig):
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
-        for pattern, rank in self.rank_pattern.items():
-            checks.positive_int("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in self.alpha_pattern.items():
-            checks.finite_positive("LoraConfig", f"alpha_pattern[{pattern!r}]", alpha)
         self.beside()
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:
@@ -195,11 +191,15 @@ class LoRA(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
+        return y + self.update(x, layer).to(y.dtype)
+
+    def update(self, x: Any, layer: LinearMap) -> Tensor:
+        """What is added to the layer's output."""
         x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
         update = layer.mix(layer.apply(x, self.A), self.B)
         if self.lora_B.bias is not None:
             update = shift(update, self.lora_B.bias, layer)
-        return y + (self.scaling * update).to(y.dtype)
+        return self.scaling * update
 
     # Files call the factors of an embedding by names of their own, without `.weight`.
 

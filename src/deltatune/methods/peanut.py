@@ -55,7 +55,7 @@ class PeanutConfig(LayerConfig):
             inputs as residuals.
         act_fn: Its activation, by the name that transformers has for it.
         scaling: The s of the equation.
-        init_weights: True: B zero, the rest uniform (Kaiming). False: B uniform too, so that the output changes.
+        init_weights: True: B zero, the rest uniform (Kaiming). False: B too, so a fresh adapter changes the output.
     """
 
     r: int = 32

@@ -62,6 +62,9 @@ class TrainableTokens(Adapter):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
     views: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta", "token_indices")
 
+    index: Tensor
+    place: Tensor
+
     def __init__(self, layer: LinearMap, tokens: list[int], rows: nn.Parameter, owner: bool = True) -> None:
         super().__init__()
         self.token_indices, self.owner = list(tokens), owner
@@ -90,7 +93,7 @@ class TrainableTokens(Adapter):
             )
         with torch.no_grad():
             there = layer.weight[:, tokens].T if layer.kind == "embedding" else layer.weight[tokens]
-            rows = there.float().clone() if config.init_weights else torch.randn(there.shape)
+            rows = there.clone() if config.init_weights else torch.randn(there.shape)
         made = cls(layer, tokens, nn.Parameter(rows))
         if not config.init_weights:
             made.identity_at_birth = "init_weights=False draws the rows"

@@ -87,12 +87,12 @@ class Shadow(Graft):
     def carried(self) -> AbstractContextManager[None]:
         return self.stage.carried()
 
-    def penalty(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+    def penalty(self, model: nn.Module, labels: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """The task's loss of the shadow alone, on s_0, times its weight; None without labels."""
         first = self.stage.latest.pop(self.name, None)
-        if first is None or inputs.get("labels") is None or self.config.auxiliary_loss_weight <= 0:
+        if first is None or labels is None or self.config.auxiliary_loss_weight <= 0:
             return None
-        loss = task_loss(model, self.encoder.shadow_head, first, inputs["labels"], inputs.get("attention_mask"))
+        loss = task_loss(model, self.encoder.shadow_head, first, labels, attention_mask)
         return None if loss is None else self.config.auxiliary_loss_weight * loss
 
     # ----------------------------------------------------------------------------------------------------------- files

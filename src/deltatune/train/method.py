@@ -51,6 +51,11 @@ def method_fields(method: str) -> set[str]:
     return {field.name for field in dataclasses.fields(METHODS[member].config)} - _FIXED
 
 
+def takes_tasks(method: str) -> bool:
+    """Whether the adapter depends on the task of each row."""
+    return bool(method_fields(method) & {"num_tasks", "n_tasks"})
+
+
 def peft_config(method: str, task: str, options: dict[str, Any]) -> PeftConfig:
     member = peft_type(method)
     assert member is not None

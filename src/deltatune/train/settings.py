@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deltatune.errors import ConfigError
 from deltatune.train.aliases import CANONICAL, canonical, unknown_key
 from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
-from deltatune.train.method import method_fields, method_names, normal_method, peft_config
+from deltatune.train.method import method_fields, method_names, normal_method, peft_config, takes_tasks
 
 Task = Literal["seq2seq", "causal", "classification", "token_classification", "question_answering"]
 Scheduler = Literal[
@@ -116,7 +116,7 @@ class TrainSettings(BaseModel):
             raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
         if self.eval_file is not None and self.eval_split:
             raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
-        if self.task_column is not None and "num_tasks" not in method_fields(self.method):
+        if self.task_column is not None and not takes_tasks(self.method):
             raise _refused("task_column", self.task_column, f"a method with num_tasks beside it, not {self.method}")
         for name, value in (("num_train_epochs", self.num_train_epochs), ("learning_rate", self.learning_rate)):
             if value is not None and not math.isfinite(value):
