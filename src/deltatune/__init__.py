@@ -54,6 +54,7 @@ _NAMES = {
     "deltatune.methods.trainable_tokens": ("TrainableTokensConfig",),
     "deltatune.methods.road": ("RoadConfig",),
     "deltatune.methods.waveft": ("WaveFTConfig",),
+    "deltatune.methods.shira": ("ShiraConfig",),
     "deltatune.methods.supertuning": ("SupertuningConfig",),
     "deltatune.methods.tinylora": ("TinyLoraConfig",),
     "deltatune.methods.unilora": ("UniLoraConfig",),

@@ -53,6 +53,7 @@ from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig
 from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.shira import ShiraConfig as ShiraConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
 from deltatune.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

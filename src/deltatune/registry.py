@@ -31,6 +31,7 @@ from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
 from deltatune.methods.tinylora import METHOD as TINYLORA
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
@@ -81,6 +82,7 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         WAVEFT,
         PEANUT,
+        SHIRA,
         VERA,
         PVERA,
         RANDLORA,
@@ -91,8 +93,6 @@ METHODS: dict[PeftType | str, Method] = {
         ADAMSS,
         MISS,
         DELORA,
-        BOTTLENECK,
-        POLY,
         OSF,
         PREFIX_TUNING,
         CARTRIDGE,

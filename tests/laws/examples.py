@@ -170,6 +170,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
     "depth": (1, 2),
+    "random_seed": (7,),
     "act_fn": ("tanh", "gelu_new"),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
