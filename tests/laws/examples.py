@@ -164,6 +164,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "sparse_rate": (0.2, 0.0),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
