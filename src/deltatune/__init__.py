@@ -33,6 +33,7 @@ _NAMES = {
     "deltatune.methods.bitfit": ("BitFitConfig",),
     "deltatune.methods.boft": ("BOFTConfig",),
     "deltatune.methods.beft": ("BeftConfig",),
+    "deltatune.methods.frod": ("FrodConfig",),
     "deltatune.methods.glora": ("GloraConfig",),
     "deltatune.methods.c3a": ("C3AConfig",),
     "deltatune.methods.deft": ("DeftConfig",),

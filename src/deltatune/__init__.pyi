@@ -36,6 +36,7 @@ from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.deft import DeftConfig as DeftConfig
 from deltatune.methods.delora import DeloraConfig as DeloraConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
+from deltatune.methods.frod import FrodConfig as FrodConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig

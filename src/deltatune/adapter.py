@@ -78,8 +78,16 @@ class Stored(nn.Module):
         """The tensors themselves, which are filled in place where a file has them."""
         return {}
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Those of them that files hold; perhaps some always, where rounding would decide what is derived."""
+        return self.derived_tensors() if self.keeps_derived else {}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
+        return tensors
+
     def file_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **(self.derived_tensors() if self.keeps_derived else {})}
+        return {**dict(self.named_parameters()), **self.kept_tensors()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors; names and shapes have been checked against `file_tensors`."""
@@ -172,9 +180,8 @@ class Adapter(Stored):
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
 
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
-        return tensors
+    def settle(self, layer: LinearMap) -> None:
+        """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""
 
     def everything(self) -> Iterator[nn.Parameter]:
         """What this adapter computes with: its own parameters and the shared ones."""

@@ -14,6 +14,7 @@ from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
 from deltatune.methods.fourierft import METHOD as FOURIERFT
+from deltatune.methods.frod import METHOD as FROD
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
@@ -89,6 +90,7 @@ METHODS: dict[PeftType | str, Method] = {
         VBLORA,
         UNILORA,
         TINYLORA,
+        FROD,
         GRALORA,
         ADAMSS,
         MISS,

@@ -172,6 +172,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "depth": (1, 2),
     "random_seed": (7,),
     "act_fn": ("tanh", "gelu_new"),
+    "sparse_rate": (0.2, 0.0),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
