@@ -46,6 +46,7 @@ def test_every_cluster_of_rows_gets_an_update_of_its_own(bias, rank):
     ones = torch.cat([x, torch.ones(7, 1, dtype=torch.float64)], dim=1) if bias else x
     assert_close(wrapper(x), ones @ expected.T)
     assert_close(wrapper.as_map(["default"]).weight, expected[:, :15])
+    assert not bias or torch.allclose(wrapper.as_map(["default"]).bias, expected[:, 15])
 
 
 def test_the_frozen_rows_are_singular_directions_of_weight_and_bias():

@@ -111,7 +111,7 @@ class Subspaces(Adapter):
             _, S, Vh = torch.linalg.svd(U[rows], full_matrices=False)
             above = int((self.threshold * S[0] ** 2 < S**2).sum()) if self.threshold else len(S)
             rank = max(min(above, self.rank, len(S)), 1)
-            A.append(nn.Parameter(Vh[:rank].to(**like)))
+            A.append(nn.Parameter(Vh[:rank].to(**like).clone(memory_format=torch.contiguous_format)))  # row by row
             start = torch.zeros(len(rows), rank) if self.zero else torch.randn(len(rows), rank) * 0.01
             B.append(nn.Parameter(start.to(**like)))
         self.adamss_A, self.adamss_B = nn.ParameterList(A), nn.ParameterList(B)
