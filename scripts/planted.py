@@ -31,7 +31,7 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("lora", "forgotten scale, forward", "y + (self.scaling * update)", "y + (update)"),
+    Mutant("lora", "forgotten scale, forward", "return self.scaling * update", "return update"),
     Mutant(
         "lora",
         "forgotten scale, both ways",

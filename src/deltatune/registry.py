@@ -25,17 +25,22 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.osf import METHOD as OSF
 from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
+from deltatune.methods.tinylora import METHOD as TINYLORA
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.unilora import METHOD as UNILORA
 from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.compacter import METHOD as COMPACTER
 from deltatune.outputs.poly import METHOD as POLY
 from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -56,6 +61,7 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         BOTTLENECK,
+        COMPACTER,
         POLY,
         REFT,
         ADALORA,
@@ -76,16 +82,18 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         WAVEFT,
         PEANUT,
+        SHIRA,
         VERA,
         PVERA,
         RANDLORA,
         VBLORA,
+        UNILORA,
+        TINYLORA,
         GRALORA,
         ADAMSS,
         MISS,
         DELORA,
-        BOTTLENECK,
-        POLY,
+        OSF,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,

@@ -188,3 +188,37 @@ def test_adamss_with_as_many_directions_as_outputs_is_refused(tmp_path):
 def test_adamss_trains_alike(tmp_path):
     options = {"r": 7, "num_subspaces": 3, "subspace_rank": 2, "target_modules": TARGETS["bert"]}
     trains_alike(pair("AdamssConfig", "bert", **options)[0], "bert", tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_osf_on_its_usual_targets(arch, tmp_path):
+    targets = {} if arch == "llama" else {"target_modules": ["q", "wi", "wo"]}
+    crosses_over(*pair("OSFConfig", arch, **targets), arch, tmp_path, tolerance=LOOSER)
+
+
+OSF = [
+    {"effective_rank": 3},
+    {"effective_rank": 0.25},
+    {"rank_pattern": {"query": 5, "den": 0.75}},
+    {"init_weights": False, "effective_rank": 12},
+]
+LOOSER = {"rtol": 1e-4, "atol": 1e-4}  # the update is a difference of two matrices as large as the weight
+
+
+@pytest.mark.parametrize("options", OSF, ids=str)
+def test_osf(options, tmp_path):
+    options = {"target_modules": ATTENTION["bert"], **options}
+    model, made = crosses_over(*pair("OSFConfig", "bert", **options), "bert", tmp_path, tolerance=LOOSER)
+    assert model.get_nb_trainable_parameters() == made.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_osf_trains_alike(arch, tmp_path):
+    """With the gradient kept off the high space on both sides of tall, wide and square weights."""
+    trains_alike(pair("OSFConfig", arch, target_modules=ATTENTION[arch])[0], arch, tmp_path, lr=1e-3)
+
+
+def test_osf_trains_another_way_without_the_projection(tmp_path, monkeypatch):
+    monkeypatch.setattr("deltatune.methods.osf.with_projected_gradient", lambda columns, *basis: columns)
+    with pytest.raises(AssertionError):
+        trains_alike(pair("OSFConfig", "bert", target_modules=ATTENTION["bert"])[0], "bert", tmp_path, lr=1e-3)

@@ -2,8 +2,8 @@
 
 The prompt is what generation starts from. In a pass with labels it is what stands before the first token that counts
 for the loss, or all of a row that has no such part; without labels, or where the model does not generate, it is the
-whole row. Behind a cache nothing is, unless generate began with a longer prompt. The caller can say it in
-`prompt_mask`, ones at the prompt's tokens (B, T).
+whole row. Behind a cache nothing is, unless generate began with a longer prompt. The caller can say it instead: ones at
+the prompt's tokens (B, T), as `prompt_mask`.
 """
 
 from __future__ import annotations
