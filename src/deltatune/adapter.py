@@ -261,7 +261,8 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
-        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
+        schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
+            name, the configs by name and the adapters by path, or None where the options ask for none.
     """
 
     peft_type: PeftType | str
@@ -276,7 +277,7 @@ class Method:
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
-    schedule: type[Any] | None = None
+    schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""

@@ -128,6 +128,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
+    "asa_target_subspaces": (1,),
     "total_step": (10,),
     "token_indices": ([2, 0, 1],),
     "group_size": (4, 2),
