@@ -31,7 +31,7 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("lora", "forgotten scale, forward", "y + (self.scaling * update)", "y + (update)"),
+    Mutant("lora", "forgotten scale, forward", "return self.scaling * update", "return update"),
     Mutant(
         "lora",
         "forgotten scale, both ways",
@@ -126,4 +126,114 @@ MUTANTS = [
         "clamp_min(SHORTEST).detach(), self.delora_B.norm",
     ),
     Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
+    Mutant(
+        "hira", "one added twice", "return weight + self.update(weight)", "return weight + weight + self.update(weight)"
+    ),
+    Mutant("hira", "embedding not scaled by its rows", "y + y * F.linear", "y + F.linear"),
+    Mutant(
+        "loha",
+        "forgotten scale, forward",
+        "return self.scaling * layer.mix(layer.apply(x, rows)",
+        "return layer.mix(layer.apply(x, rows)",
+    ),
+    Mutant("loha", "factors crossed", "(A1[:, :, None] * A2[:, None])", "(A2[:, :, None] * A1[:, None])"),
+    Mutant(
+        "lokr",
+        "Kronecker factors swapped",
+        "(self.w1[0].shape[1], self.w2[0].shape[1])",
+        "(self.w2[0].shape[1], self.w1[0].shape[1])",
+    ),
+    Mutant(
+        "lokr",
+        "wrong column of an embedding",
+        "((self.w1, x // n), (self.w2, x % n))",
+        "((self.w1, x % n), (self.w2, x // n))",
+    ),
+    Mutant("gralora", "blocks not exchanged", "h = self._exchanged(h).unflatten", "h = h.unflatten"),
+    Mutant("gralora", "forgotten scale, weight", "return weight + self.scaling * update", "return weight + update"),
+    Mutant(
+        "miss",
+        "neighbouring inputs summed instead of blocks",
+        ".unflatten(-1, (-1, r)).sum(-2)",
+        ".unflatten(-1, (r, -1)).sum(-1)",
+    ),
+    Mutant(
+        "delora",
+        "factor not scaled in the weight",
+        "(self.delora_B * self.scaling) @ self.down",
+        "self.delora_B @ self.down",
+    ),
+    Mutant(
+        "c3a",
+        "forgotten division by the width",
+        "circulant(self.c3a_kernel) / self.width",
+        "circulant(self.c3a_kernel)",
+    ),
+    Mutant("c3a", "correlation turned into convolution", "X, C.conj())", "X, C)", place="factors.py"),
+    Mutant("fourierft", "imaginary part", ", c)).real", ", c)).imag"),
+    Mutant(
+        "fourierft",
+        "unseeded places",
+        "torch.Generator().manual_seed(seed)",
+        "torch.Generator().manual_seed(seed + 1)",
+        place="factors.py",
+    ),
+    Mutant(
+        "waveft", "bands of the wavelet swapped", "row % m + column // n * m, column % n + row // m * n", "row, column"
+    ),
+    Mutant("peanut", "forgotten scale, weight", "return wide + self.scaling * (B @", "return wide + (B @"),
+    Mutant("road", "bias forgotten", "return bias + own * bias + partners * self.partners(bias, 0)", "return bias"),
+    Mutant(
+        "road",
+        "partners without sign or angle",
+        "+ layer.scale(self.partners(y, self.axis), partners)",
+        "- layer.scale(self.partners(y, self.axis), partners)",
+    ),
+    Mutant(
+        "boft", "rotation not transposed in the weight", "self.rotate(weight, transpose=True)", "self.rotate(weight)"
+    ),
+    Mutant("boft", "bias scaled with the output", "y if bias is None else y - bias.to(y.dtype)", "y"),
+    Mutant("boft", "generator not made skew", "cayley((self.boft_R - self.boft_R.mT) / 2)", "cayley(self.boft_R)"),
+    Mutant(
+        "psoft", "identity not taken off", "return R - torch.eye(self.r, device=R.device, dtype=R.dtype)", "return R"
+    ),
+    Mutant("deft", "bias taken out with the subspace", "if layer.bias is not None:", "if False:"),
+    Mutant("deft", "sign of the projection", "change = -(N.T @ weight)", "change = N.T @ weight"),
+    Mutant("beft", "bias forgotten in the weight's layer", "return d if bias is None else bias + d", "return d"),
+    Mutant(
+        "glora",
+        "C without the weight",
+        "(weight @ self.glora_C.value.to(weight.dtype)).squeeze(-1)",
+        "self.glora_C.value.sum()",
+    ),
+    Mutant("glora", "D forgotten", "adapted = adapted + bias * self.glora_D.value", "adapted = adapted"),
+    Mutant(
+        "vera",
+        "lambda_d forgotten in the weight",
+        "(b * self.vera_B) @ (d * self.vera_A)",
+        "(b * self.vera_B) @ self.vera_A",
+    ),
+    Mutant("pvera", "standard deviation without the half", "torch.exp(log_variance / 2)", "torch.exp(log_variance)"),
+    Mutant("randlora", "gamma forgotten", "* self.randlora_A * self.randlora_gamma)", "* self.randlora_A)"),
+    Mutant("vblora", "B not transposed", ".transpose(1, 2).flatten(0, 1)", ".flatten(1).T"),
+    Mutant(
+        "adalora",
+        "mask of E forgotten in the weight",
+        "(self.lora_B @ (self.lora_E * self.lora_A))",
+        "(self.lora_B @ self.lora_A)",
+    ),
+    Mutant("adalora", "penalty of one factor only", "(norms[0] + norms[1])", "(norms[0] + norms[0])"),
+    Mutant(
+        "bitfit",
+        "bias replaced instead of moved",
+        "return bias + self.bitfit_bias.view_as(bias)",
+        "return self.bitfit_bias.view_as(bias)",
+    ),
+    Mutant("ln_tuning", "bias of the base", "return self.ln_tuning_layers.bias", "return bias"),
+    Mutant(
+        "trainable_tokens",
+        "rows added instead of put",
+        "index_copy(1 if self.reads_tokens else 0",
+        "index_add(1 if self.reads_tokens else 0",
+    ),
 ]

@@ -28,6 +28,7 @@ from deltatune.functional import inject_adapter_in_model as inject_adapter_in_mo
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from deltatune.methods.adamss import AdamssConfig as AdamssConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
 from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
 from deltatune.methods.boft import BOFTConfig as BOFTConfig
@@ -47,17 +48,25 @@ from deltatune.methods.lokr import LoKrConfig as LoKrConfig
 from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
+from deltatune.methods.osf import OSFConfig as OSFConfig
+from deltatune.methods.peanut import PeanutConfig as PeanutConfig
 from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig
 from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.shira import ShiraConfig as ShiraConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
+from deltatune.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from deltatune.methods.unilora import UniLoraConfig as UniLoraConfig
+from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
+from deltatune.outputs.compacter import CompacterConfig as CompacterConfig
 from deltatune.outputs.poly import PolyConfig as PolyConfig
+from deltatune.outputs.reft import ReftConfig as ReftConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from deltatune.prompts.cartridge import CartridgeConfig as CartridgeConfig
 from deltatune.prompts.cartridge import CartridgeEncoder as CartridgeEncoder
@@ -101,6 +110,7 @@ from deltatune.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from deltatune.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from deltatune.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from deltatune.tasks import get_peft_model as get_peft_model
+from deltatune.xlora.config import XLoraConfig as XLoraConfig
 
 __version__: str
 __all__: list[str]

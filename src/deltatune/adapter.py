@@ -98,6 +98,7 @@ class Adapter(Stored):
         replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
@@ -110,6 +111,7 @@ class Adapter(Stored):
     replaces: ClassVar[bool] = False
     mergeable: bool | str = True
     deterministic: bool | str = True
+    lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()

@@ -29,14 +29,14 @@ class Value:
     Attributes:
         name: The keyword by which `forward` of an adapter is handed it; None where it is not known.
         given: The argument of the model, or of generate, as which the caller gives it.
-        at: Which module's passes it is worked out in; None where what was given is the value.
+        at: The modules in whose passes it is worked out; None where what was given is the value.
         of_pass: (model, arguments of that pass, what was given) -> the value.
         of_generation: (model, arguments of generate) -> what counts as given where the caller gives nothing.
     """
 
     name: str
     given: str
-    at: Callable[[nn.Module], nn.Module | None] | None = None
+    at: Callable[[nn.Module], tuple[nn.Module, ...]] | None = None
     of_pass: Callable[[nn.Module, dict[str, Any], Any], Tensor | None] | None = None
     of_generation: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
 
@@ -70,7 +70,7 @@ class Readers:
     def follow(self) -> None:
         """Hooks on just the modules in whose passes something is worked out."""
         modules = [value.at(self.model) for value in self.values if value.at is not None]
-        wanted = {id(module): module for module in modules if module is not None}
+        wanted = {id(module): module for of_value in modules for module in of_value}
         for key in self.hooked.keys() - wanted.keys():
             for handle in self.hooked.pop(key)[1]:
                 handle.remove()
@@ -86,7 +86,7 @@ class Readers:
         found = {
             value.name: value.of_pass(self.model, named, call.values.get(value.given))
             for value in self.values
-            if value.of_pass is not None and value.at is not None and value.at(self.model) is module
+            if value.of_pass is not None and value.at is not None and module in value.at(self.model)
         }
         using = self.selection.use(replace(call, values={**call.values, **found}))
         using.__enter__()

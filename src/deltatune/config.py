@@ -190,7 +190,12 @@ class PeftConfig:
         from deltatune.storage.locate import locate
 
         file = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
-        return cls.from_file_dict(cls.from_json_file(file), str(file))
+        found = cls.from_file_dict(cls.from_json_file(file), str(file))
+        found.located(Path(file).parent)
+        return found
+
+    def located(self, folder: Path) -> None:
+        """The folder that the config was read from; for paths in it."""
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:

@@ -87,7 +87,8 @@ class AdaptedLayer(LayerViews, nn.Module):
             return self._merged_forward(x, args, kwargs)
         if call.rows is not None:
             return self._mixed_forward(x, call, args, kwargs)
-        return self.as_map(call.names, args, kwargs, lambda name: call.value(name, len(x)))(x)
+        batch = x.shape[0] if x.ndim else 1
+        return self.as_map(call.names, args, kwargs, lambda name: call.value(name, batch))(x)
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""

@@ -197,6 +197,8 @@ class PeftModel(Persistence, nn.Module):
                 inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
             vars(peft_config).update(vars(config))
             self.peft_config[adapter_name] = peft_config
+            if adapter_name in self.prompts:
+                self.prompts[adapter_name].adopt(peft_config)
             self._add_schedule(adapter_name)
             if len(self.peft_config) == 1:
                 inject.freeze(self.base_model.model)

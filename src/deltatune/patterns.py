@@ -64,11 +64,11 @@ def check_patterns(config: Any) -> None:
     owner = type(config).__name__
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), str):
-            _compile(owner, field, getattr(config, field))
+            check_pattern(owner, field, getattr(config, field))
     for field, values in by_layer(config).items():
         check = PATTERNED.get(field)
         for pattern, value in values.items():
-            _compile(owner, field, pattern)
+            check_pattern(owner, field, pattern)
             if check is not None:
                 check(owner, f"{field}[{pattern!r}]", value)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
@@ -83,7 +83,8 @@ def check_patterns(config: Any) -> None:
         )
 
 
-def _compile(owner: str, field: str, pattern: str) -> None:
+def check_pattern(owner: str, field: str, pattern: str) -> None:
+    """Refuse what is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

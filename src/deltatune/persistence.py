@@ -30,6 +30,17 @@ if TYPE_CHECKING:
     from deltatune.model import PeftModel
 
 
+def load_into(model: nn.Module, name: str, saved: storage.Saved, allow_base_mismatch: bool = False) -> None:
+    """Check the tensors of a folder against an adapter on the layers of a bare model, then fill it."""
+    saved.tensors = without_base_copies(model, saved.tensors, saved.source)
+    saved.tensors = matched(saved.tensors, collect(model, name, given=None))
+    saved.tensors = translated(model, name, saved.tensors)
+    check(saved.tensors, collect(model, name, given=saved.tensors), saved.source)
+    if saved.derived is not None and not allow_base_mismatch:
+        check_derived(saved.derived, derived(model, name, saved.tensors), saved.source)
+    fill(model, name, saved.tensors)
+
+
 class Persistence:
     """The verbs of `PeftModel` that read and write adapters."""
 
@@ -158,19 +169,15 @@ class Persistence:
 
     def _load(self: Any, name: str, saved: storage.Saved, allow_base_mismatch: bool) -> None:
         """Check the tensors of a folder against an adapter of this model, then fill it."""
-        if name in self.prompts:
-            copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
-            heads = {key: value for key, value in saved.tensors.items() if not self.prompts[name].owns(key)}
-            check(heads, copies, saved.source)
-            if len(heads) == len(saved.tensors):
-                raise MismatchError(f"{saved.source}: the file holds no tensor of its prompt", path=saved.source)
-            for key, tensor in saved.tensors.items():
-                check_finite(saved.source, key, tensor)
-        else:
-            saved.tensors = without_base_copies(self.base_model.model, saved.tensors, saved.source)
-            saved.tensors = matched(saved.tensors, self.adapter_tensors(name, given=None))
-            saved.tensors = translated(self.base_model.model, name, saved.tensors)
-            check(saved.tensors, self.adapter_tensors(name, given=saved.tensors), saved.source)
-            if saved.derived is not None and not allow_base_mismatch:
-                check_derived(saved.derived, derived(self.base_model.model, name, saved.tensors), saved.source)
+        if name not in self.prompts:
+            load_into(self.base_model.model, name, saved, allow_base_mismatch)
+            return
+        saved.tensors = self.prompts[name].from_file(saved.tensors)
+        copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
+        heads = {key: value for key, value in saved.tensors.items() if not self.prompts[name].owns(key)}
+        check(heads, copies, saved.source)
+        if len(heads) == len(saved.tensors):
+            raise MismatchError(f"{saved.source}: {self.prompts[name].absent}", path=saved.source)
+        for key, tensor in saved.tensors.items():
+            check_finite(saved.source, key, tensor)
         self.fill_adapter(name, saved.tensors)

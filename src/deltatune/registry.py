@@ -6,6 +6,7 @@ from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import METHOD as ADALORA
+from deltatune.methods.adamss import METHOD as ADAMSS
 from deltatune.methods.beft import METHOD as BEFT
 from deltatune.methods.bitfit import METHOD as BITFIT
 from deltatune.methods.boft import METHOD as BOFT
@@ -25,16 +26,24 @@ from deltatune.methods.lokr import METHOD as LOKR
 from deltatune.methods.lora import METHOD as LORA
 from deltatune.methods.miss import METHOD as MISS
 from deltatune.methods.oft import METHOD as OFT
+from deltatune.methods.osf import METHOD as OSF
+from deltatune.methods.peanut import METHOD as PEANUT
 from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
+from deltatune.methods.tinylora import METHOD as TINYLORA
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
+from deltatune.methods.unilora import METHOD as UNILORA
+from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.compacter import METHOD as COMPACTER
 from deltatune.outputs.poly import METHOD as POLY
+from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
 from deltatune.prompts.cartridge import METHOD as CARTRIDGE
 from deltatune.prompts.cpt import METHOD as CPT
@@ -43,6 +52,7 @@ from deltatune.prompts.p_tuning import METHOD as P_TUNING
 from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
 from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
 from deltatune.shadow.graft import METHOD as SHADOW
+from deltatune.xlora.graft import METHOD as XLORA
 
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
@@ -51,6 +61,10 @@ METHODS: dict[PeftType | str, Method] = {
         IA3,
         OFT,
         HRA,
+        BOTTLENECK,
+        COMPACTER,
+        POLY,
+        REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
@@ -69,14 +83,19 @@ METHODS: dict[PeftType | str, Method] = {
         LOKR,
         FOURIERFT,
         WAVEFT,
+        PEANUT,
+        SHIRA,
         VERA,
         PVERA,
         RANDLORA,
+        VBLORA,
+        UNILORA,
+        TINYLORA,
         GRALORA,
+        ADAMSS,
         MISS,
         DELORA,
-        BOTTLENECK,
-        POLY,
+        OSF,
         PREFIX_TUNING,
         CARTRIDGE,
         ADAPTION_PROMPT,
@@ -85,6 +104,7 @@ METHODS: dict[PeftType | str, Method] = {
         MULTITASK_PROMPT_TUNING,
         CPT,
         SHADOW,
+        XLORA,
     )
 }
 

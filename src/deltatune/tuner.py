@@ -103,17 +103,18 @@ class Tuner(nn.Module):
 
     def with_penalty(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
         """The outputs of a training pass with these inputs, the penalty added to their loss."""
-        loss = getattr(outputs, "loss", None)
+        loss: Tensor | None = getattr(outputs, "loss", None)
         as_tuple = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0
         if not isinstance(loss, Tensor) and not as_tuple:
             if self.penalty_due is False:
                 self.penalty_due = self._penalty({}) is not None
             return outputs
         term = self._penalty(inputs)
-        if term is not None and as_tuple:
+        if term is None:
+            return outputs
+        if loss is None:
             return (outputs[0] + term.to(outputs[0]), *outputs[1:])
-        if term is not None:
-            outputs.loss = loss + term.to(loss)
+        outputs.loss = loss + term.to(loss)  # type: ignore[attr-defined]
         return outputs
 
     def after_step(self, step: int | None = None) -> None:
@@ -245,6 +246,9 @@ class Tuner(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
+        for graft in [self.grafts[key] for key in self.selection.active if key in self.grafts]:
+            if name in graft.verbs:
+                return getattr(graft, name)
         return getattr(self._modules["model"], name)
 
 

@@ -168,6 +168,8 @@ def test_a_block_of_other_libraries_and_one_that_cannot_be_read():
     model = get_peft_model(Mixed(), around(target_modules=["block"]))
     assert model.get_base_model().block.adapters["default"].adapter_up.weight.shape == (4, 4)
     assert model(torch.randn(2, 6)).shape == (2, 4)
+    model.add_adapter("other", around(target_modules=["block"], size=2))  # told from the block, not from its adapter
+    assert model.get_base_model().block.adapters["other"].adapter_up.weight.shape == (4, 2)
     model = get_peft_model(Mixed(), around(target_modules=["block"], parallel=True))
     with pytest.raises(StateError, match="width 6, not 4"):
         model(torch.randn(2, 6))

@@ -1,13 +1,37 @@
-"""The laws stack adapters of any method on a layer; that one of them replaces what is before it is said elsewhere."""
+"""Which cases of the laws `make test` runs: of each law one for every method, and a share of the others.
 
+The choice is another one each day, or under another seed, which the header of the run shows. What is not chosen is
+marked slow, and `make test-all` runs every one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+SHARE = 1 / 24  # with all of them it would take an hour
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore:set_adapter. .* replaces the whole weight"))
+        method = _method(item) if Path(__file__).parent in item.path.parents else None
+        if method is not None:
+            groups.setdefault((item.nodeid.partition("[")[0], method), []).append(item)
+    for key, group in groups.items():
+        draw = random.Random(f"{os.environ['DELTATUNE_LAW_SEED']} {key}")
+        chosen = draw.choice(group)
+        for item in group:
+            if item is not chosen and draw.random() >= SHARE:
+                item.add_marker(pytest.mark.slow)
+
+
+def _method(item: pytest.Item) -> str | None:
+    """The method that an item is about; None where it is about a pair, or none."""
+    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return getattr(params.get("case"), "method", params.get("name"))

@@ -11,12 +11,10 @@ import functools
 import itertools
 import os
 import random
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +29,6 @@ from deltatune.bases import block as block_base
 from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
 
-SHARE = 1 / 8  # of the cases that `make test` runs; with all of them it would take half an hour
 LAYER = "layer"  # where the adapted layer is in `Holder`
 
 # --------------------------------------------------------------------------------------------------------- base layers
@@ -123,8 +120,12 @@ LAYER_METHODS: dict[str, Method] = {
 _SMALL: dict[str, tuple[Any, ...]] = {
     "r": (4, 2, 1, 0),
     "sparsity": (0.9,),
+    "num_subspaces": (2,),
     "oft_block_size": (4, 2, 1, 0),
     "randlora_alpha": (8,),
+    "num_vectors": (6,),
+    "theta_d_length": (20,),
+    "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
     "total_step": (10,),
@@ -138,12 +139,13 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "n_frequency": (6,),
     "delora_lambda": (1,),
     "size": (4,),
+    "phm_dim": (2,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian", "lycoris", "bat", "mini"),
+    "init_weights": (False, "uniform", "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
     "hybrid_r": (2,),
@@ -152,7 +154,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "lambda_pattern": ({LAYER: 0.5},),
     "num_cayley_neumann_terms": (2, 3, 8),
     "r": (None,),
+    "subspace_rank": (2,),
+    "effective_rank": (0.25,),
     "n_splits": (2,),
+    "first_n": (None, 0),
     "preset": ("parallel",),
     "parallel": (True,),
     "non_linearity": ("swish",),
@@ -167,6 +172,9 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "decomposition_method": ("qr",),
     "block_size_pattern": ({LAYER: 1},),
     "n_frequency_pattern": ({LAYER: 9},),
+    "depth": (1, 2),
+    "random_seed": (7,),
+    "act_fn": ("tanh", "gelu_new"),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
 
@@ -253,10 +261,10 @@ class Case:
     def batch(self, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
         return BASES[self.base].batch(size, dtype)
 
-    @functools.cached_property
+    @property
     def has_weight(self) -> bool:
         """Whether the adapted layer has a weight: not every method is a change of one."""
-        return self._adapter(map_of(BASES[self.base])).mergeable is True
+        return self._built[1].mergeable is True
 
     @property
     def mergeable(self) -> bool:
@@ -267,18 +275,21 @@ class Case:
     @property
     def adds_bias(self) -> bool:
         """A layer without bias cannot hold one."""
-        layer = map_of(BASES[self.base])
-        return layer.bias is None and self._adapter(layer).adapted_bias(layer) is not None
+        layer, adapter = self._built
+        return layer.bias is None and adapter.adapted_bias(layer) is not None
 
     @property
     def changes_weight(self) -> bool:
         """Some methods change the bias alone."""
-        layer = map_of(BASES[self.base])
+        layer, adapter = self._built
         weight = layer.weight
-        return self._adapter(layer).adapt(weight) is not weight
+        return adapter.adapt(weight) is not weight
 
-    def _adapter(self, layer: LinearMap) -> Adapter:
-        return LAYER_METHODS[self.method].build({LAYER: layer}, self.config())[0][LAYER]
+    @property
+    def _built(self) -> tuple[LinearMap, Adapter]:
+        found = _build(self.method, self.variant, self.base)
+        assert found is not None
+        return found
 
 
 def cases(bases: typing.Iterable[str] = BASES, options: bool = True, weights: bool | None = None) -> list[Any]:
@@ -286,24 +297,16 @@ def cases(bases: typing.Iterable[str] = BASES, options: bool = True, weights: bo
 
     `weights` limits them to the methods that change a weight, or to those that no weight can hold.
 
-    Each law draws its own part of them for `make test`, another part under another seed, which the header of the run
-    shows; the rest are marked slow, and `make test-all` runs every one.
+    `make test` runs some of them (conftest.py beside this file says which), `make test-all` every one.
     """
-    caller = sys._getframe(1)
-    law = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"
     return [
-        pytest.param(Case(name, variant, base), id=f"{name}-{variant}-{base}", marks=_marks(law, name, variant, base))
+        pytest.param(Case(name, variant, base), id=f"{name}-{variant}-{base}")
         for name in LAYER_METHODS
         for variant in (variants(name) if options else ("default",))
         for base in bases
         if (variant == "default" or base in SWEPT) and _possible(name, variant, base)
         if weights is None or Case(name, variant, base).has_weight is weights
     ]
-
-
-def _marks(law: str, name: str, variant: str, base: str) -> tuple[Any, ...]:
-    """Every method meets every law on a linear layer each time; of the rest a share is drawn."""
-    return () if variant == "default" and base == "linear" else drawn(SHARE, law, name, variant, base)
 
 
 def drawn(share: float, *what: str) -> tuple[Any, ...]:
@@ -326,18 +329,24 @@ def allows(name: str, base: str) -> bool:
     return _possible(name, "default", base)
 
 
-@functools.cache
 def _possible(name: str, variant: str, base: str) -> bool:
+    built = _build(name, variant, base)
+    return built is not None and built[1].deterministic is True  # the laws compare calls with each other
+
+
+@functools.cache
+def _build(name: str, variant: str, base: str) -> tuple[LinearMap, Adapter] | None:
+    """A base layer and a fresh adapter for it; None where the method does not allow that."""
     layer, method = map_of(BASES[base]), LAYER_METHODS[name]
     if _adapter(method).fits(layer) is not True:
-        return False
+        return None
     try:
         made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:
         if variant == "default":
             raise
-        return False  # an option that the method refuses for this kind of layer
-    return made[LAYER].deterministic is True  # the laws compare calls with each other
+        return None  # an option that the method refuses for this kind of layer
+    return layer, made[LAYER]
 
 
 def move(model: nn.Module, scale: float = 0.5, name: str | None = None) -> None:

@@ -9,29 +9,45 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltatune import METHODS, PeftModel, get_peft_model
+from deltatune import METHODS, LoraConfig, PeftModel, get_peft_model
 from deltatune.adapter import Method
 from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
-from deltatune.inject import trained_copies
+from deltatune.inject import adapter_parameters
 from deltatune.prompts.config import PromptLearningConfig
 from tests.prompts.models import KINDS, bare, batch
 
 BASES = ("llama", "bert", "t5")
 PROMPT_METHODS: dict[str, Method] = {method.name: method for method in METHODS.values() if method.graft is not None}
 _TOKENS = [9, 33, 12, 40]
-# What a config needs before it means anything, by the field's name.
+
+
+@functools.cache
+def _experts() -> dict[str, str]:
+    """Folders of two trained adapters of the first base, for methods that are made of others."""
+    root, found = Path(tempfile.mkdtemp()), {}
+    for index, names in enumerate((["q_proj", "o_proj"], ["q_proj", "up_proj"])):
+        torch.manual_seed(index)
+        config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        get_peft_model(bare(BASES[0]), config).save_pretrained(root / str(index))
+        found[str(index)] = str(root / str(index))
+    return found
+
+
+# What a config needs before it means anything, by the field's name; functions are called when a method has the field.
 _SIZES: dict[str, Any] = {
     "num_virtual_tokens": 3, "adapter_len": 3, "adapter_layers": 2, "num_tasks": 2, "num_ranks": 2,
-    "cpt_token_ids": _TOKENS, "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4],
+    "cpt_token_ids": _TOKENS, "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4], "adapters": _experts,
 }  # fmt: skip
 # Values for options that are no switches, by the option's name.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -49,7 +65,7 @@ def variants(method: str) -> dict[str, dict[str, Any]]:
     """Option changed -> keyword arguments of a config; the first, "default", changes none."""
     kind = PROMPT_METHODS[method].config
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    sizes = {name: value for name, value in _SIZES.items() if name in fields}
+    sizes = {name: value() if callable(value) else value for name, value in _SIZES.items() if name in fields}
     if "cpt_token_ids" in sizes:  # which say the length themselves
         sizes.pop("num_virtual_tokens")
     found = {"default": sizes}
@@ -147,7 +163,5 @@ def move(model: PeftModel, name: str = "default", scale: float = 0.5, seed: int 
 
 
 def adapters(model: PeftModel, name: str = "default") -> list[Tensor]:
-    """What an adapter trains: its encoder, and modules of the base that it trains whole."""
-    held = [copies.modules_to_save for _, copies in trained_copies(model.get_base_model())]
-    modules = [model.prompt_encoder[name], *(copies[name] for copies in held if name in copies)]
-    return [p for module in modules for p in module.parameters()]
+    """What an adapter may train: its encoder, what it has in layers, and modules of the base that it trains whole."""
+    return [*model.prompt_encoder[name].parameters(), *adapter_parameters(model.get_base_model(), name)]

@@ -62,7 +62,7 @@ def test_questions_about_the_weight_build_nothing(case: Case, dense):
 def test_using_the_weight_gives_the_adapted_values_with_their_gradient(case: Case, dense):
     model = case.model()
     layer = model.get_base_model().layer
-    expected, own = layer.stored_weight(["default"]), list(layer.adapters.parameters())
+    expected, own = layer.stored_weight(["default"]), adapters(model)
     of_weight = torch.autograd.grad(expected.square().sum(), own, allow_unused=True)  # a bias has no part in it
     dense.clear()
     used = layer.weight + 0

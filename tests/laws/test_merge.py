@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from deltatune.errors import MergeError
-from tests.laws.examples import PLAIN, Case, base_values, cases, same
+from tests.laws.examples import PLAIN, Case, adapters, base_values, cases, same
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 MERGEABLE = [case for case in cases() if case.values[0].mergeable or case.values[0].adds_bias]
@@ -111,7 +111,7 @@ def test_a_broken_adapter_is_refused_before_any_weight_changes(case: Case):
     model = case.model()
     before = base_values(model)
     with torch.no_grad():
-        next(p for p in model.get_base_model().layer.adapters.parameters()).fill_(float("nan"))
+        adapters(model)[0].fill_(float("nan"))
     with pytest.raises(MergeError, match=r"layer.*not finite"):
         model.base_model.merge_adapter(safe_merge=True)
     assert same(base_values(model), before)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing import assert_close
 
-from deltatune import PeftModel, Stored, get_peft_model
+from deltatune import Adapter, PeftModel, Stored, get_peft_model
 from tests.laws.examples import BASES, Case, Holder, adapters, base_values, cases, move, same
 
 
@@ -23,6 +24,10 @@ def kept_though_derivable(model: PeftModel) -> set[str]:
     return {name for part in asked for name in part.derived_tensors()}
 
 
+def lossless(model: PeftModel) -> bool:
+    return all(part.lossless is True for part in model.modules() if isinstance(part, Adapter))
+
+
 @pytest.mark.parametrize("case", cases())
 def test_a_loaded_adapter_computes_the_same_bits(case: Case, tmp_path):
     model = case.model()
@@ -32,7 +37,7 @@ def test_a_loaded_adapter_computes_the_same_bits(case: Case, tmp_path):
     base = fresh_base(case)
     before = base_values(base)
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(loaded(x), expected)
+    assert_close(loaded(x), expected, **({"rtol": 0, "atol": 0} if lossless(model) else {}))
     assert same(base_values(loaded), before)
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     ours, theirs = model.peft_config["default"].to_file_dict(), loaded.peft_config["default"].to_file_dict()
@@ -47,7 +52,8 @@ def test_the_file_holds_each_trainable_number_once_and_little_else(case: Case, t
     tensors = load_file(file)
     count = sum(p.numel() for p in adapters(model))
     asked = {key for key in tensors if key.endswith(tuple(f".{name}" for name in kept_though_derivable(model)))}
-    assert sum(tensor.numel() for key, tensor in tensors.items() if key not in asked) == count
+    held = sum(tensor.numel() for key, tensor in tensors.items() if key not in asked)
+    assert held == count if lossless(model) else held < count
     assert asked or file.stat().st_size <= 1.1 * 4 * count + 8192
     assert all(key.startswith("base_model.") and ".default" not in key for key in tensors)
     assert all(".layer." in key or key.count(".") <= 2 for key in tensors), "of the layer, or what all layers share"

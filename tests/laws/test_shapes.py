@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from deltatune import get_peft_model
-from tests.laws.examples import BASES, Case, Holder, cases, move
+from tests.laws.examples import BASES, Case, Holder, adapters, cases, move
 
 VECTORS = ("linear", "transposed", "linear-wide-no-bias")
 HALF = [torch.bfloat16, torch.float16]
@@ -48,7 +48,7 @@ def test_an_empty_batch_and_an_unbatched_image(case: Case):
 @pytest.mark.parametrize("case", cases(options=False))
 def test_the_output_has_the_dtype_of_the_base(case: Case, dtype):
     model = case.model(dtype)
-    stored = {p.dtype for p in model.get_base_model().layer.adapters.parameters()}
+    stored = {p.dtype for p in adapters(model)}
     assert stored == {torch.float64 if dtype == torch.float64 else torch.float32}
     x = case.batch(dtype=dtype)
     out = model(x)
@@ -71,12 +71,8 @@ def test_half_precision_is_close_to_single(case: Case, dtype):
         model = get_peft_model(
             Holder(BASES[case.base].make()).to(dtype).eval(), case.config(), autocast_adapter_dtype=autocast
         )
-        assert {p.dtype for p in model.get_base_model().layer.adapters.parameters()} == {
-            torch.float32 if autocast else dtype
-        }
-        for ours, theirs in zip(
-            model.get_base_model().layer.adapters.parameters(), exact.get_base_model().layer.adapters.parameters()
-        ):
+        assert {p.dtype for p in adapters(model)} == {torch.float32 if autocast else dtype}
+        for ours, theirs in zip(adapters(model), adapters(exact)):
             ours.data.copy_(theirs.data)
         out = model(x.to(dtype) if x.is_floating_point() else x)
         assert out.dtype == dtype

@@ -29,7 +29,7 @@ def adapted(method: str) -> nn.Module:
 
     config = config_of(method)  # finds legal values once, drawing random numbers: before the seed
     torch.manual_seed(0)
-    model = get_peft_model(Stack(), config)
+    model = get_peft_model(Stack().eval(), config)
     move(model, 0.3)
     return model.eval()  # some draw random numbers in training
 

@@ -52,6 +52,16 @@ def test_the_length_of_a_vector_does_not_matter_and_lambda_bounds_the_change():
     assert_close(wrapper.stored_weight(["default"]), before)
 
 
+def test_the_gradient_turns_vectors_and_does_not_stretch_them():
+    wrapper, delora = adapted(nn.Linear(6, 4), r=3)
+    shake(delora)
+    wrapper(torch.randn(5, 6, dtype=torch.float64)).square().sum().backward()
+    A, B = delora.delora_A, delora.delora_B
+    assert A.grad.abs().min() > 1e-3 and B.grad.abs().min() > 1e-3
+    assert_close((A.grad * A).sum(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert_close((B.grad * B).sum(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
 def test_short_vectors_are_not_blown_up():
     wrapper, delora = adapted(nn.Linear(6, 4), r=1, delora_lambda=1)
     nn.init.constant_(delora.delora_B, 1e-6)

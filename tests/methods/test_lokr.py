@@ -62,6 +62,11 @@ def test_every_entry_of_the_update_is_a_product_of_two_entries(options, expected
     assert_close(wrapper.stored_weight(["default"]), W)
 
 
+def test_half_of_the_longer_side_is_enough_for_a_full_matrix():
+    assert shapes(adapted(nn.Linear(16, 16), r=2)[1]) == {"w1": (4, 4), "w2": (4, 4)}
+    assert shapes(adapted(nn.Linear(16, 16), r=1)[1]) == {"w1": (4, 4), "w2_a": (4, 1), "w2_b": (1, 4)}
+
+
 def test_sides():
     """LyCORIS, section 3.3: near the square root, or one of them near the factor."""
     assert [sides(size, -1) for size in (1, 7, 12, 64, 768, 2304)] == [

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import deltatune
+from deltatune.clusters import k_means
 from deltatune.errors import MismatchError
 from tests.core.tiny import TASKS, batch, logits, tiny
 from tests.peer.crossing import EXACT, crosses_over, trains_alike
@@ -134,3 +135,90 @@ def test_what_peft_says_nothing_of_is_saved(tmp_path):
 def test_supertuning_trains_alike(tmp_path):
     config, _ = pair("SupertuningConfig", "llama", sparsity=0.8, r=2, target_modules=TARGETS["llama"])
     trains_alike(config, "llama", tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_clusters_are_those_of_scikit_learn(seed):
+    from sklearn.cluster import KMeans
+
+    torch.manual_seed(seed)
+    count, r = 5 + seed * 7, 2 + seed
+    rows = torch.linalg.qr(torch.randn(count + r, r))[0][:count]
+    theirs = KMeans(min(1 + seed % 8, count), init="random", n_init=1, max_iter=10, random_state=123456789)
+    assert k_means(rows, theirs.n_clusters).tolist() == theirs.fit_predict(rows.numpy()).tolist()
+
+
+def adamss_crosses_over(arch, folder, **options):
+    """PEFT finds V and the clusters again in what our files leave out."""
+    options = {"r": 7, "num_subspaces": 3, "target_modules": TARGETS[arch], **options}
+    model, made = crosses_over(*pair("AdamssConfig", arch, **options), arch, folder, back=False)
+    assert model.get_nb_trainable_parameters() == made.get_nb_trainable_parameters()
+    read_by_peft_with_a_warning(made, arch, folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"subspace_rank": 3}, {"num_subspaces": 6, "init_weights": None},
+                                     {"subspace_rank": 4, "use_dynamic_rank": True, "svd_threshold": 0.4},
+                                     {"random_seed": 5, "r": 3}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_adamss(arch, options, tmp_path):
+    adamss_crosses_over(arch, tmp_path, **options)
+
+
+def test_adamss_of_another_device(tmp_path):
+    """There the random projection is another, as under another seed; the file's V tells which clusters it led to."""
+    options = {"r": 5, "num_subspaces": 3, "target_modules": TARGETS["bert"]}
+    model = theirs("bert", pair("AdamssConfig", "bert", random_seed=1, **options)[0])
+    folder = saved_by_peft(model, tmp_path)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "random_seed": 0}))
+    ours = deltatune.PeftModel.from_pretrained(tiny("bert"), folder)
+    assert_close(logits(ours, batch("bert")), logits(model, batch("bert")), **EXACT)
+    ours.save_pretrained(tmp_path / "again")  # with what was found
+    again = deltatune.PeftModel.from_pretrained(tiny("bert"), tmp_path / "again")
+    assert_close(logits(again, batch("bert")), logits(model, batch("bert")), **EXACT)
+
+
+def test_adamss_with_as_many_directions_as_outputs_is_refused(tmp_path):
+    """All rows are equally far apart then, and PEFT's clusters, which its file does not hold, rest on rounding."""
+    model = theirs("bert", pair("AdamssConfig", "bert", target_modules=["query"])[0])
+    with pytest.raises(MismatchError, match="r=16, as many as the layer has outputs"):
+        deltatune.PeftModel.from_pretrained(tiny("bert"), saved_by_peft(model, tmp_path))
+
+
+def test_adamss_trains_alike(tmp_path):
+    options = {"r": 7, "num_subspaces": 3, "subspace_rank": 2, "target_modules": TARGETS["bert"]}
+    trains_alike(pair("AdamssConfig", "bert", **options)[0], "bert", tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_osf_on_its_usual_targets(arch, tmp_path):
+    targets = {} if arch == "llama" else {"target_modules": ["q", "wi", "wo"]}
+    crosses_over(*pair("OSFConfig", arch, **targets), arch, tmp_path, tolerance=LOOSER)
+
+
+OSF = [
+    {"effective_rank": 3},
+    {"effective_rank": 0.25},
+    {"rank_pattern": {"query": 5, "den": 0.75}},
+    {"init_weights": False, "effective_rank": 12},
+]
+LOOSER = {"rtol": 1e-4, "atol": 1e-4}  # the update is a difference of two matrices as large as the weight
+
+
+@pytest.mark.parametrize("options", OSF, ids=str)
+def test_osf(options, tmp_path):
+    options = {"target_modules": ATTENTION["bert"], **options}
+    model, made = crosses_over(*pair("OSFConfig", "bert", **options), "bert", tmp_path, tolerance=LOOSER)
+    assert model.get_nb_trainable_parameters() == made.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_osf_trains_alike(arch, tmp_path):
+    """With the gradient kept off the high space on both sides of tall, wide and square weights."""
+    trains_alike(pair("OSFConfig", arch, target_modules=ATTENTION[arch])[0], arch, tmp_path, lr=1e-3)
+
+
+def test_osf_trains_another_way_without_the_projection(tmp_path, monkeypatch):
+    monkeypatch.setattr("deltatune.methods.osf.with_projected_gradient", lambda columns, *basis: columns)
+    with pytest.raises(AssertionError):
+        trains_alike(pair("OSFConfig", "bert", target_modules=ATTENTION["bert"])[0], "bert", tmp_path, lr=1e-3)

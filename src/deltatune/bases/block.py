@@ -58,9 +58,10 @@ class Block(Linear):
 
 def width_of(model: nn.Module, path: str) -> int:
     """Width of the output of the block at a path: its own word for it, or that of the model that it is a part of."""
-    around, parts = [model], path.split(".")
-    for part in parts:
-        around.append(getattr(around[-1], part))
+    around = [model]
+    for part in path.split("."):
+        found = getattr(around[-1], part)
+        around.append(getattr(found, "base_layer", found))  # it may be adapted already
     own = next((v for v in (getattr(around[-1], name, None) for name in _WIDTHS) if isinstance(v, int)), None)
     if own is not None:
         return own
@@ -69,7 +70,7 @@ def width_of(model: nn.Module, path: str) -> int:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if isinstance(getattr(text, "hidden_size", None), int):
             return text.hidden_size
-    for module in reversed(list(around[-1].modules())):
+    for module in reversed([m for name, m in around[-1].named_modules() if ".adapters." not in name]):
         if isinstance(module, nn.LayerNorm):
             return module.normalized_shape[-1]
         if isinstance(module, nn.Linear):

@@ -81,6 +81,12 @@ class GLoRA(Adapter):
 
     views: ClassVar[tuple[str, ...]] = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E", "r")
 
+    glora_A: Support | None
+    glora_B: Support | None
+    glora_C: Support | None
+    glora_D: Support | None
+    glora_E: Support | None
+
     def __init__(self, layer: LinearMap, r: int, weights: str, coupling: str, biases: str, zero: bool) -> None:
         super().__init__()
         self.r, matrix = r, (layer.out_features, layer.in_features)
@@ -92,7 +98,7 @@ class GLoRA(Adapter):
         if not zero:
             self.identity_at_birth = "init_weights=False draws the supports"
             for support in self.children():
-                support.scatter()
+                support.scatter()  # type: ignore[operator]
 
     @classmethod
     def build(cls, layer: LinearMap, config: GloraConfig, path: str) -> GLoRA:

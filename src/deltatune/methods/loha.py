@@ -42,6 +42,10 @@ class LoHa(Adapter):
         *("scaling", "r", "alpha", "rank_dropout", "module_dropout"),
     )
 
+    hada_w1_a: nn.Parameter
+    hada_w1_b: nn.Parameter
+    hada_w2_a: nn.Parameter
+    hada_w2_b: nn.Parameter
     hada_t1: nn.Parameter | None
     hada_t2: nn.Parameter | None
 

@@ -62,6 +62,12 @@ class LoKr(Adapter):
         *("scaling", "r", "alpha", "rank_dropout", "module_dropout", "rank_dropout_scale"),
     )
 
+    lokr_w1: nn.Parameter | None
+    lokr_w1_a: nn.Parameter
+    lokr_w1_b: nn.Parameter
+    lokr_w2: nn.Parameter | None
+    lokr_w2_a: nn.Parameter
+    lokr_w2_b: nn.Parameter
     lokr_t2: nn.Parameter | None
 
     def __init__(self, layer: LinearMap, r: int, alpha: float, dropout: RowDropout, config: LoKrConfig) -> None:

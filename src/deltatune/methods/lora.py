@@ -191,11 +191,15 @@ class LoRA(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
+        return y + self.update(x, layer).to(y.dtype)
+
+    def update(self, x: Any, layer: LinearMap) -> Tensor:
+        """What is added to the layer's output."""
         x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
         update = layer.mix(layer.apply(x, self.A), self.B)
         if self.lora_B.bias is not None:
             update = shift(update, self.lora_B.bias, layer)
-        return y + (self.scaling * update).to(y.dtype)
+        return self.scaling * update
 
     # Files call the factors of an embedding by names of their own, without `.weight`.
 

@@ -62,6 +62,9 @@ class TrainableTokens(Adapter):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
     views: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta", "token_indices")
 
+    index: Tensor
+    place: Tensor
+
     def __init__(self, layer: LinearMap, tokens: list[int], rows: nn.Parameter, owner: bool = True) -> None:
         super().__init__()
         self.token_indices, self.owner = list(tokens), owner

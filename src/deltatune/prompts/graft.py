@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from deltatune.config import PeftConfig
 from deltatune.prompts.config import PromptLearningConfig
 from deltatune.selection import Selection
 
@@ -21,6 +22,8 @@ class Graft:
             with a prompt, so they are one step shorter than those of layer methods.
         place: Where it acts, in words.
         identity_at_birth: Whether a fresh adapter leaves the output as it was.
+        verbs: Methods of its own that the `PeftModel` has too while the adapter is active.
+        absent: What is said of a file without any of its tensors.
         unmergeable: What it is, and why it cannot be merged.
         reads: Arguments of a call beyond those of the base model, which it takes itself.
     """
@@ -29,6 +32,8 @@ class Graft:
     root: ClassVar[str] = "base_model."
     place: ClassVar[str] = "the attentions"
     identity_at_birth: ClassVar[bool] = False
+    verbs: ClassVar[tuple[str, ...]] = ()
+    absent: ClassVar[str] = "the file holds no tensor of its prompt"
     unmergeable: ClassVar[str] = "learned tokens, or their keys and values, which no weight can hold"
     reads: tuple[str, ...] = ()
 
@@ -52,6 +57,9 @@ class Graft:
             encoder: Class of the trainable part, built from the filled-in config.
         """
         raise NotImplementedError
+
+    def adopt(self, config: Any) -> None:
+        """`config`, with the content of its own, is the one that the `PeftModel` shows from now on."""
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
@@ -77,6 +85,14 @@ class Graft:
 
     def file_config(self, format: str | None = None) -> dict[str, Any]:
         """Config entries that belong beside those tensors; an entry of `...` is left out of the file."""
+        return {}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked, where another program writes them in another way."""
+        return tensors
+
+    def folders(self) -> dict[str, tuple[PeftConfig, dict[str, Tensor]]]:
+        """Adapters that belong to it and are saved in subfolders of its own: their configs and tensors."""
         return {}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ def detached_shadow(model: PeftModel, adapter_name: str | None = None) -> Any:
     base: Any = model.get_base_model()
     path, decoder = decoder_of(base)
     network = shadow.encoder
-    config = copy.deepcopy(network.shadow_backbone.config)
+    config: Any = copy.deepcopy(network.shadow_backbone.config)
     config.tie_word_embeddings = False
     if type(config) is not type(base.config):
         raise TargetError(f"{type(base).__name__} is more than its decoder; take model.prompts[{name!r}].encoder apart")

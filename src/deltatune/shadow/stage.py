@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.cache import makes_one, new_cache, own_layers
 from deltatune.errors import StateError
 from deltatune.selection import Call, Selection
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from deltatune.shadow.graft import Shadow
 
 STAGE = "_deltatune_shadow"  # key in the __dict__ of the decoder
-LAYERS = "_deltatune_layers"  # key in the __dict__ of a cache: (start, end) of each shadow's layers
 _READ = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  # inputs that both transformers get
 
 
@@ -94,8 +94,8 @@ class Stage:
             self.local.running.append(None)
             return None
         inputs = {**dict(zip(self.parameters, args)), **kwargs}
-        if _caches(self.decoder, inputs):
-            inputs["past_key_values"] = _new_cache(self.decoder)
+        if makes_one(self.decoder, inputs):
+            inputs["past_key_values"] = new_cache(self.decoder)
         first = {}
         for name in names:
             first[name] = self._start(name, inputs)
@@ -123,7 +123,9 @@ class Stage:
         cache = inputs.get("past_key_values")
         given["use_cache"] = cache is not None
         if cache is not None:
-            given["past_key_values"] = _own_layers(cache, shadow, self.decoder)
+            given["past_key_values"] = own_layers(
+                cache, shadow.name, shadow.encoder.shadow_backbone.config, self.decoder
+            )
         return shadow.encoder(**given)
 
     # -------------------------------------------------------------------------------------------------- one block of it
@@ -193,61 +195,3 @@ def _rows(call: Call, name: str, old: Tensor, new: Tensor) -> Tensor:
         return new
     own = torch.tensor([row == name for row in call.rows_of(len(old))], device=old.device)
     return torch.where(own.view(-1, *[1] * (old.ndim - 1)), new, old)
-
-
-def _caches(decoder: Any, inputs: dict[str, Any]) -> bool:
-    """Whether the decoder is about to make a cache of its own, which the shadow's layers could not get into."""
-    if inputs.get("past_key_values") is not None:
-        return False
-    asked = inputs.get("use_cache")
-    if asked is None:
-        asked = getattr(decoder.config, "use_cache", False) and not torch.is_grad_enabled()
-        inputs["use_cache"] = asked
-    return bool(asked) and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
-
-
-def _new_cache(decoder: Any) -> Cache:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=decoder.config)
-
-
-def _own_layers(cache: Any, shadow: Shadow, decoder: Any) -> Cache:
-    """The shadow's layers of the decoder's cache, as a cache; made when it is met for the first time.
-
-    Raises:
-        StateError: The cache holds tokens already, of which the shadow has seen none.
-    """
-    from transformers import Cache
-
-    places = vars(cache).setdefault(LAYERS, {})
-    if shadow.name not in places:
-        if cache.get_seq_length() > 0:
-            raise StateError(
-                f"past_key_values holds tokens that adapter {shadow.name!r} has not seen; begin with an empty cache",
-                field="past_key_values",
-                found=int(cache.get_seq_length()),
-            )
-        while cache.layer_class_to_replicate is not None and len(cache.layers) < decoder.config.num_hidden_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-        made = _like(cache, shadow.encoder.shadow_backbone.config)
-        places[shadow.name] = (len(cache.layers), len(cache.layers) + len(made))
-        cache.layers.extend(made)
-    start, end = places[shadow.name]
-    return Cache(layers=cache.layers[start:end])
-
-
-def _like(cache: Any, config: Any) -> list[Any]:
-    """Empty layers for the backbone, of the sort that the decoder's cache has."""
-    from transformers import DynamicCache, StaticCache
-
-    if isinstance(cache, StaticCache):
-        return StaticCache(config=config, max_cache_len=cache.get_max_length()).layers
-    if isinstance(cache, DynamicCache):
-        return DynamicCache(config=config).layers
-    raise StateError(
-        f"past_key_values: a {type(cache).__name__} has no place for a shadow's layers; use a DynamicCache or a "
-        "StaticCache",
-        field="past_key_values",
-        found=type(cache).__name__,
-    )

@@ -51,8 +51,19 @@ class Saved:
 def save(model: PeftModel, folder: Path, names: list[str], format: str | None) -> None:
     """Write the named adapters; everything is collected before the first file is written."""
     contents = {name: _files(model, name, format) for name in names}
+    places = {name: folder if name == "default" else folder / name for name in names}
+    beside = {
+        places[name] / part: _file_pair(
+            config.to_file_dict(), tensors, {"base": fingerprint(model.get_base_model(), ())}
+        )
+        for name in names
+        if name in model.prompts
+        for part, (config, tensors) in model.prompts[name].folders().items()
+    }
+    for target, files in beside.items():
+        write_files(target, files)
     for name, files in contents.items():
-        target = folder if name == "default" else folder / name
+        target = places[name]
         card = {} if (target / "README.md").exists() else {"README.md": model_card(model.peft_config[name]).encode()}
         write_files(target, {**card, **files})
 
@@ -64,12 +75,15 @@ def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
         values |= model.prompts[name].file_config(format)
     values = {key: value for key, value in values.items() if value is not ...}
     trained = getattr(config, "modules_to_save", None) or ()
-    facts = {"config": values, "base": fingerprint(model.get_base_model(), trained)}
+    facts: dict[str, Any] = {"base": fingerprint(model.get_base_model(), trained)}
     if left_out := checksums(derived(model.get_base_model(), name)):
         facts["derived"] = left_out
-    tensors = model.adapter_tensors(name, format)
+    return _file_pair(values, model.adapter_tensors(name, format), facts)
+
+
+def _file_pair(values: dict[str, Any], tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, bytes]:
     text = json.dumps(values, indent=2, sort_keys=True)
-    return {CONFIG_NAME: text.encode(), WEIGHTS_NAME: to_bytes(tensors, facts)}
+    return {CONFIG_NAME: text.encode(), WEIGHTS_NAME: to_bytes(tensors, {**facts, "config": values})}
 
 
 def _file_dict(model: PeftModel, config: Any) -> dict[str, Any]:
@@ -102,7 +116,10 @@ def read(
         raise FormatError(f'{file}: \'peft_type\' is missing, for example "peft_type": "LORA"', path=str(file))
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
-    found = config if config is not None else PeftConfig.from_file_dict(values, str(file))
+    found = config
+    if found is None:
+        found = PeftConfig.from_file_dict(values, str(file))
+        found.located(file.parent)
     facts = facts or {}
     return Saved(found, tensors, facts.get("base"), str(weights), facts.get("derived"))
 

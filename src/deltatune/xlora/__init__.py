@@ -1,0 +1,1 @@
+"""X-LoRA: a mixture of trained LoRA adapters, weighted by token and layer."""
