@@ -38,6 +38,7 @@ _NAMES = {
     "deltatune.methods.c3a": ("C3AConfig",),
     "deltatune.methods.deft": ("DeftConfig",),
     "deltatune.methods.delora": ("DeloraConfig",),
+    "deltatune.methods.diff_pruning": ("DiffPruningConfig",),
     "deltatune.methods.fourierft": ("FourierFTConfig",),
     "deltatune.methods.hra": ("HRAConfig",),
     "deltatune.methods.ia3": ("IA3Config",),

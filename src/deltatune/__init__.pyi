@@ -35,6 +35,7 @@ from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.deft import DeftConfig as DeftConfig
 from deltatune.methods.delora import DeloraConfig as DeloraConfig
+from deltatune.methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
 from deltatune.methods.frod import FrodConfig as FrodConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig

@@ -13,6 +13,7 @@ from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
+from deltatune.methods.diff_pruning import METHOD as DIFF_PRUNING
 from deltatune.methods.fourierft import METHOD as FOURIERFT
 from deltatune.methods.frod import METHOD as FROD
 from deltatune.methods.glora import METHOD as GLORA
@@ -69,6 +70,7 @@ METHODS: dict[PeftType | str, Method] = {
         TRAINABLE_TOKENS,
         BITFIT,
         LN_TUNING,
+        DIFF_PRUNING,
         HIRA,
         ROAD,
         BOFT,

@@ -131,6 +131,9 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "asa_target_subspaces": (1,),
     "total_step": (10,),
     "token_indices": ([2, 0, 1],),
+    "prune_step": (10,),
+    "init_alpha": (1.0,),  # an open gate has no gradient, nor has a closed one
+    "alpha_speed": (0.1,),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
