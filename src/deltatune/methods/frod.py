@@ -200,7 +200,8 @@ class Frod(Adapter):
         if not self.vectors_in:
             h = h + layer.mix(z, self.S)
         elif self.frod_lambda_s_values.numel():
-            h = h + sparse_linear(z, self.frod_lambda_s_values, *self.frod_s_indices, len(self.start))
+            rows, columns = self.frod_s_indices
+            h = h + sparse_linear(z, self.frod_lambda_s_values, rows, columns, len(self.start))
         return y + layer.mix(h, self.frod_U).to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -242,7 +243,7 @@ def coordinates(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     W, V = weight.detach().cpu().double(), V.cpu().double()
     try:
         scaled = torch.linalg.solve(V, W.T).T
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # singular
         scaled = W @ torch.linalg.pinv(V, rtol=1e-6).T
     norms = scaled.norm(dim=0)
     return torch.where(norms > 1e-12, scaled / norms, 0.0).float().contiguous(), norms.float()
