@@ -100,6 +100,7 @@ class Adapter(Stored):
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
         lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        pointwise: True, or the reason why what it does at a token depends on others of the row.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
@@ -113,6 +114,7 @@ class Adapter(Stored):
     deterministic: bool | str = True
     lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
+    pointwise: bool | str = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
