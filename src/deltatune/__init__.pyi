@@ -35,7 +35,9 @@ from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.deft import DeftConfig as DeftConfig
 from deltatune.methods.delora import DeloraConfig as DeloraConfig
+from deltatune.methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
+from deltatune.methods.frod import FrodConfig as FrodConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
@@ -53,7 +55,9 @@ from deltatune.methods.psoft import PsoftConfig as PsoftConfig
 from deltatune.methods.pvera import PveraConfig as PveraConfig
 from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
+from deltatune.methods.shira import ShiraConfig as ShiraConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
+from deltatune.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.unilora import UniLoraConfig as UniLoraConfig
 from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig

@@ -78,8 +78,16 @@ class Stored(nn.Module):
         """The tensors themselves, which are filled in place where a file has them."""
         return {}
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Those of them that files hold; perhaps some always, where rounding would decide what is derived."""
+        return self.derived_tensors() if self.keeps_derived else {}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
+        return tensors
+
     def file_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **(self.derived_tensors() if self.keeps_derived else {})}
+        return {**dict(self.named_parameters()), **self.kept_tensors()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors; names and shapes have been checked against `file_tensors`."""
@@ -174,9 +182,8 @@ class Adapter(Stored):
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
 
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
-        return tensors
+    def settle(self, layer: LinearMap) -> None:
+        """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""
 
     def everything(self) -> Iterator[nn.Parameter]:
         """What this adapter computes with: its own parameters and the shared ones."""
@@ -256,7 +263,8 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
-        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
+        schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
+            name, the configs by name and the adapters by path, or None where the options ask for none.
     """
 
     peft_type: PeftType | str
@@ -271,7 +279,7 @@ class Method:
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
-    schedule: type[Any] | None = None
+    schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""

@@ -189,22 +189,29 @@ def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
 
 
-def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int) -> Tensor:
-    """x S^T for the matrix S (out, in) with `values` at (rows, columns); neither S nor its gradient is built."""
-    y = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), values, rows, columns, out)
+def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int, in_order: bool = False) -> Tensor:
+    """x S^T for the matrix S (out, in) with `values` at (rows, columns), without building S.
+
+    Its gradient is built only where it has few more entries than S has values.
+
+    Args:
+        in_order: The rows ascend, so they need not be sorted at every call.
+    """
+    y = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), values, rows, columns, out, in_order)
     return y.view(*x.shape[:-1], out)
 
 
 _AT_ONCE = 1 << 22  # products that `_SparseLinear` holds at a time
+_DENSE = 64  # entries per value of S up to which a product of matrices is faster than one of chosen entries
 
 
 class _SparseLinear(torch.autograd.Function):
     """Written out because autograd would keep the product of every entry with every row of x."""
 
     @staticmethod
-    def forward(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int) -> Tensor:
+    def forward(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int, in_order: bool) -> Tensor:
         inputs = x.T.to(torch.promote_types(x.dtype, values.dtype))
-        return _gather(inputs, values, columns, rows, out).T.to(x.dtype)
+        return _gather(inputs, values, columns, rows, out, in_order).T.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -215,20 +222,29 @@ class _SparseLinear(torch.autograd.Function):
         x, values, rows, columns = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, values.dtype)
         inputs, outputs = (part.T.to(wide).contiguous() for part in (x, grads[0]))
-        at_once = max(_AT_ONCE // max(len(x), 1), 1)
-        pairs = zip(rows.split(at_once), columns.split(at_once))
-        dots = [torch.linalg.vecdot(outputs.index_select(0, row), inputs.index_select(0, col)) for row, col in pairs]
+        of_values = _products(outputs, inputs, rows, columns).to(values.dtype)
         of_x = _gather(outputs, values, rows, columns, len(inputs)).T.to(x.dtype) if ctx.needs_input_grad[0] else None
-        return of_x, torch.cat(dots).to(values.dtype), None, None, None
+        return of_x, of_values, None, None, None, None
 
 
-def _gather(source: Tensor, values: Tensor, read: Tensor, written: Tensor, size: int) -> Tensor:
+def _products(outputs: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Chosen entries of outputs @ inputs.T."""
+    if len(rows) * _DENSE > len(outputs) * len(inputs):
+        return (outputs @ inputs.T)[rows, columns]
+    at_once = max(_AT_ONCE // max(outputs.shape[1], 1), 1)
+    pairs = zip(rows.split(at_once), columns.split(at_once))
+    dots = [torch.linalg.vecdot(outputs.index_select(0, row), inputs.index_select(0, col)) for row, col in pairs]
+    return torch.cat(dots)
+
+
+def _gather(source: Tensor, values: Tensor, read: Tensor, written: Tensor, size: int, in_order: bool = False) -> Tensor:
     """(size, T): at row `written` the sum of `values` times the rows `read` of `source` (., T)."""
-    written, order = written.sort()
+    if not in_order:
+        written, order = written.sort()
+        read, values = read[order], values[order]
     starts = torch.searchsorted(written, torch.arange(size, device=written.device))
-    return F.embedding_bag(
-        read[order], source.contiguous(), starts, mode="sum", per_sample_weights=values[order].to(source.dtype)
-    )
+    weights = values.to(source.dtype)
+    return F.embedding_bag(read, source.contiguous(), starts, mode="sum", per_sample_weights=weights)
 
 
 def with_projected_gradient(columns: Tensor, basis: Tensor, onto: bool) -> Tensor:

@@ -13,7 +13,9 @@ from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
+from deltatune.methods.diff_pruning import METHOD as DIFF_PRUNING
 from deltatune.methods.fourierft import METHOD as FOURIERFT
+from deltatune.methods.frod import METHOD as FROD
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
@@ -31,7 +33,9 @@ from deltatune.methods.psoft import METHOD as PSOFT
 from deltatune.methods.pvera import METHOD as PVERA
 from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
+from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
+from deltatune.methods.tinylora import METHOD as TINYLORA
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.unilora import METHOD as UNILORA
 from deltatune.methods.vblora import METHOD as VBLORA
@@ -68,6 +72,7 @@ METHODS: dict[PeftType | str, Method] = {
         TRAINABLE_TOKENS,
         BITFIT,
         LN_TUNING,
+        DIFF_PRUNING,
         HIRA,
         ROAD,
         BOFT,
@@ -82,17 +87,18 @@ METHODS: dict[PeftType | str, Method] = {
         FOURIERFT,
         WAVEFT,
         PEANUT,
+        SHIRA,
         VERA,
         PVERA,
         RANDLORA,
         VBLORA,
         UNILORA,
+        TINYLORA,
+        FROD,
         GRALORA,
         ADAMSS,
         MISS,
         DELORA,
-        BOTTLENECK,
-        POLY,
         OSF,
         PREFIX_TUNING,
         CARTRIDGE,

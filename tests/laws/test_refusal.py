@@ -165,7 +165,7 @@ def rename_keys(folder):
 
 
 def drop_a_key(folder):
-    rewrite(folder, lambda tensors: dict(list(tensors.items())[1:]))
+    rewrite(folder, lambda tensors: dict(list(tensors.items())[:-1]))
 
 
 def not_finite(folder):

@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from deltatune import FourierFTConfig, get_peft_model
-from deltatune.errors import ConfigError, PeftWarning
+import deltatune.methods.fourierft
+from deltatune import FourierFTConfig, PeftModel, get_peft_model
+from deltatune.errors import ConfigError, MismatchError, PeftWarning
 
 PLACES = [[509, 239, 538], [359, 147, 367]]  # the first that torch.randperm gives for 768 x 768 and seed 777
 
@@ -130,3 +131,15 @@ def test_a_number_of_its_own_for_some_layers():
 def test_refused_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         FourierFTConfig(**options)
+
+
+def test_places_that_come_out_otherwise_are_noticed_on_loading(tmp_path, monkeypatch):
+    """Files hold a checksum of what the seed has drawn."""
+    net = nn.Sequential(nn.Linear(8, 5))
+    get_peft_model(net, FourierFTConfig(n_frequency=4, target_modules=["0"])).save_pretrained(tmp_path)
+    fresh = nn.Sequential(nn.Linear(8, 5))
+    fresh.load_state_dict({"0.weight": net[0].base_layer.weight, "0.bias": net[0].base_layer.bias})
+    inside = deltatune.methods.fourierft.drawn_positions
+    monkeypatch.setattr(deltatune.methods.fourierft, "drawn_positions", lambda *a: (inside(*a) + 1) % 5)
+    with pytest.raises(MismatchError, match="fourierft_indices"):
+        PeftModel.from_pretrained(fresh, tmp_path)

@@ -7,25 +7,33 @@ import torch
 from torch.testing import assert_close
 
 import deltatune
-from tests.core.tiny import TASKS
+from tests.core.tiny import TASKS, batch, logits, tiny
 from tests.peer import crossing
-from tests.peer.pairs import ATTENTION, WHOLE, peft
+from tests.peer.pairs import ATTENTION, WHOLE, loaded_by_peft, peft, scatter
 
 quiet = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
-NAMES = {"c3a": "C3AConfig", "fourierft": "FourierFTConfig", "waveft": "WaveFTConfig", "peanut": "PeanutConfig"}
+NAMES = {
+    "c3a": "C3AConfig",
+    "fourierft": "FourierFTConfig",
+    "waveft": "WaveFTConfig",
+    "peanut": "PeanutConfig",
+    "shira": "ShiraConfig",
+}
 LEARNING_RATES = {"c3a": 0.1, "fourierft": 0.1}
 SIZES = {
     "c3a": {"block_size": 8},
     "fourierft": {"n_frequency": 40},
     "waveft": {"n_frequency": 40, "scaling": 3.0},
     "peanut": {"r": 4},
+    "shira": {"r": 3},
 }
-# PEFT's C3A and PEANuT do not know Conv1D, of which GPT-2 is made
+# PEFT's C3A, PEANuT and SHiRA do not know Conv1D, of which GPT-2 is made
 ARCHITECTURES = {
     "c3a": ("llama", "bert", "t5"),
     "fourierft": ("llama", "bert", "gpt2"),
     "waveft": ("llama", "t5", "gpt2"),
     "peanut": ("llama", "bert", "t5"),
+    "shira": ("llama", "bert", "t5"),
 }
 PAIRS = [(method, arch) for method, archs in ARCHITECTURES.items() for arch in archs]
 
@@ -155,3 +163,39 @@ def test_activations_are_those_of_transformers():
     assert {*ACT2FN} - {*ACTIVATIONS} <= {"prelu", "xielu"}, "they have parameters of their own"
     for name, act in ACTIVATIONS.items():
         assert_close(act(x), ACT2FN[name](x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch,seed", [("llama", 0), ("bert", 1), ("t5", 2), ("llama", 3)])
+def test_shira_with_random_options(arch, seed, tmp_path):
+    options, draw = drawn(arch, seed)
+    options.pop("layers_to_transform", None)  # PEFT's ShiraConfig lacks it
+    options |= {"r": draw.choice([1, 4]), "random_seed": draw.choice([None, 0, 77])}
+    options["init_weights"] = draw.random() < 0.5
+    crosses_over("shira", arch, tmp_path, **options)
+
+
+def largest(base_layer, r, **kwargs):
+    """A mask of the largest entries."""
+    weight = base_layer.weight.detach()
+    mask = torch.zeros(weight.numel())
+    mask[weight.abs().flatten().topk(r * sum(weight.shape)).indices] = 1
+    return mask.view(weight.shape)
+
+
+def test_shira_with_a_mask_of_ones_own(tmp_path):
+    """Files hold the places then, and neither side needs the function to read them."""
+    with pytest.warns(UserWarning, match="mask_type"):
+        their_config, our_config = configs("shira", "llama", target_modules=["q_proj"], mask_type="largest")
+    their_config.mask_fn = our_config.mask_fn = largest
+    crossing.crosses_over(their_config, our_config, "llama", tmp_path)
+
+
+def test_options_that_pefts_shira_lacks_are_resolved_into_targets(tmp_path):
+    """`layers_to_transform` is written as the full names, so that the file means the same to PEFT."""
+    config = deltatune.ShiraConfig(
+        r=2, target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["k_proj"], task_type="CAUSAL_LM"
+    )
+    ours = scatter(deltatune.get_peft_model(tiny("llama"), config), 3)
+    ours.save_pretrained(tmp_path)
+    theirs = loaded_by_peft(tiny("llama"), tmp_path)
+    assert_close(logits(theirs, batch("llama")), logits(ours, batch("llama")), **crossing.EXACT)

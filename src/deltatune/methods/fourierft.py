@@ -89,6 +89,13 @@ class FourierFT(Adapter):
         alone = (halves[0] == 0) | (2 * halves[0] == height)  # rows without a mirror image
         self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
 
+    def derived_tensors(self) -> dict[str, Tensor]:
+        return {"fourierft_indices": self.indices}
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_file_tensors(tensors)
+        self._place(self.indices)
+
     @property
     def coefficients(self) -> Tensor:
         spectrum = self.fourierft_spectrum

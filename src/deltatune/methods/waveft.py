@@ -96,7 +96,7 @@ class WaveFT(Adapter):
         # in float64 until the adapter gets its precision, so that nothing is rounded twice
         self.register_buffer("filters", filters(family) if idwt else None, persistent=False)
         self.register_buffer("waveft_indices", indices, persistent=False)
-        self.register_buffer("places", self._places(indices) if idwt else indices, persistent=False)
+        self._place()
 
     @classmethod
     def plan(cls, layers: dict[str, LinearMap], config: WaveFTConfig) -> WaveFTConfig:
@@ -131,14 +131,25 @@ class WaveFT(Adapter):
         beyond = self.filters.shape[1] - 2
         return (self.shape[0] + beyond + 1) // 2, (self.shape[1] + beyond + 1) // 2
 
-    def _places(self, indices: Tensor) -> Tensor:
+    def _place(self) -> None:
         """From places in a matrix of four bands, the drawn ones in its middle, to (low, high) along each side.
 
         The band beside the low one is high along the rows in PEFT and so in files: halves change places.
         """
-        (m, n), (height, width) = self.halves, self.shape
-        row, column = indices[0] + (2 * m - height) // 2, indices[1] + (2 * n - width) // 2
-        return torch.stack([row % m + column // n * m, column % n + row // m * n])
+        places = self.waveft_indices
+        row, column = places
+        if self.filters is not None:
+            (m, n), (height, width) = self.halves, self.shape
+            row, column = row + (2 * m - height) // 2, column + (2 * n - width) // 2
+            places = torch.stack([row % m + column // n * m, column % n + row // m * n])
+        self.register_buffer("places", places, persistent=False)
+
+    def derived_tensors(self) -> dict[str, Tensor]:
+        return {"waveft_indices": self.waveft_indices}
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_file_tensors(tensors)
+        self._place()
 
     @property
     def coefficients(self) -> Tensor:
