@@ -65,6 +65,7 @@ _NAMES = {
     "deltatune.model": ("PeftModel",),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
     "deltatune.outputs.compacter": ("CompacterConfig",),
+    "deltatune.outputs.lily": ("LilyConfig",),
     "deltatune.outputs.poly": ("PolyConfig",),
     "deltatune.outputs.reft": ("ReftConfig",),
     "deltatune.prompts.adaption_prompt": ("AdaptionPromptConfig",),

@@ -66,6 +66,7 @@ from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
 from deltatune.outputs.compacter import CompacterConfig as CompacterConfig
+from deltatune.outputs.lily import LilyConfig as LilyConfig
 from deltatune.outputs.poly import PolyConfig as PolyConfig
 from deltatune.outputs.reft import ReftConfig as ReftConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig

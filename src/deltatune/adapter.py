@@ -108,6 +108,7 @@ class Adapter(Stored):
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
         lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        pointwise: True, or the reason why what it does at a token depends on others of the row.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
@@ -121,6 +122,7 @@ class Adapter(Stored):
     deterministic: bool | str = True
     lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
+    pointwise: bool | str = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
@@ -256,7 +258,7 @@ class Method:
         graft: What connects such a method with the model (`deltatune.prompts.graft`).
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
-        default_targets: Model type -> layers it adapts when the user names none.
+        default_targets: Model type -> layers it adapts when the user names none; or a function of the config there.
         find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
@@ -290,6 +292,11 @@ class Method:
         for adapter in made.values():
             vars(adapter)["shared"] = shared  # past nn.Module, which would make it a part of every layer
         return made, shared
+
+    def usual_targets(self, model_type: str, config: Any = None) -> Any:
+        """The layers that it adapts in an architecture when the user names none; None where they are not known."""
+        found = None if self.default_targets is None else self.default_targets(model_type)
+        return found(self.config() if config is None else config) if callable(found) else found
 
     @property
     def name(self) -> str:

@@ -43,6 +43,7 @@ from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
 from deltatune.outputs.compacter import METHOD as COMPACTER
+from deltatune.outputs.lily import METHOD as LILY
 from deltatune.outputs.poly import METHOD as POLY
 from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -64,6 +65,7 @@ METHODS: dict[PeftType | str, Method] = {
         HRA,
         BOTTLENECK,
         COMPACTER,
+        LILY,
         POLY,
         REFT,
         ADALORA,

@@ -158,6 +158,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "subspace_rank": (2,),
     "effective_rank": (0.25,),
     "n_splits": (2,),
+    "num_B": (3,),
     "first_n": (None, 0),
     "preset": ("parallel",),
     "parallel": (True,),
