@@ -31,7 +31,7 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("lora", "forgotten scale, forward", "y + (self.scaling * update)", "y + (update)"),
+    Mutant("lora", "forgotten scale, forward", "return self.scaling * update", "return update"),
     Mutant(
         "lora",
         "forgotten scale, both ways",
@@ -236,6 +236,23 @@ MUTANTS = [
         "index_copy(1 if self.reads_tokens else 0",
         "index_add(1 if self.reads_tokens else 0",
     ),
+    Mutant("beft", "wrong sign of the bias", "bias + d", "bias - d"),
+    Mutant("beft", "missing in the forward pass", "shift(layer(x), self.beft_bias.flatten(), layer)", "layer(x)"),
+    Mutant("glora", "A added, not multiplied", "adapted + weight * self.glora_A.value", "adapted + self.glora_A.value"),
+    Mutant("glora", "bias of the base scaled too", "bias + bias * a", "bias"),
+    Mutant("supertuning", "the smallest entries", "largest=largest", "largest=not largest"),
+    Mutant("supertuning", "forgotten scale", "(self.scaling * update)", "update"),
+    Mutant(
+        "supertuning",
+        "rows and columns swapped",
+        "places // self.shape[1], places % self.shape[1]",
+        "places % self.shape[0], places // self.shape[0]",
+    ),
+    Mutant("adamss", "rows in the order of the layer", "torch.cat(members).to", "torch.cat(members).sort()[0].to"),
+    Mutant("adamss", "update of the bias forgotten", "bias if bias is None else bias + up @ constant", "bias"),
+    Mutant("osf", "gradient onto the high space", "self.U_high is None)\n", "self.U_high is not None)\n"),
+    Mutant("osf", "start not subtracted", "(now - start)", "now"),
+    Mutant("osf", "the large directions train", '"V_start": V[k:]', '"V_start": V[: len(S) - k]'),
     Mutant("c3a", "blocks turned the other way, forward", "X, C.conj()", "X, C", place="factors.py"),
     Mutant(
         "c3a",

@@ -35,7 +35,9 @@ from deltatune.methods.boft import BOFTConfig as BOFTConfig
 from deltatune.methods.c3a import C3AConfig as C3AConfig
 from deltatune.methods.deft import DeftConfig as DeftConfig
 from deltatune.methods.delora import DeloraConfig as DeloraConfig
+from deltatune.methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
 from deltatune.methods.fourierft import FourierFTConfig as FourierFTConfig
+from deltatune.methods.frod import FrodConfig as FrodConfig
 from deltatune.methods.glora import GloraConfig as GloraConfig
 from deltatune.methods.gralora import GraloraConfig as GraloraConfig
 from deltatune.methods.hira import HiraConfig as HiraConfig
@@ -55,6 +57,7 @@ from deltatune.methods.randlora import RandLoraConfig as RandLoraConfig
 from deltatune.methods.road import RoadConfig as RoadConfig
 from deltatune.methods.shira import ShiraConfig as ShiraConfig
 from deltatune.methods.supertuning import SupertuningConfig as SupertuningConfig
+from deltatune.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from deltatune.methods.unilora import UniLoraConfig as UniLoraConfig
 from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig
@@ -62,6 +65,8 @@ from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
 from deltatune.model import PeftModel as PeftModel
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
+from deltatune.outputs.compacter import CompacterConfig as CompacterConfig
+from deltatune.outputs.lily import LilyConfig as LilyConfig
 from deltatune.outputs.poly import PolyConfig as PolyConfig
 from deltatune.outputs.reft import ReftConfig as ReftConfig
 from deltatune.prompts.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig

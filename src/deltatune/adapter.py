@@ -78,8 +78,16 @@ class Stored(nn.Module):
         """The tensors themselves, which are filled in place where a file has them."""
         return {}
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Those of them that files hold; perhaps some always, where rounding would decide what is derived."""
+        return self.derived_tensors() if self.keeps_derived else {}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
+        return tensors
+
     def file_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **(self.derived_tensors() if self.keeps_derived else {})}
+        return {**dict(self.named_parameters()), **self.kept_tensors()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors; names and shapes have been checked against `file_tensors`."""
@@ -100,6 +108,7 @@ class Adapter(Stored):
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
         lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
+        pointwise: True, or the reason why what it does at a token depends on others of the row.
         reads: What it has to know about a call; `forward` is handed each by name.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
@@ -113,6 +122,7 @@ class Adapter(Stored):
     deterministic: bool | str = True
     lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
+    pointwise: bool | str = True
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
@@ -172,9 +182,8 @@ class Adapter(Stored):
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
 
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
-        return tensors
+    def settle(self, layer: LinearMap) -> None:
+        """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""
 
     def everything(self) -> Iterator[nn.Parameter]:
         """What this adapter computes with: its own parameters and the shared ones."""
@@ -249,12 +258,13 @@ class Method:
         graft: What connects such a method with the model (`deltatune.prompts.graft`).
         encoder: What such a method trains, built from its config.
         key_prefix: How the names of its tensors begin, for programs that filter parameters by it.
-        default_targets: Model type -> layers it adapts when the user names none.
+        default_targets: Model type -> layers it adapts when the user names none; or a function of the config there.
         find_targets: Model -> those layers, for types that `default_targets` does not know.
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
-        schedule: What happens after every optimizer step (a `deltatune.schedule.Schedule`).
+        schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
+            name, the configs by name and the adapters by path, or None where the options ask for none.
     """
 
     peft_type: PeftType | str
@@ -269,7 +279,7 @@ class Method:
     learning_rate: float | Callable[[dict[str, Any]], float] = 1e-3
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
-    schedule: type[Any] | None = None
+    schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""
@@ -282,6 +292,11 @@ class Method:
         for adapter in made.values():
             vars(adapter)["shared"] = shared  # past nn.Module, which would make it a part of every layer
         return made, shared
+
+    def usual_targets(self, model_type: str, config: Any = None) -> Any:
+        """The layers that it adapts in an architecture when the user names none; None where they are not known."""
+        found = None if self.default_targets is None else self.default_targets(model_type)
+        return found(self.config() if config is None else config) if callable(found) else found
 
     @property
     def name(self) -> str:

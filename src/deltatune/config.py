@@ -81,6 +81,7 @@ class PeftType(str, Enum):
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
     BITFIT = "BITFIT"  # this one and what follows is not PEFT's
+    DIFF_PRUNING = "DIFF_PRUNING"
     BOTTLENECK = "BOTTLENECK"
     COMPACTER = "COMPACTER"
     REFT = "REFT"

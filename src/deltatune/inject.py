@@ -80,7 +80,7 @@ def _build_all(
 ) -> Stored | None:
     """An adapter for every layer that a config targets; `built` gets them. Returns what they share."""
     assert method.adapter is not None
-    targets.with_defaults(config, model, method.default_targets, method.find_targets)
+    targets.with_defaults(config, model, lambda kind: method.usual_targets(kind, config), method.find_targets)
     found, owners = targets.find(model, config, method.adapter), _owners(model, built)
     for path, module in found.items():
         if id(module) in built:

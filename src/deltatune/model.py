@@ -236,11 +236,13 @@ class PeftModel(Persistence, nn.Module):
         layers = inject.adapted_layers(self.base_model.model)
         adapters = {path: layer.adapters[name] for path, layer in layers if name in layer.adapters}
         try:
-            self.base_model.schedules[name] = kind(name, self.peft_config, adapters)
+            made = kind(name, self.peft_config, adapters)
         except BaseException:
             inject.remove(self.base_model.model, name)
             del self.peft_config[name]
             raise
+        if made is not None:
+            self.base_model.schedules[name] = made
 
     def _add_prompt(self, name: str, config: Any) -> None:
         model, selection = self.base_model.model, self.base_model.selection

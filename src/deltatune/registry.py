@@ -13,7 +13,9 @@ from deltatune.methods.boft import METHOD as BOFT
 from deltatune.methods.c3a import METHOD as C3A
 from deltatune.methods.deft import METHOD as DEFT
 from deltatune.methods.delora import METHOD as DELORA
+from deltatune.methods.diff_pruning import METHOD as DIFF_PRUNING
 from deltatune.methods.fourierft import METHOD as FOURIERFT
+from deltatune.methods.frod import METHOD as FROD
 from deltatune.methods.glora import METHOD as GLORA
 from deltatune.methods.gralora import METHOD as GRALORA
 from deltatune.methods.hira import METHOD as HIRA
@@ -33,12 +35,15 @@ from deltatune.methods.randlora import METHOD as RANDLORA
 from deltatune.methods.road import METHOD as ROAD
 from deltatune.methods.shira import METHOD as SHIRA
 from deltatune.methods.supertuning import METHOD as SUPERTUNING
+from deltatune.methods.tinylora import METHOD as TINYLORA
 from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
 from deltatune.methods.unilora import METHOD as UNILORA
 from deltatune.methods.vblora import METHOD as VBLORA
 from deltatune.methods.vera import METHOD as VERA
 from deltatune.methods.waveft import METHOD as WAVEFT
 from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
+from deltatune.outputs.compacter import METHOD as COMPACTER
+from deltatune.outputs.lily import METHOD as LILY
 from deltatune.outputs.poly import METHOD as POLY
 from deltatune.outputs.reft import METHOD as REFT
 from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
@@ -59,12 +64,15 @@ METHODS: dict[PeftType | str, Method] = {
         OFT,
         HRA,
         BOTTLENECK,
+        COMPACTER,
+        LILY,
         POLY,
         REFT,
         ADALORA,
         TRAINABLE_TOKENS,
         BITFIT,
         LN_TUNING,
+        DIFF_PRUNING,
         HIRA,
         ROAD,
         BOFT,
@@ -85,6 +93,8 @@ METHODS: dict[PeftType | str, Method] = {
         RANDLORA,
         VBLORA,
         UNILORA,
+        TINYLORA,
+        FROD,
         GRALORA,
         ADAMSS,
         MISS,

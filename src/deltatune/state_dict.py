@@ -66,7 +66,8 @@ def parts(model: nn.Module, name: str) -> list[Part]:
 
 
 def _stored(prefix: str | None, stored: Stored) -> Part:
-    derived = {} if stored.keeps_derived else stored.derived_tensors()
+    kept = stored.kept_tensors()
+    derived = {name: tensor for name, tensor in stored.derived_tensors().items() if name not in kept}
 
     def load(tensors: dict[str, Tensor]) -> None:
         stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
@@ -110,7 +111,11 @@ def _bare(key: str) -> str:
 
 def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
     """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
-    found = dict(tensors)
+    found, top = dict(tensors), root.removesuffix("model.")
+    if (shared := shared_modules(model).get(name)) is not None:
+        inner = {key: tensor for key, tensor in found.items() if top != root and key.startswith(root)}
+        own = {key.removeprefix(top): tensor for key, tensor in found.items() if key not in inner}
+        found = inner | {top + key: tensor for key, tensor in shared.from_file(own).items()}
     for path, layer in adapted_layers(model):
         prefix = f"{root}{path}."
         own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
@@ -183,6 +188,9 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str =
         own = {name: tensors[key] for name, key in keys.items() if key in tensors}
         if own:
             part.fill({**part.tensors, **own})
+    for _, layer in adapted_layers(model):
+        if name in layer.adapters:
+            layer.adapters[name].settle(layer.as_map())  # type: ignore[operator]
 
 
 def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -201,7 +201,6 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     found = usual(model_type) if usual and model_type else None
     if found is None and search is not None:
         found = _shortened({path for path in search(model) or () if not _excluded(config, path)}, config, model)
-    found = found(config) if callable(found) else found
     if found is None:
         linear = [path for path, module in walk(model) if _is_linear(module)][:5]
         raise TargetError(

@@ -114,7 +114,7 @@ def test_every_method_has_a_page_and_every_page_a_method():
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=title)
 def test_a_method_page_cites_its_paper(page: Path):
-    assert re.search(r"https://(arxiv\.org/abs|openreview\.net)/\S+", page.read_text("utf-8"))
+    assert re.search(r"https://(arxiv\.org/abs|openreview\.net|doi\.org)/\S+", page.read_text("utf-8"))
 
 
 def test_the_worked_example_of_a_new_method_is_one_that_is_not_built():

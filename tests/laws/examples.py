@@ -128,20 +128,25 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "vector_length": (4, 2, 1),
     "init_r": (4,),
     "target_r": (2,),
+    "asa_target_subspaces": (1,),
     "total_step": (10,),
     "token_indices": ([2, 0, 1],),
+    "prune_step": (10,),
+    "init_alpha": (1.0,),  # an open gate has no gradient, nor has a closed one
+    "alpha_speed": (0.1,),
     "group_size": (4, 2),
     "boft_block_size": (4, 2),
     "block_size": (4, 2, 1),
     "n_frequency": (6,),
     "delora_lambda": (1,),
     "size": (4,),
+    "phm_dim": (2,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
     "init_lora_weights": (False, "gaussian"),
-    "init_weights": (False, "gaussian", "lycoris", "bat", "mini"),
+    "init_weights": (False, "uniform", "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
     "hybrid_r": (2,),
@@ -153,6 +158,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "subspace_rank": (2,),
     "effective_rank": (0.25,),
     "n_splits": (2,),
+    "num_B": (3,),
     "first_n": (None, 0),
     "preset": ("parallel",),
     "parallel": (True,),
@@ -171,6 +177,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "depth": (1, 2),
     "random_seed": (7,),
     "act_fn": ("tanh", "gelu_new"),
+    "sparse_rate": (0.2, 0.0),
     "wavelet_family": ("db2", "sym4", "coif1"),
 }
 

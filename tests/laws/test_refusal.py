@@ -19,14 +19,14 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Holder(nn.Linear(8, 8)) for _ in range(3)])
-        self.norm = nn.Sequential(nn.LayerNorm(8))  # not itself a layer
+        self.bend = nn.Tanh()  # neither a layer nor a block of layers
         self.head = nn.Linear(8, 4)
         self.head.weight.requires_grad_(False)  # the flags of the user come back too
 
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.head(self.bend(x))
 
 
 def picture(model: nn.Module):
@@ -47,7 +47,7 @@ def deep() -> tuple[Deep, torch.Tensor, torch.Tensor]:
 BAD = {
     "a target that is not there": {"target_modules": ["leyer"]},
     "a pattern that matches nothing": {"target_modules": r"nothing\..*"},
-    "a layer that cannot be adapted": {"target_modules": ["layer", "norm"]},
+    "a layer that cannot be adapted": {"target_modules": ["layer", "bend"]},
     "everything excluded": {"exclude_modules": ["layer"]},
     "a module to save that is not there": {"modules_to_save": ["haed"]},
     "no such layer number": {"layers_to_transform": [7]},
@@ -165,7 +165,7 @@ def rename_keys(folder):
 
 
 def drop_a_key(folder):
-    rewrite(folder, lambda tensors: dict(list(tensors.items())[1:]))
+    rewrite(folder, lambda tensors: dict(list(tensors.items())[:-1]))
 
 
 def not_finite(folder):

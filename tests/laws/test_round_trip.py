@@ -19,9 +19,8 @@ def fresh_base(case: Case, dtype=torch.float32) -> Holder:
 
 
 def kept_though_derivable(model: PeftModel) -> set[str]:
-    """Tensors that a file could leave out, and that an option asks for."""
-    asked = [part for part in model.modules() if isinstance(part, Stored) and part.keeps_derived]
-    return {name for part in asked for name in part.derived_tensors()}
+    """Tensors that a file could leave out, but that an option asks for or rounding decides."""
+    return {name for part in model.modules() if isinstance(part, Stored) for name in part.kept_tensors()}
 
 
 def lossless(model: PeftModel) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deltatune.adapter import Stored
 from tests.laws.examples import Case, adapters, base_values, cases, move, same
 
 
@@ -48,7 +49,9 @@ def test_training_lowers_the_loss_and_does_not_touch_the_base(case: Case):
 def test_the_count_is_that_of_the_file(case: Case):
     model = case.model()
     trainable, total = model.get_nb_trainable_parameters()
-    assert trainable == sum(tensor.numel() for tensor in model.adapter_tensors("default").values())
+    kept = [part.kept_tensors() for part in model.modules() if isinstance(part, Stored)]
+    frozen = sum(tensor.numel() for tensors in kept for tensor in tensors.values())
+    assert trainable + frozen == sum(tensor.numel() for tensor in model.adapter_tensors("default").values())
     assert total == trainable + sum(tensor.numel() for tensor in base_values(model).values())
 
 

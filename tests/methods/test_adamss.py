@@ -46,6 +46,7 @@ def test_every_cluster_of_rows_gets_an_update_of_its_own(bias, rank):
     ones = torch.cat([x, torch.ones(7, 1, dtype=torch.float64)], dim=1) if bias else x
     assert_close(wrapper(x), ones @ expected.T)
     assert_close(wrapper.as_map(["default"]).weight, expected[:, :15])
+    assert not bias or torch.allclose(wrapper.as_map(["default"]).bias, expected[:, 15])
 
 
 def test_the_frozen_rows_are_singular_directions_of_weight_and_bias():
@@ -107,9 +108,102 @@ def test_the_same_clusters_in_every_run_and_beside_other_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_adaptive_allocation_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"use_asa=True .* leave it at False"):
-        AdamssConfig(use_asa=True)
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 9)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def allocated(steps: int, begin: int = 1, model=None, **options):
+    """A loop of one's own; for each step the gradients, the updated values, and which clusters still train after it."""
+    torch.manual_seed(0)
+    plan = {"use_asa": True, "asa_target_subspaces": 3, "init_warmup": 2, "final_warmup": 12, "mask_interval": 4}
+    config = AdamssConfig(r=5, num_subspaces=4, target_modules=["first", "second"], **{**plan, **options})
+    model = model or get_peft_model(Net(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    seen, training = [], []
+    for step in range(begin, begin + steps):
+        torch.manual_seed(step)
+        x = torch.randn(16, 8)
+        (model(x)[:, :8] - x).square().mean().backward()
+        optimizer.step()
+        values = {n: (p.detach().clone(), p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        seen.append({n: (value, grad.clone()) for n, (value, grad) in values.items()})
+        model.after_step()
+        training.append([n for n, p in model.named_parameters() if p.requires_grad])
+        optimizer.zero_grad()
+    return model, seen, training
+
+
+def test_the_clusters_that_matter_most_go_on_training():
+    """|w g| smoothed by 0.85, and how much it varies; the sum of the means of both products, over all layers."""
+    model, seen, training = allocated(14)
+    begin, end, total, target = 2, 12, 8, 3
+    expected = set(training[0])
+    for step in range(1, 15):
+        if begin <= step <= end and step % 4 == 0:
+            window = range(max(begin, step - 3), step + 1)
+            scores = {}
+            for name in expected:
+                mean = spread = 0.0
+                for at in window:
+                    value, grad = seen[at - 1][name]
+                    now = (value * grad).abs()
+                    mean = 0.85 * mean + 0.15 * now
+                    spread = 0.85 * spread + 0.15 * (now - mean).abs()
+                cluster = name.replace("adamss_A", "*").replace("adamss_B", "*")
+                scores[cluster] = scores.get(cluster, 0) + (mean * spread).mean().item()
+            budget = int(target + (total - target) * (1 - (step - begin) / (end - begin)) ** 3)
+            kept = sorted(scores, key=scores.get, reverse=True)[:budget]
+            expected = {n for n in expected if n.replace("adamss_A", "*").replace("adamss_B", "*") in kept}
+            assert len(expected) == 2 * min(budget, len(scores))
+        assert set(training[step - 1]) == expected
+    assert len(expected) == 2 * target
+    still = [n for n in training[0] if n not in expected]
+    last = dict(model.named_parameters())
+    assert any(last[n].any() for n in still if "adamss_B" in n), "what was learnt stays"
+
+
+def test_dropped_clusters_stay_dropped_and_come_back_from_a_checkpoint():
+    from deltatune.schedule import pack, unpack
+
+    model, _, training = allocated(9)
+    model.set_adapter("default")
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == training[-1]
+    other, _, _ = allocated(0)
+    other.load_state_dict(model.state_dict())
+    unpack(other.base_model.schedules, *pack(model.base_model.schedules))
+    for one in (model, other):
+        _, _, training = allocated(4, begin=10, model=one)
+        assert len(training[-1]) == 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_without_allocation_there_is_no_schedule():
+    assert not allocated(3, use_asa=False)[0].base_model.schedules
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mask_interval": 0}, "mask_interval=0"),
+        ({"init_warmup": 9, "final_warmup": 9}, "init_warmup=9.*below final_warmup=9"),
+        ({"asa_target_subspaces": 0}, "asa_target_subspaces=0"),
+        ({"asa_schedule_exponent": 0.0}, "asa_schedule_exponent"),
+        ({"asa_importance_beta": 1.0}, "asa_importance_beta"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_by_field(options, named):
+    with pytest.raises(ConfigError, match=named):
+        AdamssConfig(use_asa=True, **options)
+
+
+def test_a_target_above_all_subspaces_is_told():
+    with pytest.warns(deltatune.errors.PeftWarning, match="asa_target_subspaces=50 is not less than the 8 subspaces"):
+        allocated(0, asa_target_subspaces=50)
 
 
 def test_old_files_that_say_false_mean_none():

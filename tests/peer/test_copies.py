@@ -1,4 +1,4 @@
-"""Methods that train parts of the base as copies, beside PEFT 0.21.2: trainable tokens."""
+"""Methods that train parts of the base as copies, beside PEFT 0.21.2: trainable tokens and LN tuning."""
 
 import random
 
@@ -87,11 +87,12 @@ def test_merged_tokens_agree(tmp_path):
     assert_close(logits(ours.merge_and_unload(), inputs), logits(model.merge_and_unload(), inputs), **EXACT)
 
 
-def test_peft_reads_no_file_of_bitfit(tmp_path):
-    """It has no such method, and says so instead of reading something else."""
-    model = scatter(deltatune.get_peft_model(tiny("gpt2"), deltatune.BitFitConfig()), 3)
+@pytest.mark.parametrize("config", [deltatune.BitFitConfig(), deltatune.DiffPruningConfig(prune_step=9)])
+def test_peft_reads_no_file_of_a_method_that_it_lacks(config, tmp_path):
+    """It says so instead of reading something else."""
+    model = scatter(deltatune.get_peft_model(tiny("gpt2"), config), 3)
     model.save_pretrained(tmp_path)
-    with pytest.raises(KeyError, match="BITFIT"):
+    with pytest.raises(KeyError, match=config.peft_type.value):
         peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)
 
 

@@ -230,3 +230,55 @@ def test_convolutions(tmp_path):
     made = scatter(deltatune.get_peft_model(base(), deltatune.AdaLoraConfig(**{**options, "target_r": 2})), 4)
     made.save_pretrained(tmp_path / "ours")
     assert_close(loaded_by_peft(base(), tmp_path / "ours")(x), made(x), **EXACT)
+
+
+def adamss(arch: str, folder: Path, extra: int, **options: Any) -> tuple[Any, Any]:
+    """PEFT's model and ours from the same start. In a step that drops, PEFT keeps one too few: it is told one more."""
+    names = {"llama": ["q_proj", "down_proj"], "bert": ["query", "value"]}[arch]
+    plan = {"use_asa": True, "init_warmup": 2, "final_warmup": 12, "mask_interval": 12, "asa_target_subspaces": 5}
+    arguments = {"task_type": TASKS[arch], "r": 7, "num_subspaces": 3, "target_modules": names, **plan, **options}
+    told = {**arguments, "asa_target_subspaces": arguments["asa_target_subspaces"] + extra}
+    torch.manual_seed(3)
+    model = scatter(peft.get_peft_model(tiny(arch), peft.AdamssConfig(**told)), 3)
+    ours = deltatune.PeftModel.from_pretrained(
+        tiny(arch), saved_by_peft(model, folder), is_trainable=True, config=deltatune.AdamssConfig(**arguments)
+    )
+    return model, ours
+
+
+def active(model: Any) -> list[str]:
+    """Names of the factors that train, the same on both sides."""
+    found = [n for n, p in model.named_parameters() if p.requires_grad and "adamss_" in n]
+    return sorted(
+        n.replace(".adapters.default", "").replace("_A.default", "_A").replace("_B.default", "_B") for n in found
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"asa_target_subspaces": 1, "subspace_rank": 2, "asa_importance_beta": 0.6}),
+        ("bert", {"asa_uncertainty_beta": 0.5, "init_warmup": 8}),
+    ],
+    ids=str,
+)
+def test_training_with_allocation_of_subspaces_is_pefts(arch, options, tmp_path):
+    model, ours = adamss(arch, tmp_path, 1, **options)
+    expected = trained(model, arch, 22)
+    assert trained(ours, arch, 22) == pytest.approx(expected, abs=1e-4)
+    assert active(ours) == active(model)
+    assert len(active(ours)) == 2 * options.get("asa_target_subspaces", 5)
+
+
+def test_several_allocations_rank_subspaces_as_peft_does(tmp_path):
+    """In step 10 both keep int(5 + 13 / 8) = int(6 + 12 / 8) - 1 = 6 of 18; in step 20 PEFT, told 6, drops none."""
+    model, ours = adamss("llama", tmp_path, 1, mask_interval=10, init_warmup=0, final_warmup=20)
+    counts = []
+    for step in range(1, 24):
+        sides = [trained(side, "llama", 1, begin=step, kind=torch.optim.SGD) for side in (model, ours)]
+        assert step > 20 or sides[1] == pytest.approx(sides[0], abs=1e-4)
+        assert step >= 20 or active(ours) == active(model), step
+        assert set(active(ours)) <= set(active(model))
+        counts.append(len(active(ours)) // 2)
+    assert counts == [18] * 9 + [6] * 10 + [5] * 4 and len(active(model)) == 12

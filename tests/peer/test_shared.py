@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import deltatune
 from tests.core.tiny import TASKS, batch, logits, tiny
 from tests.peer.crossing import EXACT, crosses_over, trains_alike
-from tests.peer.pairs import ATTENTION, loaded_by_peft, saved_by_peft, scatter, theirs
+from tests.peer.pairs import ATTENTION, EMBEDDING, loaded_by_peft, saved_by_peft, scatter, theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*match no module:deltatune.PeftWarning")
 CONFIGS = {
@@ -22,6 +22,7 @@ CONFIGS = {
     "randlora": "RandLoraConfig",
     "vblora": "VBLoRAConfig",
     "unilora": "UniLoraConfig",
+    "tinylora": "TinyLoraConfig",
 }
 REPEATING = ("randlora",)  # PEFT's files hold the projections once per layer too, and it warns where they do not
 PROJECTED = ("vera", "pvera", "randlora")  # methods with random projections, and what they are called
@@ -189,3 +190,41 @@ def test_places_that_a_file_holds_are_believed(tmp_path):
 def test_training_one_vector_gives_pefts_losses(arch, tmp_path):
     options = {"r": 4, "theta_d_length": 200, "target_modules": ATTENTION[arch][:3]}
     trains_alike(configs("unilora", arch, **options)[0], arch, tmp_path)
+
+
+def drawn_singular(method, arch, seed):
+    draw = random.Random(f"{method} {arch} {seed}")
+    names = sorted(draw.sample(ATTENTION[arch], draw.randint(2, 3))) + ([EMBEDDING[arch]] if seed % 2 else [])
+    options = {"target_modules": names, "r": draw.choice([2, 5]), "u": draw.choice([4, 10])}
+    options |= {"weight_tying": draw.choice([0.0, 0.3, 0.5, 1.0]), "projection_seed": draw.choice([0, 42])}
+    return options | {"init_weights": draw.choice([True, "uniform"])}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("arch", ATTENTION)
+def test_tiny_vectors_cross_over(arch, seed, tmp_path):
+    """Ours without A, B and P too: PEFT says that it misses A and B, of which it makes the same."""
+    their_config, our_config = configs("tinylora", arch, **drawn_singular("tinylora", arch, seed))
+    their_model, small = crosses_over(their_config, our_config, arch, tmp_path, back=False)
+    assert their_model.get_nb_trainable_parameters()[0] == small.get_nb_trainable_parameters()[0]
+    inputs = batch(arch)
+    assert_close(logits(loaded_by_peft(tiny(arch), tmp_path / "again"), inputs), logits(their_model, inputs), **EXACT)
+    small.save_pretrained(tmp_path / "small")
+    held = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert all(key.startswith("base_model.tinylora_v.") or "classifier" in key or "score" in key for key in held)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        again = peft.PeftModel.from_pretrained(tiny(arch), tmp_path / "small").eval()
+    assert_close(logits(again, inputs), logits(small, inputs), **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+def test_matrices_without_their_projection_are_read(tmp_path):
+    options = {"r": 3, "u": 5, "target_modules": ["q_proj", "down_proj"], "save_projection": False}
+    crosses_over(*configs("tinylora", "llama", **options), "llama", tmp_path, back=False)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_training_tiny_vectors_gives_pefts_losses(arch, tmp_path):
+    options = {"r": 2, "u": 8, "weight_tying": 0.5, "target_modules": ATTENTION[arch][:3]}
+    trains_alike(configs("tinylora", arch, **options)[0], arch, tmp_path)

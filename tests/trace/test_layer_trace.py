@@ -16,7 +16,7 @@ LAYER_METHODS = sorted(method.peft_type.value for method in METHODS.values() if 
 def off_init(model):
     generator = torch.Generator().manual_seed(3)
     for _, layer in adapted_layers(model.get_base_model()):
-        for parameter in layer.adapters.parameters():
+        for parameter in (p for adapter in layer.adapters.values() for p in adapter.everything()):
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 

@@ -91,6 +91,7 @@ def test_resuming_in_the_middle_of_an_epoch_with_dropout_changes_nothing(setting
 OPTIONS = {
     "prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True},
     "adalora": {"init_r": 4, "target_r": 2},  # the schedule has a state of its own
+    "adamss": {"r": 4, "num_subspaces": 2, "use_asa": True, "asa_target_subspaces": 3},  # freezes parameters on the way
     "full": {},
 }
 

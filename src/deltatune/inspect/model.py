@@ -77,7 +77,7 @@ def inspect_model(name_or_path: str | Path) -> ModelFacts:
     defaults = {}
     for method in METHODS.values():
         if method.default_targets is not None:
-            defaults[method.name.upper()] = _plain(method.default_targets(kind))
+            defaults[method.name.upper()] = _plain(method.usual_targets(kind))
     sites, unreached, note = _attentions(model, str(name_or_path))
     return ModelFacts(
         folder=str(name_or_path),

@@ -64,8 +64,11 @@ def _surplus(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _gaps(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Layers in which a tensor is missing that all others have. With chosen layers nothing can be told."""
-    if getattr(config, "layers_to_transform", None) is not None:
+    """Layers in which a tensor is missing that all others have.
+
+    Nothing can be told where layers were chosen, or where several have a tensor together.
+    """
+    if getattr(config, "layers_to_transform", None) is not None or METHODS[config.peft_type].shared:  # type: ignore
         return
     numbers: dict[str, set[int]] = defaultdict(set)
     for name in tensors:

@@ -11,10 +11,12 @@ from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.clusters import k_means
 from deltatune.config import PeftType, config
-from deltatune.errors import ConfigError, MismatchError
+from deltatune.errors import MismatchError
 from deltatune.factors import shift
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.lora import usual_targets
+from deltatune.notice import warn
+from deltatune.schedule import Schedule, Sensitivity, falling
 
 
 @config
@@ -28,8 +30,12 @@ class AdamssConfig(LayerConfig):
         init_weights: "orthogonal" starts as the identity; None random.
         use_dynamic_rank: A cluster's rank counts only its singular values above `svd_threshold` times the largest.
         random_seed: Of the SVD's random projection.
-        use_asa: Adaptive allocation, which drops clusters in training; `asa_...`, `..._warmup` and `mask_interval` are
-            its options. Not there yet.
+        use_asa: Adaptive allocation: clusters that matter least stop training, over all layers, until
+            `asa_target_subspaces` are left.
+        init_warmup: Step in which it begins; `final_warmup` that in which it ends, `mask_interval` the steps between.
+        asa_importance_beta: How slowly the sensitivity of a number follows its present value; `asa_uncertainty_beta`
+            likewise for its uncertainty.
+        asa_schedule_exponent: How much faster it goes in the beginning; 1 is linear.
     """
 
     beyond_peer: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
@@ -62,19 +68,26 @@ class AdamssConfig(LayerConfig):
         checks.one_of("AdamssConfig", "init_weights", self.init_weights, ("orthogonal", None))
         checks.probability("AdamssConfig", "svd_threshold", self.svd_threshold)
         if self.use_asa:
-            raise ConfigError(
-                "AdamssConfig: use_asa=True (adaptive allocation of subspaces) is not available in this version, "
-                "leave it at False; every subspace then trains to the end",
-                field="use_asa",
-                found=True,
-                expected=False,
-            )
+            self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        for name in ("asa_target_subspaces", "mask_interval"):
+            checks.positive_int("AdamssConfig", name, getattr(self, name))
+        checks.finite_positive("AdamssConfig", "asa_schedule_exponent", self.asa_schedule_exponent)
+        for name in ("asa_importance_beta", "asa_uncertainty_beta"):
+            checks.probability("AdamssConfig", name, getattr(self, name))
+        if not 0 <= self.init_warmup < self.final_warmup:
+            expected = f"a step below final_warmup={self.final_warmup}, so that subspaces can be dropped in between"
+            checks.refuse("AdamssConfig", "init_warmup", self.init_warmup, expected)
 
 
 class Subspaces(Adapter):
     """Trainable: A_k (rank, r) and B_k (rows of the cluster, rank) for each cluster k. Frozen: V^T (r, in [+ 1]).
 
     A bias counts as one more column of W and is updated like the others.
+
+    Attributes:
+        dropped: Clusters that have stopped training. What they have learnt stays.
     """
 
     bounded_r: ClassVar[bool] = False
@@ -94,6 +107,14 @@ class Subspaces(Adapter):
         self.register_buffer("adamss_newB", V.T.contiguous(), persistent=False)  # PEFT's name for V^T
         self.register_buffer("adamss_rows", torch.empty(len(U), dtype=torch.int64), persistent=False)
         self._cluster(U)
+        self.dropped: set[int] = set()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Subspaces:
+        super().requires_grad_(requires_grad)
+        for k in self.dropped:
+            self.adamss_A[k].requires_grad_(False).grad = None
+            self.adamss_B[k].requires_grad_(False).grad = None
+        return self
 
     @classmethod
     def build(cls, layer: LinearMap, config: AdamssConfig, path: str) -> Subspaces:
@@ -111,7 +132,7 @@ class Subspaces(Adapter):
             _, S, Vh = torch.linalg.svd(U[rows], full_matrices=False)
             above = int((self.threshold * S[0] ** 2 < S**2).sum()) if self.threshold else len(S)
             rank = max(min(above, self.rank, len(S)), 1)
-            A.append(nn.Parameter(Vh[:rank].to(**like)))
+            A.append(nn.Parameter(Vh[:rank].to(**like).clone(memory_format=torch.contiguous_format)))  # row by row
             start = torch.zeros(len(rows), rank) if self.zero else torch.randn(len(rows), rank) * 0.01
             B.append(nn.Parameter(start.to(**like)))
         self.adamss_A, self.adamss_B = nn.ParameterList(A), nn.ParameterList(B)
@@ -159,6 +180,75 @@ class Subspaces(Adapter):
         return tensors
 
 
+class Allocation(Schedule):
+    """ASA: of all clusters of all layers that still train, those that matter most go on."""
+
+    adapters: dict[str, Subspaces]
+
+    def __init__(self, name: str, configs: dict[str, Any], adapters: dict[str, Subspaces]) -> None:
+        super().__init__(name, configs, adapters)  # type: ignore[arg-type]
+        self.sensitivity = Sensitivity(self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
+        target = self.config.asa_target_subspaces
+        if target >= self.all and not self.config.inference_mode:
+            warn(
+                f"AdamssConfig: asa_target_subspaces={target} is not less than the {self.all} subspaces that there "
+                "are, so none is ever dropped"
+            )
+
+    @property
+    def all(self) -> int:
+        return sum(adapter.num_subspaces for adapter in self.adapters.values())
+
+    def after_step(self) -> None:
+        plan = self.config
+        if not plan.init_warmup <= self.step <= plan.final_warmup:
+            return
+        self.require_gradients()
+        self.sensitivity.update(self.parameters())
+        if self.step % plan.mask_interval == 0:
+            ends = (plan.init_warmup, plan.final_warmup, self.all, plan.asa_target_subspaces)
+            self._keep(falling(self.step, *ends, exponent=plan.asa_schedule_exponent))
+            self.sensitivity.forget()
+
+    def _keep(self, budget: int) -> None:
+        left = [(path, k) for path, a in self.adapters.items() for k in range(a.num_subspaces) if k not in a.dropped]
+        scores = [self._score(path, k).item() for path, k in left]
+        ranked = sorted(range(len(left)), key=lambda place: -scores[place])
+        for place in ranked[budget:]:
+            path, k = left[place]
+            self.adapters[path].dropped.add(k)
+        for adapter in self.adapters.values():
+            adapter.requires_grad_(True)
+
+    def _score(self, path: str, k: int) -> Tensor:
+        adapter = self.adapters[path]
+        factors = {"adamss_A": adapter.adamss_A[k], "adamss_B": adapter.adamss_B[k]}
+        means = [self.sensitivity.of(f"{path}.{name}.{k}", factor).mean() for name, factor in factors.items()]
+        return means[0] + means[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        dropped = {path: sorted(adapter.dropped) for path, adapter in self.adapters.items()}
+        return {**super().state_dict(), **self.sensitivity.state_dict(), "dropped": dropped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.sensitivity.load_state_dict(state)
+        for path, adapter in self.adapters.items():
+            adapter.dropped = set(state["dropped"].get(path, ()))
+            adapter.requires_grad_(True)
+
+
+def _schedule(name: str, configs: dict[str, Any], adapters: dict[str, Any]) -> Allocation | None:
+    return Allocation(name, configs, adapters) if configs[name].use_asa else None
+
+
+def _run_options(given: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Allocation in the first half of a run, in ten parts."""
+    if not given.get("use_asa"):
+        return {}
+    return {"init_warmup": steps // 10, "final_warmup": max(steps // 2, 1), "mask_interval": max(steps // 25, 1)}
+
+
 @torch.no_grad()
 def _matrix(layer: LinearMap) -> Tensor:
     """[W | b] in single precision on the CPU, where every device derives the same from it."""
@@ -203,4 +293,6 @@ METHOD = Method(
     default_targets=usual_targets,
     learning_rate=2e-3,
     train_options=all_linear,
+    run_options=_run_options,
+    schedule=_schedule,
 )

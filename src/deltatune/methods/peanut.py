@@ -123,9 +123,9 @@ class Peanut(Adapter):
         residuals = []
         for encoder in self.peanut_encoders:
             residuals.append(z)
-            z = act(encoder.weight.to(z.dtype) @ z)
+            z = act(encoder.weight.to(z.dtype) @ z)  # type: ignore[operator]
         for decoder in self.peanut_decoders:
-            z = act(decoder.weight.to(z.dtype) @ z) + residuals.pop()
+            z = act(decoder.weight.to(z.dtype) @ z) + residuals.pop()  # type: ignore[operator]
         return z
 
     def adapt(self, weight: Tensor) -> Tensor:

@@ -131,15 +131,15 @@ class Bottleneck(Adapter):
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         y = layer(x)
         narrow = layer.apply(x, self.adapter_down.matrix) if self.parallel else layer.mix(y, self.adapter_down.weight)
-        narrow = self.dropout(BENT[self.bend](_shifted(layer, narrow, self.adapter_down.bias)))
-        wide = _shifted(layer, layer.mix(narrow, self.adapter_up.weight), self.adapter_up.bias)
+        narrow = self.dropout(BENT[self.bend](shifted(layer, narrow, self.adapter_down.bias)))
+        wide = shifted(layer, layer.mix(narrow, self.adapter_up.weight), self.adapter_up.bias)
         return y + (self.scaling * wide).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"parallel={self.parallel}, non_linearity={self.bend}, scaling={self.scaling:g}"
 
 
-def _shifted(layer: LinearMap, y: Tensor, bias: Tensor | None) -> Tensor:
+def shifted(layer: LinearMap, y: Tensor, bias: Tensor | None) -> Tensor:
     """Plus a number per feature, on whichever axis the features of a layer are."""
     assert bias is not None
     return y + layer.scale(torch.ones((), dtype=y.dtype, device=y.device).expand_as(y), bias)
@@ -172,6 +172,11 @@ def places(model_type: str) -> Any:
     attention, feed_forward, block = _PLACES[model_type]
     both = attention if isinstance(feed_forward, str) else [*attention, *feed_forward]
     return lambda config: {"houlsby": both, "pfeiffer": feed_forward, "parallel": block}[config.preset]
+
+
+def behind_each_layer(model_type: str) -> Any:
+    """The output projections of all attentions and feed-forward layers, or None."""
+    return places(model_type)(BottleneckConfig()) if model_type in _PLACES else None
 
 
 METHOD = Method(

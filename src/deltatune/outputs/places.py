@@ -1,4 +1,4 @@
-"""Which tokens of a pass are those of the prompt, for adapters that act at chosen ones of them.
+"""Which tokens of a pass are those of the prompt, and which are padding, for adapters that look at whole rows.
 
 The prompt is what generation starts from. In a pass with labels it is what stands before the first token that counts
 for the loss, or all of a row that has no such part; without labels, or where the model does not generate, it is the
@@ -8,6 +8,7 @@ the prompt's tokens (B, T), as `prompt_mask`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -116,5 +117,33 @@ def _decoder_prompt_of(model: Any, named: dict[str, Any]) -> Tensor | None:
     return torch.ones(1, ids.shape[1] + added, dtype=torch.bool, device=ids.device)
 
 
+def _tokens(model: Any, named: dict[str, Any], given: Tensor | None) -> Tensor | None:
+    ids = _ids(named)
+    return _cut(
+        _given_mask(named) if given is None else given != 0, ids, 0 if _two_sided(model) else past_tokens(named)
+    )
+
+
+def _decoder_tokens(model: Any, named: dict[str, Any], given: Tensor | None) -> Tensor | None:
+    mask = _given_mask(named, "decoder_attention_mask")
+    return _cut(mask if given is None else given != 0, _ids(named, "decoder_"), past_tokens(named))
+
+
+def _cut(mask: Tensor | None, ids: Tensor | None, start: int | Tensor | None) -> Tensor | None:
+    """The columns of a mask that are those of a pass; all, where that passes no tokens."""
+    if mask is None or ids is None or not isinstance(start, int) or mask.shape[1] < start + ids.shape[1]:
+        return mask if ids is None else None
+    return mask[:, start : start + ids.shape[1]]
+
+
+def sees_targets(path: str) -> bool:
+    """Whether a layer sees the tokens of a decoder: all in it do but the keys and values of its cross-attentions."""
+    parts = path.split(".")
+    cross = any(re.search("cross|enc_?dec|encoder_att", part, re.IGNORECASE) for part in parts)
+    return "decoder" in parts and not (cross and parts[-1][0] in "kv")
+
+
 PLACES = Value("places", "prompt_mask", _readers, _places, _prompt_of)
 DECODER_PLACES = Value("decoder_places", "decoder_prompt_mask", _writers, _decoder_places, _decoder_prompt_of)
+TOKENS = Value("tokens", "token_mask", _readers, _tokens)
+DECODER_TOKENS = Value("decoder_tokens", "decoder_token_mask", _writers, _decoder_tokens)

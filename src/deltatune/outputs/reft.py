@@ -5,7 +5,6 @@ https://arxiv.org/abs/2404.03592
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, StateError
 from deltatune.factors import orthonormal_rows
 from deltatune.methods.common import LayerConfig
-from deltatune.outputs.places import DECODER_PLACES, PLACES
+from deltatune.outputs.places import DECODER_PLACES, PLACES, sees_targets
 from deltatune.targets import walk
 
 
@@ -59,6 +58,7 @@ class LoReFT(Adapter):
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "block"})
     identity_at_birth: bool | str = "W and R are drawn apart from each other, as in the paper's code"
     mergeable: bool | str = "it edits some tokens and not others"
+    pointwise: bool | str = "it edits some tokens and not others"
     reads: tuple[Value, ...] = (PLACES, DECODER_PLACES)
     views: ClassVar[tuple[str, ...]] = ("r", "first_n", "last_n")
 
@@ -77,7 +77,7 @@ class LoReFT(Adapter):
                 found=config.r,
                 expected=layer.out_features,
             )
-        return cls(layer.out_features, config.r, config.first_n, config.last_n, _sees_targets(path))
+        return cls(layer.out_features, config.r, config.first_n, config.last_n, sees_targets(path))
 
     @property
     def R(self) -> Tensor:
@@ -127,13 +127,6 @@ class LoReFT(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, first_n={self.first_n}, last_n={self.last_n}"
-
-
-def _sees_targets(path: str) -> bool:
-    """Whether a layer sees the tokens of a decoder: all in it do but the keys and values of its cross-attentions."""
-    parts = path.split(".")
-    cross = any(re.search("cross|enc_?dec|encoder_att", part, re.IGNORECASE) for part in parts)
-    return "decoder" in parts and not (cross and parts[-1][0] in "kv")
 
 
 def _below(number: Tensor, limit: int | None) -> Tensor:

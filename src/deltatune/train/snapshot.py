@@ -21,10 +21,14 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     schedules = model.base_model.schedules.values() if isinstance(model, PeftModel) else ()
     scheduled = {id(p) for schedule in schedules if schedule.trains for p in schedule.parameters().values()}
-    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or id(p) in scheduled}
+
+    def trains(parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad or id(parameter) in scheduled
+
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters() if trains(parameter)}
     for path, module in model.named_modules():
         own = list(module.parameters())
-        if own and all(parameter.requires_grad for parameter in own):
+        if own and all(map(trains, own)):
             for name, buffer in module.named_buffers(path, recurse=False):
                 tensors[name] = buffer.detach()
     return tensors

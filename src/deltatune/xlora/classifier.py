@@ -28,7 +28,7 @@ class Classifier(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, width) -> (B, T, adapted layers, experts)."""
-        logits = self.layers(hidden.to(self.layers[-1].weight.dtype))
+        logits = self.layers(hidden.to(next(self.layers.parameters()).dtype))
         logits = logits.unflatten(-1, (-1, self.experts)).expand(-1, -1, self.adapted, -1)
         if not self.config.enable_softmax:
             return logits

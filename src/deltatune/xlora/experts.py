@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Experts(Adapter):
         weights = sparse(self.stage.weights(self.name, self.path)[:, :, self.number], config)  # (B, T, experts)
         weights = self._fitted(weights, x)
         update = torch.zeros((), dtype=y.dtype, device=y.device)
-        for index, expert in self.experts.items():
+        for index, expert in cast("Any", self.experts).items():
             weight = weights[..., int(index), None]
             if layer.kind == "embedding":  # which reads indices
                 update = update + (weight * expert.update(x, layer)).to(y.dtype)

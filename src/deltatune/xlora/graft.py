@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class Mixture(Graft):
         stage = vars(model).get(STAGE)
         if stage is not None and name in stage.mixtures:
             raise AdapterNameError(f"adapter {name!r} already is on this {type(model).__name__}", found=name)
-        width = model.config.get_text_config().hidden_size
+        width = cast("Any", model).config.get_text_config().hidden_size
         if config.hidden_size not in (None, width):
             raise ConfigError(
                 f"XLoraConfig: hidden_size={config.hidden_size} does not fit {type(model).__name__}, whose hidden "
@@ -86,13 +86,13 @@ class Mixture(Graft):
         except BaseException:
             _take_off(model, name, len(experts))
             raise
-        stage = vars(model).setdefault(STAGE, stage or Stage(model, selection))
+        stage = vars(model).setdefault(STAGE, stage or Stage(model, selection))  # type: ignore[arg-type]
         mixture = stage.mixtures[name] = cls(name, config, made, stage, experts)
         layers = dict(adapted_layers(model))
         for number, layer in enumerate(layers[path] for path in paths):
             temporary = {index: _temporary(name, index) for index in range(len(experts))}
-            own = {i: layer.adapters.pop(key) for i, key in temporary.items() if key in layer.adapters}
-            head = layer is model.get_output_embeddings()
+            own: Any = {i: layer.adapters.pop(key) for i, key in temporary.items() if key in layer.adapters}
+            head = layer is cast("Any", model).get_output_embeddings()
             layer.add(name, Experts(name, paths[number], number, stage, own, head))
         return mixture
 

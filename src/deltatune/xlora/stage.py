@@ -113,7 +113,7 @@ class Stage:
             cache = given.get("past_key_values")
             given["use_cache"] = cache is not None
             given["past_key_values"] = None if cache is None else own_layers(cache, name, self.model.config, self.model)
-        like = mixture.encoder.layers[-1].weight
+        like = next(mixture.encoder.layers.parameters())
         constant = torch.full((1, 1, mixture.encoder.adapted, mixture.encoder.experts), value).to(like)
         running = self.local.running
         self.local.first, self.local.running = True, [{name: constant}]
