@@ -14,8 +14,11 @@ LAYER_METHODS = sorted(method.peft_type.value for method in METHODS.values() if 
 
 
 def off_init(model):
+    """Adapters moved off their start; and biases of the base, which a fresh model has at zero."""
     generator = torch.Generator().manual_seed(3)
     for _, layer in adapted_layers(model.get_base_model()):
+        if isinstance(bias := getattr(layer.base_layer, "bias", None), torch.Tensor):
+            bias.data.add_(0.1 * torch.randn(bias.shape, generator=generator))
         for parameter in (p for adapter in layer.adapters.values() for p in adapter.everything()):
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 

@@ -64,7 +64,7 @@ def test_no_alias_hides_a_setting_or_an_option_of_a_method():
     [
         ({"learning_rat": 1}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         ({"num_virtual_token": 1, "method": "prefix"}, "did you mean 'num_virtual_tokens'?"),
-        ({"method": "prefix", "r": 4}, "'r' is an option of hra, lora, oft; method is prefix_tuning"),
+        ({"method": "prefix", "r": 4}, "'r' is an option of adalora, adamss, deft, delora and"),
         ({"method": "lorra"}, "method='lorra' is not known; did you mean 'lora'?"),
         ({"lr": 1e-4, "learning_rate": 2e-4}, "both set learning_rate"),
         ({"learning_rate": -1}, "learning_rate=-1 is not allowed, expected greater than 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import field
 from typing import Any
@@ -103,7 +104,7 @@ class GatedDelta(Delta):
 
     def gates(self) -> Tensor:
         """z, equation (4): a sample in training, the gate without noise otherwise."""
-        return math.prod(self._gate(alpha) for alpha in self.alphas)  # type: ignore[return-value]
+        return functools.reduce(torch.mul, [self._gate(alpha) for alpha in self.alphas])
 
     def _gate(self, alpha: Tensor) -> Tensor:
         if self.training:
@@ -120,7 +121,7 @@ class GatedDelta(Delta):
         """The expected number of open gates, equation (5); with groups an entry counts where both gates are open."""
         if self.kept is not None or not self.l0_weight:
             return None
-        opened: Any = math.prod((alpha - math.log(-LOWER / UPPER)).sigmoid() for alpha in self.alphas)
+        opened = functools.reduce(torch.mul, [(alpha - math.log(-LOWER / UPPER)).sigmoid() for alpha in self.alphas])
         return self.l0_weight * opened.sum()
 
     def keep(self, places: Tensor) -> None:

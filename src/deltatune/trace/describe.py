@@ -257,7 +257,10 @@ def _norms(adapter: Adapter, weight: Tensor) -> tuple[float, float]:
     """Of the weight below an adapter, and of adapt(W) - W; in float64, where a small change beside W is not rounded."""
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     below = weight.detach().to(dtype)
-    delta = copy.deepcopy(adapter).to(dtype).eval().adapt(below) - below
+    twin = copy.deepcopy(adapter).to(dtype).eval()
+    if twin.shared is not None:  # which is no part of it
+        twin.shared.to(dtype)
+    delta = twin.adapt(below) - below
     return float(torch.linalg.vector_norm(below)), float(torch.linalg.vector_norm(delta))
 
 

@@ -29,7 +29,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "max_seq_length",
         "cutoff_len",
         "sequence_len",
-        "block_size",
         "model_max_length",
         "max_source_length",
     ),
@@ -46,7 +45,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "resume_from_checkpoint": ("resume",),
     "early_stopping_patience": ("early_stopping_steps", "early_stop_interval"),
     "report_to": ("log", "logger_name"),
-    "seed": ("random_seed",),
     "completion_only_loss": ("assistant_only_loss", "train_on_completions", "mask_prompt"),
     "num_threads": ("threads",),
 }
@@ -97,7 +95,8 @@ def unknown_key(key: str, known: Iterable[str], method: str, elsewhere: Iterable
     owners = sorted(elsewhere)
     names = sorted({*known, *CANONICAL, *TRANSLATED})
     if owners:
-        told = f"{key!r} is an option of {', '.join(owners)}; method is {method}"
+        named = ", ".join(owners[:4]) + (f" and {len(owners) - 4} others" if len(owners) > 4 else "")
+        told = f"{key!r} is an option of {named}; method is {method}"
     else:
         told = f"unknown setting {key!r}" + (did_you_mean(key, names) or "; see the list of settings in docs or --help")
     return ConfigError(told, field=key, expected=names)
