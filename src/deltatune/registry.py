@@ -59,56 +59,24 @@ from deltatune.xlora.graft import METHOD as XLORA
 METHODS: dict[PeftType | str, Method] = {
     method.peft_type: method
     for method in (
-        LORA,
-        IA3,
-        OFT,
-        HRA,
-        BOTTLENECK,
-        COMPACTER,
-        LILY,
-        POLY,
-        REFT,
-        ADALORA,
-        TRAINABLE_TOKENS,
-        BITFIT,
-        LN_TUNING,
-        DIFF_PRUNING,
-        HIRA,
-        ROAD,
-        BOFT,
-        PSOFT,
-        DEFT,
-        BEFT,
-        GLORA,
-        C3A,
-        SUPERTUNING,
-        LOHA,
-        LOKR,
-        FOURIERFT,
-        WAVEFT,
-        PEANUT,
-        SHIRA,
-        VERA,
-        PVERA,
-        RANDLORA,
-        VBLORA,
-        UNILORA,
-        TINYLORA,
-        FROD,
-        GRALORA,
-        ADAMSS,
-        MISS,
-        DELORA,
-        OSF,
-        PREFIX_TUNING,
-        CARTRIDGE,
-        ADAPTION_PROMPT,
-        PROMPT_TUNING,
-        P_TUNING,
-        MULTITASK_PROMPT_TUNING,
-        CPT,
-        SHADOW,
-        XLORA,
+        # low-rank and other products added to the weight
+        *(LORA, ADALORA, LOHA, LOKR, HIRA, GRALORA, MISS, DELORA, GLORA),
+        # with tensors that layers share
+        *(VERA, PVERA, RANDLORA, VBLORA, UNILORA, TINYLORA, FROD),
+        # spectra, functions of the weight
+        *(C3A, FOURIERFT, WAVEFT, PEANUT),
+        # entries and subspaces of the weight
+        *(SHIRA, SUPERTUNING, DIFF_PRUNING, ADAMSS, OSF, PSOFT, DEFT),
+        # rotations and scales
+        *(OFT, BOFT, HRA, ROAD, IA3),
+        # biases, norms, rows
+        *(BITFIT, BEFT, LN_TUNING, TRAINABLE_TOKENS),
+        # outputs of layers and blocks
+        *(BOTTLENECK, COMPACTER, REFT, POLY, LILY),
+        # keys and values, inputs
+        *(PREFIX_TUNING, CARTRIDGE, ADAPTION_PROMPT, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING, CPT),
+        # beside the model
+        *(SHADOW, XLORA),
     )
 }
 
