@@ -263,6 +263,7 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        pairs: The x of tensors x_A (r, ...) and x_B that come in pairs of the config's rank; empty where none do.
         schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
             name, the configs by name and the adapters by path, or None where the options ask for none.
     """
@@ -280,6 +281,7 @@ class Method:
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
     schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
+    pairs: str = ""
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""

@@ -149,7 +149,7 @@ def check(
             found=surplus,
             expected=missing,
         )
-    for key in given.keys() & expected.keys():
+    for key in sorted(given.keys() & expected.keys()):
         _check_tensor(key, given[key], expected[key], source)
     return missing, surplus
 

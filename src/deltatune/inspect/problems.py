@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.config import PeftConfig, PeftType
+from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
 from deltatune.inputs.encoder import ROWS, STATE
 from deltatune.inputs.prompt import Input
@@ -31,9 +31,8 @@ def find_problems(config: PeftConfig, tensors: dict[str, Tensor], facts: dict[st
     if METHODS[config.peft_type].graft is Input:  # type: ignore[index]
         return [*found, *_rows(config, tensors)]
     found += [*_surplus(config, tensors), *_gaps(config, tensors)]
-    if config.peft_type is PeftType.LORA:
-        found += _pairs(config, tensors)
-    return found
+    stem = METHODS[config.peft_type].pairs  # type: ignore[index]
+    return [*found, *(_pairs(config, tensors, stem) if stem else ())]
 
 
 def _values(tensors: dict[str, Tensor]) -> Iterator[str]:
@@ -81,25 +80,25 @@ def _gaps(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
             yield f"{name} is missing in layer {', '.join(map(str, missing))}"
 
 
-def _pairs(config: Any, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """LoRA's factors come in pairs of one rank, the config's; a B of zeros was never trained."""
-    zeros = 0
-    pairs = [name for name in tensors if re.search(r"\.lora_A\b", name)]
+def _pairs(config: Any, tensors: dict[str, Tensor], stem: str) -> Iterator[str]:
+    """Factors that come in pairs of one rank, the config's; where every B is zero, nothing was ever trained."""
+    zeros, first, second = 0, rf"\.{stem}_A\b", rf"\.{stem}_B\b"
+    pairs = [name for name in tensors if re.search(first, name)]
     for name in pairs:
-        other = re.sub(r"\.lora_A\b", ".lora_B", name)
-        path = re.sub(r"^(base_model\.)?(model\.)?", "", name.split(".lora_A")[0])
+        other = re.sub(first, f".{stem}_B", name)
+        path = re.sub(r"^(base_model\.)?(model\.)?", "", name.split(f".{stem}_A")[0])
         if other not in tensors:
-            yield f"{name} has no {other.rpartition('.lora_')[2]} beside it"
+            yield f"{name} has no {other.rpartition(f'.{stem}_')[2]} beside it"
             continue
         rank = pattern_value(config.rank_pattern, path, config.r)
         if tensors[name].shape[0] != rank:
             yield f"{name} has rank {tensors[name].shape[0]}, the config says {rank}"
         zeros += not tensors[other].any()
     for name in tensors:
-        if re.search(r"\.lora_B\b", name) and re.sub(r"\.lora_B\b", ".lora_A", name) not in tensors:
-            yield f"{name} has no lora_A beside it"
+        if re.search(second, name) and re.sub(second, f".{stem}_A", name) not in tensors:
+            yield f"{name} has no {stem}_A beside it"
     if pairs and zeros == len(pairs):
-        yield "every lora_B is zero: the adapter changes nothing, it was never trained"
+        yield f"every {stem}_B is zero: the adapter changes nothing, it was never trained"
 
 
 def _prefix(config: KeyValueConfig, tensors: dict[str, Tensor]) -> Iterator[str]:

@@ -115,5 +115,11 @@ class HiRA(Adapter):
 
 
 METHOD = Method(
-    PeftType.HIRA, HiraConfig, HiRA, key_prefix="hira_", default_targets=usual_targets, train_options=all_linear
+    PeftType.HIRA,
+    HiraConfig,
+    HiRA,
+    key_prefix="hira_",
+    default_targets=usual_targets,
+    train_options=all_linear,
+    pairs="hira",
 )

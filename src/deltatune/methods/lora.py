@@ -285,4 +285,5 @@ METHOD = Method(
     default_targets=usual_targets,
     learning_rate=2e-4,
     train_options=_train_options,
+    pairs="lora",
 )
