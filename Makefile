@@ -1,6 +1,6 @@
 # Every target sets up what it needs: Python >= 3.10, pip and make are enough.
 #   make demo          the whole way on a small task: prefix tuning, LoRA and full fine-tuning, side by side
-#   make test          linter, formatter, type checker and the tests, in under eight minutes on two cores
+#   make test          linter, formatter, type checker and the tests, in under ten minutes on two cores
 # PYTHON=python3.12    another interpreter         VENV=path     another virtual environment
 # PIP_ARGS="..."       further options of pip, say an index of CPU builds of torch
 

@@ -1,5 +1,7 @@
 """Which cases of the laws `make test` runs: of each law one for every method, and a share of the others.
 
+Compiling costs seconds a case, so of the laws about that each run has a quarter of the methods.
+
 The choice is another one each day, or under another seed, which the header of the run shows. What is not chosen is
 marked slow, and `make test-all` runs every one.
 """
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-SHARE = 1 / 24  # with all of them it would take an hour
+SHARE, COMPILED = 1 / 24, 1 / 4  # with all of them it would take an hour
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,9 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             groups.setdefault((item.nodeid.partition("[")[0], method), []).append(item)
     for key, group in groups.items():
         draw = random.Random(f"{os.environ['DELTATUNE_LAW_SEED']} {key}")
-        chosen = draw.choice(group)
+        compiles = "compile" in key[0]
+        chosen = draw.choice(group) if not compiles or draw.random() < COMPILED else None
         for item in group:
-            if item is not chosen and draw.random() >= SHARE:
+            if item is not chosen and (compiles or draw.random() >= SHARE):
                 item.add_marker(pytest.mark.slow)
 
 
