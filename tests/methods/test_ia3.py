@@ -82,3 +82,9 @@ def test_layers_can_be_chosen_by_number_and_peft_is_told_their_names(tmp_path):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["target_modules"] == ["model.layers.1.self_attn.k_proj"] and "layers_to_transform" not in saved
+
+
+def test_a_feed_forward_convolutions_vector_counts_for_every_position_of_the_kernel():
+    wrapper, ia3, _ = adapted(nn.Conv2d(3, 4, 2), feedforward_modules=["layer"])
+    expected = wrapper.base_layer.weight * ia3.ia3_l.view(1, 3, 1, 1)
+    assert_close(wrapper.stored_weight(["default"]), expected)

@@ -156,3 +156,10 @@ def test_a_grouped_convolution_keeps_pefts_shapes_and_refuses_to_merge():
 def test_an_embedding_has_no_place_for_a_bias():
     with pytest.raises(ConfigError, match="lora_bias"):
         adapted(nn.Embedding(9, 5), r=2, lora_bias=True)
+
+
+def test_an_embedding_has_no_dropout_because_it_reads_indices():
+    wrapper = adapted(nn.Embedding(7, 5), r=2, lora_dropout=0.5)[0].train()
+    shake(wrapper.adapters["default"])
+    x = torch.tensor([[0, 3, 6]])
+    assert_close(wrapper(x), nn.functional.embedding(x, wrapper.stored_weight(["default"])))

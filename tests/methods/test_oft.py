@@ -162,3 +162,22 @@ def test_files_do_not_name_the_adjusted_sizes_and_are_read_all_the_same(tmp_path
     assert torch.equal(PeftModel.from_pretrained(bare(), tmp_path)(x), model(x))
     with pytest.raises(MismatchError, match=r"oft_R.*\(3, 6\)"):
         PeftModel.from_pretrained(bare(20), tmp_path, allow_base_mismatch=True)
+
+
+def test_the_shortest_series_is_one_plus_two_q():
+    Q = skew(torch.randn(6, dtype=torch.float64), 4)[None]
+    assert_close(cayley_neumann(Q, 2), torch.eye(4, dtype=torch.float64)[None] + 2 * Q)
+
+
+def test_the_gradient_passes_the_constraint_as_if_it_were_not_there():
+    """As the authors train: a block that has been drawn back gets the gradient of where it was drawn to, whole."""
+    _, oft = adapted(nn.Linear(8, 5), oft_block_size=4, coft=True, eps=1e-3, use_cayley_neumann=False)
+    direction = torch.randn_like(oft.R)
+    (oft.R * direction).sum().backward()
+    _, free = adapted(nn.Linear(8, 5), oft_block_size=4, use_cayley_neumann=False)
+    with torch.no_grad():  # the same rotations, without a constraint
+        norm = 2**0.5 * free.entries.norm(dim=1, keepdim=True)
+        free.entries.mul_(1e-3 / 2**0.5 / norm)
+    assert_close(free.R, oft.R, rtol=1e-6, atol=1e-9)
+    (free.R * direction).sum().backward()
+    assert_close(oft.entries.grad, free.entries.grad, rtol=1e-5, atol=1e-8)
