@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets as loras_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets as loras_targets
 
 NEVER = -1e4  # a logit that is not among the largest, within every floating type
 _PLACES = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}  # as files number the vectors of a bank

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets as loras_targets
 from deltatune.config import PeftType, config
 from deltatune.factors import largest_sides, random_projection
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets as loras_targets
 
 
 @config

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.calls import TASK_IDS, Value
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, DataError
 from deltatune.methods.common import LayerConfig
-from deltatune.methods.lora import usual_targets
 
 EPS = 1e-12  # in the sum that mixing weights are divided by, as PEFT's
 
