@@ -7,7 +7,6 @@ The safetensors file is the commit point: its header carries the config and what
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,10 @@ from deltatune.storage.card import model_card
 from deltatune.storage.derived import checksums
 from deltatune.storage.files import write_files
 from deltatune.storage.fingerprint import difference, fingerprint
-from deltatune.storage.locate import locate
-from deltatune.storage.tensors import WEIGHTS_NAME, read_file, refuse_pickle, to_bytes
+from deltatune.storage.keys import mapped
+from deltatune.storage.locate import place
+from deltatune.storage.tensors import WEIGHTS_NAME, to_bytes
+from deltatune.storage.weights import read_weights
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
@@ -105,17 +106,17 @@ def read(
     **hub: Any,
 ) -> Saved:
     """Read and check a folder; nothing outside of the result is touched."""
-    file = locate(model_id, CONFIG_NAME, subfolder, **hub)
-    refuse_pickle(file.parent)
+    where = place(model_id, subfolder, **hub)
+    file = where.find(CONFIG_NAME)
+    if file is None:
+        raise where.missing(CONFIG_NAME)
     values = PeftConfig.from_json_file(file)
-    weights = locate(model_id, WEIGHTS_NAME, subfolder, **hub)
-    tensors, facts = read_file(weights)
+    weights, tensors, facts = read_weights(where)
     if facts is not None and isinstance(facts.get("config"), dict):
         values = _reconciled(values, facts["config"], str(file))
     if not values.get("peft_type"):
         raise FormatError(f'{file}: \'peft_type\' is missing, for example "peft_type": "LORA"', path=str(file))
-    for pattern, replacement in (key_mapping or {}).items():
-        tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
+    tensors = mapped(tensors, key_mapping)
     found = config
     if found is None:
         found = PeftConfig.from_file_dict(values, str(file))
