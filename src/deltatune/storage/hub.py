@@ -158,16 +158,13 @@ def push(
             name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(name, branch=revision, exist_ok=True)
-            kept = ["README.md"] if api.file_exists(name, "README.md", revision=revision) else None
-            return api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
+            return api.create_commit(
+                name,
+                _operations(api, name, revision, Path(folder), stale or []),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                ignore_patterns=kept,
-                delete_patterns=stale,
             )
         except PeftError:
             raise
@@ -179,3 +176,12 @@ def push(
                 path=repo_id,
                 hint=way_out,
             ) from error
+
+
+def _operations(api: Any, name: str, revision: str | None, folder: Path, stale: list[str]) -> list[Any]:
+    """Every file of the folder but a card where the repository has one, and what goes away."""
+    hub = _hub()
+    there = {file for file in (*stale, "README.md") if api.file_exists(name, file, revision=revision)}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    added = [hub.CommitOperationAdd(file, str(path)) for file, path in files.items() if file not in there - {*stale}]
+    return [*added, *(hub.CommitOperationDelete(file) for file in stale if file in there and file not in files)]

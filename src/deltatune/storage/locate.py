@@ -43,13 +43,13 @@ def place(name_or_path: str | Path, subfolder: str | None = None, **hub: Any) ->
         return Folder(root, subfolder)
     if root.exists():
         raise FormatError(
-            f"{root} is a {'file' if root.is_file() else 'device'}; give the folder that holds the adapter",
-            path=str(root),
+            f"{name_or_path} is a {'file' if root.is_file() else 'device'}; give the folder that holds the adapter",
+            path=str(name_or_path),
         )
     if not is_repository(name_or_path):
         raise FormatError(
-            f"{root} does not exist; expected an adapter's folder, or a repository of the hub as 'owner/name'",
-            path=str(root),
+            f"{name_or_path} does not exist; expected an adapter's folder, or a repository of the hub as 'owner/name'",
+            path=str(name_or_path),
         )
     from deltatune.storage.hub import Repository
 

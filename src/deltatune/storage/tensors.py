@@ -64,6 +64,15 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return tensors, facts
 
 
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The facts of a file's header alone."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        content = start + file.read(min(size, MAX_HEADER))
+    return _facts(path, _header(path, content))
+
+
 def _header(path: Path, content: bytes) -> dict[str, Any]:
     refuse_pointer(path, content)
     if len(content) < 8:

@@ -13,7 +13,7 @@ from torch import Tensor
 from deltatune.errors import ConfigError, PeftError, UnsafeError
 from deltatune.storage.keys import mapped
 from deltatune.storage.locate import Place, place
-from deltatune.storage.tensors import WEIGHTS_NAME, read_file
+from deltatune.storage.tensors import WEIGHTS_NAME, read_facts, read_file
 from deltatune.storage.zipped import read_zipped
 
 ZIPPED_NAME = "adapter_model.bin"  # what PEFT wrote before 0.6
@@ -36,7 +36,7 @@ def read_weights(where: Place) -> tuple[Path, dict[str, Tensor], dict[str, Any] 
     if newer is None or older is None:
         return (found, *FORMATS[WEIGHTS_NAME if newer else ZIPPED_NAME](found))
     for mine, other in ((newer, older), (older, newer)):
-        facts = _facts(mine)
+        facts = facts_of(mine)
         if facts and (facts.get(REPLACES) or {}).get(other.name) == file_digest(other):
             return (mine, *FORMATS[mine.name](mine))
     raise UnsafeError(
@@ -46,10 +46,11 @@ def read_weights(where: Place) -> tuple[Path, dict[str, Tensor], dict[str, Any] 
     )
 
 
-def _facts(file: Path) -> dict[str, Any] | None:
+def facts_of(file: Path) -> dict[str, Any] | None:
+    """Our facts in a file of either format; None where another tool wrote it, or none can be read."""
     try:
-        return FORMATS[file.name](file)[1]
-    except PeftError:
+        return read_facts(file) if file.name == WEIGHTS_NAME else read_zipped(file)[1]
+    except (PeftError, OSError):
         return None
 
 
