@@ -6,6 +6,7 @@ the vocabulary was is read off the base's own folder or the hub's local cache.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _recorded(name: str | None, revision: str | None) -> int | None:
 
 def _config_file(name: str, revision: str | None) -> Path | None:
     local = Path(name) / "config.json"
-    if local.is_file():
+    if os.path.isfile(local):  # whatever the name is, a question and no error
         return local
     if not is_repository(name) and not is_repository(f"owner/{name}"):
         return None

@@ -5,6 +5,7 @@ What looks like a path is never sent to the network, whether or not it is there.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -39,9 +40,9 @@ def place(name_or_path: str | Path, subfolder: str | None = None, **hub: Any) ->
         UnsafeError: The subfolder leads out of the folder.
     """
     root = Path(name_or_path)
-    if root.is_dir():
+    if os.path.isdir(root):  # whatever the name is, a question and no error
         return Folder(root, subfolder)
-    if root.exists():
+    if os.path.exists(root):
         raise FormatError(
             f"{name_or_path} is a {'file' if root.is_file() else 'device'}; give the folder that holds the adapter",
             path=str(name_or_path),
@@ -74,6 +75,7 @@ def is_repository(name: str | Path) -> bool:
     """Whether it can be the name of a repository, and cannot be meant as a path."""
     return (
         isinstance(name, str)
+        and len(name) <= 96
         and _REPOSITORY.fullmatch(name) is not None
         and ".." not in name
         and "--" not in name
