@@ -255,7 +255,8 @@ class Persistence:
         Arguments are those of `from_pretrained`. The model goes to eval mode unless the adapter is trainable.
 
         Returns:
-            `missing_keys`: of tensors that were left out (`ignore_mismatched_sizes`); `unexpected_keys`: none.
+            `missing_keys`: of tensors that were left out (`ignore_mismatched_sizes`); `unexpected_keys`: none;
+            `verified`: whether the tensors agreed with the digest in the file, None for files without one.
 
         Raises:
             PeftError: As `from_pretrained`; the model and its adapters are as they were.
@@ -266,6 +267,7 @@ class Persistence:
         storage.check_base(saved, self.base_model.model, allowed.base_mismatch)
         saved.config.inference_mode = not is_trainable
         fresh = adapter_name not in self.peft_config
+        before = {} if fresh else {k: t.clone() for k, t in self.adapter_tensors(adapter_name).items()}
         if fresh:
             numberless = low_cpu_mem_usage and not allowed.mismatched_sizes
             self.add_adapter(adapter_name, saved.config, numberless, autocast_adapter_dtype)
@@ -274,12 +276,16 @@ class Persistence:
         except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
+            elif not any(tensor.is_meta for tensor in before.values()):
+                self.fill_adapter(adapter_name, before)
             raise
         if is_trainable:
             self.set_requires_grad(adapter_name)
         else:
             self.eval()
-        return Loaded(left_out, [])
+        told = Loaded(left_out, [])
+        told.verified = saved.verified
+        return told
 
     def _load(self: Any, name: str, saved: storage.Saved, allowed: Allowed) -> list[str]:
         """Check the tensors of a folder against an adapter of this model, then fill it; returns keys left out."""

@@ -19,7 +19,16 @@ from deltatune.shared import shared_modules
 
 ROOT = "base_model.model."
 TOP = "base_model."  # before what all layers share
-Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
+
+
+class Loaded(namedtuple("Loaded", ["missing_keys", "unexpected_keys"])):
+    """What loading reports.
+
+    Attributes:
+        verified: Whether the file's values agreed with the digest that was saved with them; None: it has none.
+    """
+
+    verified: bool | None = None
 
 
 @dataclass

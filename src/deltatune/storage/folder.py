@@ -42,6 +42,7 @@ class Saved:
     Attributes:
         base: The fingerprint of the base model.
         derived: Checksums of tensors that config and base give again (`deltatune.storage.derived`).
+        verified: The tensors agreed with the digest that was saved with them; None: there is none.
         embeddings: Names of the base's modules that are in the file too, because its vocabulary was changed.
     """
 
@@ -51,6 +52,7 @@ class Saved:
     source: str
     derived: dict[str, list[float]] | None = None
     embeddings: tuple[str, ...] = ()
+    verified: bool | None = None
 
 
 def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:
@@ -201,7 +203,8 @@ def read(
         found = PeftConfig.from_file_dict(values, str(file))
         found.located(file.parent)
     facts = facts or {}
-    return Saved(found, tensors, facts.get("base"), str(weights), facts.get("derived"), _names(facts))
+    verified = True if facts.get("sha256") else None
+    return Saved(found, tensors, facts.get("base"), str(weights), facts.get("derived"), _names(facts), verified)
 
 
 def _names(facts: dict[str, Any]) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """
     if not path.is_file():
         raise FormatError(f"{path} is not a file", path=str(path))
+    header = _read_header(path)  # before the rest, which may be of any size
     content = path.read_bytes()
-    header = _header(path, content)
     try:
         tensors = parse(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -66,23 +66,31 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 def read_facts(path: Path) -> dict[str, Any] | None:
     """The facts of a file's header alone."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        content = start + file.read(min(size, MAX_HEADER))
-    return _facts(path, _header(path, content))
+    return _facts(path, _read_header(path))
 
 
-def _header(path: Path, content: bytes) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(40)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            return _header(path, start + file.read(min(length, MAX_HEADER)), size)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}", path=str(path)) from error
+
+
+def _header(path: Path, content: bytes, size: int) -> dict[str, Any]:
+    """The table of tensors, out of the beginning of a file of `size` bytes."""
     refuse_pointer(path, content)
-    if len(content) < 8:
-        raise FormatError(f"{path}: {len(content)} bytes are no safetensors file", path=str(path), found=len(content))
+    if size < 8:
+        raise FormatError(f"{path}: {size} bytes are no safetensors file", path=str(path), found=size)
     (length,) = struct.unpack("<Q", content[:8])
-    if length > len(content) - 8:
+    if length > size - 8:
         raise FormatError(
-            f"{path} ({len(content)} bytes) is truncated or no safetensors file: its header claims {length} bytes",
+            f"{path} ({size} bytes) is truncated or no safetensors file: its header claims {length} bytes",
             path=str(path),
-            found=len(content),
+            found=size,
             expected=length,
         )
     if length > MAX_HEADER:

@@ -16,7 +16,7 @@ from deltatune.storage.locate import Place, place
 from deltatune.storage.tensors import WEIGHTS_NAME, read_facts, read_file
 from deltatune.storage.zipped import read_zipped
 
-ZIPPED_NAME = "adapter_model.bin"  # what PEFT wrote before 0.6
+ZIPPED_NAME = "adapter_model.bin"  # what PEFT wrote before 0.7
 FORMATS = {WEIGHTS_NAME: read_file, ZIPPED_NAME: read_zipped}
 REPLACES = "replaces"  # fact: the files of the other format that were there when this one was written
 
