@@ -271,6 +271,8 @@ class Persistence:
         if fresh:
             numberless = low_cpu_mem_usage and not allowed.mismatched_sizes
             self.add_adapter(adapter_name, saved.config, numberless, autocast_adapter_dtype)
+        else:
+            storage.warn_other_options(adapter_name, self.peft_config[adapter_name], saved)
         try:
             left_out = self._load(adapter_name, saved, allowed)
         except BaseException:

@@ -220,6 +220,15 @@ def _reconciled(view: dict[str, Any], header: dict[str, Any], source: str) -> di
     return {**header, **{key: view[key] for key in EDITABLE & view.keys()}}
 
 
+def warn_other_options(name: str, present: PeftConfig, saved: Saved) -> None:
+    """Say that an adapter which gets the tensors of a file keeps its own options."""
+    here, there = present.to_file_dict(), saved.config.to_file_dict()
+    other = sorted(key for key in here.keys() & there.keys() if key not in EDITABLE and here[key] != there[key])
+    if other:
+        told = ", ".join(f"{key}={here[key]!r} (the file: {there[key]!r})" for key in other)
+        warn(f"{saved.source}: adapter {name!r} keeps the options it has, which differ: {told}; delete it first")
+
+
 def check_base(saved: Saved, model: nn.Module, allow: bool) -> None:
     """Raise when a file that names its base is loaded onto another."""
     if saved.base is None:
