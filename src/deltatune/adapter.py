@@ -187,8 +187,8 @@ class Adapter(Stored):
         """Whether adapters of a config have such a term; where none has, no training step looks for one."""
         return cls.penalty is not Adapter.penalty
 
-    def placed(self, beside: nn.ModuleDict) -> None:
-        """It is on a layer now, together with the adapters in `beside`, by name, itself among them."""
+    def joins(self, beside: nn.ModuleDict) -> None:
+        """It is put on a layer, together with the adapters in `beside`, by name, itself among them."""
 
     def settle(self, layer: LinearMap) -> None:
         """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""

@@ -86,7 +86,7 @@ class Router(Adapter):
             )
         return cls(layer, config.r, config.lora_alpha, config.lora_dropout, config.arrow_config)
 
-    def placed(self, beside: nn.ModuleDict) -> None:
+    def joins(self, beside: nn.ModuleDict) -> None:
         vars(self)["beside"] = beside  # past nn.Module: they are no part of this one
 
     def requires_grad_(self, requires_grad: bool = True) -> Router:
