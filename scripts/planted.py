@@ -121,7 +121,7 @@ MUTANTS = [
             ),
             ("arrow", "last singular vector", "eigenvectors[:, -1]", "eigenvectors[:, 0]"),
             ("arrow", "general knowledge in one factor", "[b - mean_B for b in B]", "[b for b in B]"),
-            ("arrow", "kept while experts train", "self.kept.get(None)\n", "pass\n"),
+            ("arrow", "kept while experts train", "self.kept.drop()\n", "pass\n"),
         ]
     ],
     Mutant("ia3", "output's vector on the input", "self.l[:, None] * weight", "weight * self.l[:, None].mean()"),

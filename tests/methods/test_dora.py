@@ -78,6 +78,14 @@ def test_a_fresh_adapter_changes_no_bit():
         assert torch.equal(wrapper(x), layer(x))
 
 
+def test_whatever_the_factors_start_as_the_weight_starts_as_loras():
+    """m is the length of W + B A, as in PEFT, not of W."""
+    wrapper, lora = adapted(nn.Linear(6, 4), shake=False, init_lora_weights=False)
+    plain = wrapper.base_layer.weight + 2 * lora.lora_B.weight @ lora.lora_A.weight
+    assert lora.lora_B.weight.abs().max() > 0
+    assert_close(wrapper.stored_weight(["default"]), plain)
+
+
 def test_the_lengths_are_constants_in_the_gradient():
     wrapper, lora = adapted(nn.Linear(6, 4))
     x, goal = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
@@ -325,6 +333,21 @@ def test_autocast_does_not_round_the_lengths():
         got = wrapper(x)
     assert got.dtype == torch.bfloat16
     assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_compiled_it_is_one_graph():
+    torch._dynamo.reset()
+    wrapper, lora = adapted(nn.Linear(6, 4), lora_dropout=0.2)
+    compiled, x = torch.compile(wrapper, fullgraph=True, backend="aot_eager"), torch.randn(5, 6, dtype=torch.float64)
+    for training in (False, True):
+        wrapper.train(training)
+        torch.manual_seed(1)
+        got = compiled(x)
+        torch.manual_seed(1)
+        assert_close(got, wrapper(x))
+    lora.lora_B.weight.data.mul_(2)
+    assert_close(compiled.eval()(x), wrapper.eval()(x))
+    torch._dynamo.reset()
 
 
 def test_meta_bases_have_shapes():

@@ -250,13 +250,15 @@ class LoRA(Adapter):
 
     def whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R) of all that is added to the weight: also what does not train."""
-        frozen = [pair for variant in self.variants if (pair := variant.frozen()) is not None]
+        frozen = [pair for pair in (variant.frozen() for variant in self.variants) if pair is not None]
+        if not frozen:
+            return A, B
         return torch.cat([A, *(down.to(A) for down, _ in frozen)]), torch.cat([B, *(up.to(B) for _, up in frozen)], 1)
 
     def adapt(self, weight: Tensor) -> Tensor:
         if self.mergeable is not True:
             return super().adapt(weight)
-        A, B = self.whole(*self.factors()) if self.variants else self.factors()
+        A, B = self.whole(*self.factors())
         weight = weight + (B @ A).to(_wider(weight, A))
         for variant in self.variants:
             weight = variant.adapt(weight)
@@ -284,11 +286,12 @@ class LoRA(Adapter):
 
     def product(self, x: Any, dropped: Any, A: Tensor, B: Tensor, layer: LinearMap) -> Tensor:
         """B A x; what does not train beside it is a part of the weight, and sees the input without dropout."""
-        h = next((h for variant in self.variants if (h := variant.project(dropped, A, layer)) is not None), None)
-        update = layer.mix(layer.apply(dropped, A) if h is None else h, B)
+        h = None
         for variant in self.variants:
-            if (frozen := variant.frozen()) is not None:
-                update = update + layer.mix(layer.apply(x, frozen[0]), frozen[1])
+            h = variant.project(dropped, A, layer) if h is None else h
+        update = layer.mix(layer.apply(dropped, A) if h is None else h, B)
+        for pair in (variant.frozen() for variant in self.variants):
+            update = update if pair is None else update + layer.mix(layer.apply(x, pair[0]), pair[1])
         return update if self.lora_B.bias is None else shift(update, self.scaling * self.lora_B.bias, layer)
 
     @classmethod

@@ -90,7 +90,7 @@ class Router(Adapter):
         vars(self)["beside"] = beside  # past nn.Module: they are no part of this one
 
     def requires_grad_(self, requires_grad: bool = True) -> Router:
-        self.kept.get(None)
+        self.kept.drop()
         return super().requires_grad_(False)
 
     def experts(self) -> Iterator[tuple[str, LoRA]]:
@@ -120,20 +120,26 @@ class Router(Adapter):
     def _of(self, experts: list[LoRA]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The experts' factors, without what is general, and their first right singular vectors (experts, in)."""
         general = [_summand(name, self.beside[name]) for name in self.general if name in self.beside]
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            return _worked_out(experts, general)
         stamp = Kept.of(p for adapter in (*experts, *general) for p in adapter.parameters())
-        found = None if self.training or torch.is_grad_enabled() else self.kept.get(stamp)
+        found = self.kept.get(stamp)
         if found is None:
-            A, B = [expert.A for expert in experts], [expert.B for expert in experts]
-            if general:
-                mean_A = torch.stack([adapter.A for adapter in general]).mean(dim=0)
-                mean_B = torch.stack([adapter.B for adapter in general]).mean(dim=0)
-                A, B = [a - mean_A for a in A], [b - mean_B for b in B]
-            found = A, B, torch.stack([first_right_singular_vector(a, b) for a, b in zip(A, B)])
-            self.kept.put(None if torch.is_grad_enabled() else stamp, found)
+            found = _worked_out(experts, general)
+            self.kept.put(stamp, found)
         return found
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, temperature={self.temperature:g}"
+
+
+def _worked_out(experts: list[LoRA], general: list[LoRA]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    A, B = [expert.A for expert in experts], [expert.B for expert in experts]
+    if general:
+        mean_A = torch.stack([adapter.A for adapter in general]).mean(dim=0)
+        mean_B = torch.stack([adapter.B for adapter in general]).mean(dim=0)
+        A, B = [a - mean_A for a in A], [b - mean_B for b in B]
+    return A, B, torch.stack([first_right_singular_vector(a, b) for a, b in zip(A, B)])
 
 
 def _summand(name: str, adapter: Any) -> LoRA:

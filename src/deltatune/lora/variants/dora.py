@@ -60,14 +60,23 @@ class Dora(Variant):
 
     def _less_one(self, at: Pass, lora: LoRA) -> Tensor:
         """g - 1 (out,), without building B A."""
+        if torch.compiler.is_compiling():
+            return self._worked_out(at, lora)
         keeps = dora_caching() and not self.training and not torch.is_grad_enabled()
         stamp = Kept.stamp(at.layer, lora) if keeps else None
         found = self.kept.get(stamp)
         if found is None:
-            with torch.autocast(self.m.device.type, enabled=False):
-                found = self.m / row_lengths(at.layer.weight, *lora.whole(at.A, at.B)) - 1
+            found = self._worked_out(at, lora)
             self.kept.put(stamp, found)
         return found
+
+    def _worked_out(self, at: Pass, lora: LoRA) -> Tensor:
+        with torch.autocast(self.m.device.type, enabled=False):
+            return self.m / row_lengths(at.layer.weight, *lora.whole(at.A, at.B)) - 1
+
+    def train(self, mode: bool = True) -> Dora:
+        self.kept.drop()
+        return super().train(mode)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {"lora_magnitude_vector": self.lora_magnitude_vector.weight}

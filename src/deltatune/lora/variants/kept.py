@@ -34,6 +34,9 @@ class Kept:
     def __reduce__(self) -> Any:
         return Kept, ()
 
+    def drop(self) -> None:
+        self.stamped = None
+
     def get(self, stamp: Stamp | None) -> Any:
         """The value, if nothing has changed; whoever asks without a stamp may change something, so it is dropped."""
         if stamp is None or self.stamped is None or not stamp.same(self.stamped[0]):
