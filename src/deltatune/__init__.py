@@ -63,6 +63,10 @@ _NAMES = {
     "deltatune.methods.vblora": ("VBLoRAConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
+    "deltatune.optimizers": (
+        *("LoraFAOptimizer", "create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"),
+        "loraplus_groups",
+    ),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
     "deltatune.outputs.compacter": ("CompacterConfig",),
     "deltatune.outputs.lily": ("LilyConfig",),

@@ -64,6 +64,11 @@ from deltatune.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from deltatune.methods.vera import VeraConfig as VeraConfig
 from deltatune.methods.waveft import WaveFTConfig as WaveFTConfig
 from deltatune.model import PeftModel as PeftModel
+from deltatune.optimizers import LoraFAOptimizer as LoraFAOptimizer
+from deltatune.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
+from deltatune.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+from deltatune.optimizers import create_riemannian_optimizer as create_riemannian_optimizer
+from deltatune.optimizers import loraplus_groups as loraplus_groups
 from deltatune.outputs.bottleneck import BottleneckConfig as BottleneckConfig
 from deltatune.outputs.compacter import CompacterConfig as CompacterConfig
 from deltatune.outputs.lily import LilyConfig as LilyConfig
