@@ -69,7 +69,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         return self._under(layer, names, read)
 
     def _under(self, layer: LinearMap, names: Iterable[str], read: Callable[[str], Any]) -> LinearMap:
-        here: list[Any] = [self.adapters[name] for name in names if name in self.adapters]
+        here: list[Any] = [self.selection.acting(self.adapters[name]) for name in names if name in self.adapters]
         for adapter in [a for a in here if a.mergeable is True] + [a for a in here if a.mergeable is not True]:
             layer = Applied(adapter, layer, read)
         return layer
@@ -189,7 +189,7 @@ class AdaptedLayer(LayerViews, nn.Module):
                 base, bias = self.as_map(), self.as_map(names).bias
                 plain = weight = base.weight
                 for name in names:
-                    weight = self.adapters[name].adapt(weight)  # type: ignore[operator]
+                    weight = self.selection.acting(self.adapters[name]).adapt(weight)
                 # what no adapter changed is kept as it is, and needs no packing again
                 held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
