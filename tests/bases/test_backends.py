@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from deltatune import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from deltatune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from deltatune.bases import as_map
 from deltatune.bases.parallel import ParallelLinear
-from deltatune.errors import MergeError, TargetError
+from deltatune.errors import ConfigError, MergeError, TargetError
 from tests.laws.examples import LAYER_METHODS, adapters, config_of, move
 
 IN, OUT = 64, 32
@@ -407,3 +407,13 @@ def test_a_quantised_weight_of_transformer_engine_trains_and_is_not_merged_into(
     with pytest.raises(MergeError, match="Quantised"):
         model.base_model.merge_adapter()
     assert torch.equal(model(x), before)
+
+
+def test_megatrons_options_are_accepted_and_name_no_module_to_import(tmp_path):
+    config = LoraConfig(target_modules=["layer"], megatron_config={"hidden_size": IN})
+    get_peft_model(Holder(plain()), config).save_pretrained(tmp_path)
+    loaded = LoraConfig.from_pretrained(tmp_path)
+    assert (loaded.megatron_config, loaded.megatron_core) == ({"hidden_size": IN}, "megatron.core")
+    with pytest.raises(ConfigError, match="megatron_core='antigravity'"):
+        LoraConfig(megatron_config={}, megatron_core="antigravity")
+    assert "antigravity" not in sys.modules

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune import targets
 from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
 from deltatune.helpers.bare import bare
@@ -44,6 +45,7 @@ def prepare_model_for_kbit_training(
             parameter.requires_grad_(False)
     if method is None:
         warn("prepare_model_for_kbit_training: the model is not quantised; all of it is kept in float32 from here on")
+    _tell_of_dead_ends(base)
     if method not in _KEPT:
         _widen(base)
         if auto_clear_cache and torch.cuda.is_available():
@@ -62,6 +64,17 @@ def _method(model: nn.Module) -> str | None:
         return "hqq"
     layers = (as_map(module) for module in model.modules())
     return next((type(layer).__name__.lower() for layer in layers if isinstance(layer, PackedLinear)), None)
+
+
+def _tell_of_dead_ends(model: nn.Module) -> None:
+    """Layers whose kernels pass no gradient on, so that adapters below them learn nothing through them."""
+    layers = ((path, targets.map_of(module)) for path, module in targets.walk(model))
+    dead = [path for path, layer in layers if isinstance(layer, PackedLinear) and not layer.differentiable]
+    if dead:
+        warn(
+            f"prepare_model_for_kbit_training: {len(dead)} layers ({dead[0]}, ...) have a kernel without a gradient "
+            "for its input; where they carry an adapter the unpacked weight gives it, so target them all"
+        )
 
 
 def _widen(model: nn.Module) -> None:
