@@ -149,3 +149,28 @@ def test_kernels_without_a_gradient_are_told_of():
     model.quantization_method = "torchao"
     with pytest.warns(PeftWarning, match=r"3 layers \(model.layers.0.mlp.gate_proj, ...\) have a kernel without"):
         prepare_model_for_kbit_training(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_recomputed_layers_use_the_adapters_of_their_forward_pass_whenever_it_was_switched_on(when):
+    """A batch of mixed rows: its choice is over when the backward pass recomputes the layers."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        base = tiny("llama")
+        if recompute and when == "before":
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        if recompute and when == "after":
+            model.gradient_checkpointing_enable()
+        move(model)
+        model.set_requires_grad(["default", "other"])
+        model.train()
+        inputs = batch("llama")
+        names = (["other", "__base__"] * 4)[: len(inputs["input_ids"])]
+        model(**inputs, adapter_names=names).logits.square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(".other." in name for name in grads[0])
+    for name, gradient in grads[0].items():
+        assert_close(gradient, grads[1][name])
