@@ -29,6 +29,7 @@ _NAMES = {
         *("DoraCaching", "KappaTuneSelector", "cast_mixed_precision_params", "check_if_peft_model"),
         *("find_kappa_target_modules", "get_base_model_state_dict", "inspect_matched_modules"),
         *("prepare_model_for_kbit_training", "rescale_adapter_scale", "set_base_model_state_dict"),
+        "shift_tokens_right",
         *("update_forward_signature", "update_generate_signature", "update_signature"),
     ),
     "deltatune.layer": ("AdaptedLayer",),

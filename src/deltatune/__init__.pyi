@@ -36,6 +36,7 @@ from deltatune.helpers import inspect_matched_modules as inspect_matched_modules
 from deltatune.helpers import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from deltatune.helpers import rescale_adapter_scale as rescale_adapter_scale
 from deltatune.helpers import set_base_model_state_dict as set_base_model_state_dict
+from deltatune.helpers import shift_tokens_right as shift_tokens_right
 from deltatune.helpers import update_forward_signature as update_forward_signature
 from deltatune.helpers import update_generate_signature as update_generate_signature
 from deltatune.helpers import update_signature as update_signature

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import deltatune
+import deltatune.functional
 from deltatune import LoraConfig, get_peft_model, helpers, inject_adapter_in_model
 from deltatune.errors import AdapterNameError, ConfigError, MismatchError, StateError, TargetError
 from deltatune.helpers.dora import dora_caching
@@ -371,3 +372,16 @@ def test_every_helper_takes_the_arguments_of_the_peers():
             for key in set(theirs) & taken:
                 given, own = theirs[key].default, ours[key].default
                 assert own == given or given is inspect.Parameter.empty, (name, key)
+
+
+def test_labels_are_shifted_as_by_the_peer():
+    labels = torch.tensor([[5, 6, -100, 7], [-100, -100, 8, 9]])
+    kept = labels.clone()
+    assert torch.equal(helpers.shift_tokens_right(labels, 1, 2), peft.shift_tokens_right(labels, 1, 2))
+    assert torch.equal(labels, kept)
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        helpers.shift_tokens_right(labels, None, 2)
+
+
+def test_the_low_level_functions_are_where_the_peers_are():
+    assert set(peft.functional.__all__) <= set(vars(deltatune.functional))

@@ -25,6 +25,7 @@ from deltatune.helpers.sharded import gather_params_ctx as gather_params_ctx
 from deltatune.helpers.signatures import update_forward_signature as update_forward_signature
 from deltatune.helpers.signatures import update_generate_signature as update_generate_signature
 from deltatune.helpers.signatures import update_signature as update_signature
+from deltatune.helpers.tokens import shift_tokens_right as shift_tokens_right
 from deltatune.helpers.verbs import delete_adapter as delete_adapter
 from deltatune.helpers.verbs import set_adapter as set_adapter
 from deltatune.helpers.verbs import set_requires_grad as set_requires_grad
