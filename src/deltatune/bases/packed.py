@@ -42,6 +42,8 @@ class PackedLinear(Linear):
     def differentiable(self) -> bool:
         return True
 
+    dense: bool = False
+
     def unpack(self, stored: Tensor) -> Tensor:
         """The matrix (out, in) of what the layer keeps."""
         raise NotImplementedError
