@@ -1,7 +1,10 @@
 """Signatures, folders, verbs on bare models, base weights, condition numbers, devices: beside PEFT's."""
 
+import contextlib
 import copy
 import inspect
+import sys
+import types
 
 import peft
 import peft.functional
@@ -385,3 +388,23 @@ def test_labels_are_shifted_as_by_the_peer():
 
 def test_the_low_level_functions_are_where_the_peers_are():
     assert set(peft.functional.__all__) <= set(vars(deltatune.functional))
+
+
+def test_under_zero_3_parameters_are_gathered_by_deepspeed(monkeypatch):
+    """With a stand-in for deepspeed that notes how it is called."""
+    import transformers.integrations.deepspeed as integration
+
+    seen = []
+
+    @contextlib.contextmanager
+    def gathered(params, modifier_rank=0, fwd_module=None):
+        seen.append((params, modifier_rank, fwd_module))
+        yield
+
+    zero = types.SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    monkeypatch.setattr(integration, "is_deepspeed_zero3_enabled", lambda: True)
+    assert helpers.check_deepspeed_zero3_enabled()
+    layer = nn.Linear(2, 2)
+    with helpers.gather_params_ctx(layer.weight, modifier_rank=None, fwd_module=layer):
+        assert seen == [(layer.weight, None, layer)]

@@ -80,6 +80,7 @@ class TransformerEngine(ParallelLinear):
         if tuple(layer.weight.shape) != (self.out_features, self.in_features):
             self.kind = SHARD
         self.apart = bool(getattr(layer, "return_bias", False))
+        self.dense = type(layer.weight) is nn.Parameter
         none = layer.bias is None or not layer.bias.numel()  # without a bias there is an empty tensor
         self.keeps = ("weight", "" if self.apart or none else "bias")
 

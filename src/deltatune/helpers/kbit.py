@@ -89,4 +89,5 @@ def _widen(model: nn.Module) -> None:
 def _recompute(model: Any, options: dict[str, Any]) -> None:
     if options["use_reentrant"] and not isinstance(model, PeftModel):
         model.enable_input_require_grads()
-    model.activation_checkpointing_enable(options)
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
+    (model.gradient_checkpointing_enable if renamed is None else renamed)(options)
