@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
+from deltatune.filling import filled_from
+from deltatune.lora.convert import check_start
 from deltatune.names import check_name
 from deltatune.state_dict import (
     Loaded,
@@ -82,21 +84,23 @@ class Persistence:
         """Write adapters as PEFT's folders: "default" into the folder itself, others into subfolders.
 
         Args:
-            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it. Of layer
-                methods it also writes the frozen tensors that files otherwise leave out, which PEFT warns of.
+            path_initial_model_for_weight_conversion: The folder of this LoRA adapter as it was before training: write
+                plain LoRA of rank 2r, as with format="lora". The folder is compared with what the adapter knows of it.
+            format: "lora" writes PiSSA, OLoRA, CorDA and LoRA-GA as plain LoRA of twice the rank, which every program
+                reads without the start. "peft" writes a prefix as PEFT can read it, or raises where PEFT could not
+                express it; of layer methods it also writes the frozen tensors that files otherwise leave out, which
+                PEFT warns of.
         """
         if not safe_serialization:
             raise ConfigError(
                 "save_pretrained: safe_serialization=False would write a pickle; adapters are saved as safetensors",
                 field="safe_serialization",
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError(
-                "save_pretrained: path_initial_model_for_weight_conversion is not available in this version",
-                field="path_initial_model_for_weight_conversion",
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._known(names)
+        if path_initial_model_for_weight_conversion is not None:
+            format = "lora"
+            check_start(self, names, path_initial_model_for_weight_conversion)
         if is_main_process:
             storage.save(self, Path(save_directory), names, format)
 
@@ -129,7 +133,7 @@ class Persistence:
         saved.config.inference_mode = not is_trainable
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
         kind: Any = by_task if cls is PeftModel else cls
-        with inject.unchanged_on_error(model):
+        with inject.unchanged_on_error(model), filled_from(saved.source_kind):
             made = kind(model, saved.config, adapter_name, autocast_adapter_dtype)
             try:
                 made._load(adapter_name, saved, allow_base_mismatch)
@@ -157,14 +161,15 @@ class Persistence:
         storage.check_base(saved, self.base_model.model, allow_base_mismatch)
         saved.config.inference_mode = not is_trainable
         fresh = adapter_name not in self.peft_config
-        if fresh:
-            self.add_adapter(adapter_name, saved.config, autocast_adapter_dtype=autocast_adapter_dtype)
-        try:
-            self._load(adapter_name, saved, allow_base_mismatch)
-        except BaseException:
+        with filled_from(saved.source_kind):
             if fresh:
-                self.delete_adapter(adapter_name)
-            raise
+                self.add_adapter(adapter_name, saved.config, autocast_adapter_dtype=autocast_adapter_dtype)
+            try:
+                self._load(adapter_name, saved, allow_base_mismatch)
+            except BaseException:
+                if fresh:
+                    self.delete_adapter(adapter_name)
+                raise
         return Loaded([], [])
 
     def _load(self: Any, name: str, saved: storage.Saved, allow_base_mismatch: bool) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
 from deltatune.errors import FormatError, MismatchError
+from deltatune.filling import Source
 from deltatune.notice import warn
+from deltatune.registry import METHODS
 from deltatune.state_dict import derived
 from deltatune.storage.card import model_card
 from deltatune.storage.derived import checksums
@@ -34,7 +36,7 @@ EDITABLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type"
 
 @dataclass
 class Saved:
-    """What a folder holds. The last two are None in files of other tools.
+    """What a folder holds. `base` and `derived` are None in files of other tools.
 
     Attributes:
         base: The fingerprint of the base model.
@@ -47,9 +49,17 @@ class Saved:
     source: str
     derived: dict[str, list[float]] | None = None
 
+    @property
+    def source_kind(self) -> Source:
+        return Source.PEER if self.base is None else Source.OWN
+
 
 def save(model: PeftModel, folder: Path, names: list[str], format: str | None) -> None:
-    """Write the named adapters; everything is collected before the first file is written."""
+    """Write the named adapters; everything is collected before the first file is written.
+
+    Args:
+        format: See `PeftModel.save_pretrained`.
+    """
     contents = {name: _files(model, name, format) for name in names}
     places = {name: folder if name == "default" else folder / name for name in names}
     beside = {
@@ -78,7 +88,12 @@ def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     facts: dict[str, Any] = {"base": fingerprint(model.get_base_model(), trained)}
     if left_out := checksums(derived(model.get_base_model(), name)):
         facts["derived"] = left_out
-    return _file_pair(values, model.adapter_tensors(name, format), facts)
+    tensors, rewrite = model.adapter_tensors(name, format), METHODS[config.peft_type].for_peers  # type: ignore[index]
+    if rewrite is not None:
+        everything = model.adapter_tensors(name, given=None)
+        values, tensors, own = rewrite(config, values, everything, model.adapter_tensors(name), format == "lora")
+        facts |= {"own": own} if own else {}
+    return _file_pair(values, tensors, facts)
 
 
 def _file_pair(values: dict[str, Any], tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, bytes]:
@@ -111,7 +126,7 @@ def read(
     weights = locate(model_id, WEIGHTS_NAME, subfolder, **hub)
     tensors, facts = read_file(weights)
     if facts is not None and isinstance(facts.get("config"), dict):
-        values = _reconciled(values, facts["config"], str(file))
+        values = {**_reconciled(values, facts["config"], str(file)), **facts.get("own", {})}
     if not values.get("peft_type"):
         raise FormatError(f'{file}: \'peft_type\' is missing, for example "peft_type": "LORA"', path=str(file))
     for pattern, replacement in (key_mapping or {}).items():

@@ -1,0 +1,162 @@
+"""The options of single starts of LoRA, with PEFT's names and defaults; `LoraConfig` takes them as objects or dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from deltatune import checks
+from deltatune.errors import ConfigError
+from deltatune.notice import warn
+
+T = TypeVar("T")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """What concerns one run alone, and is never saved.
+
+    Attributes:
+        ephemeral_gpu_offload: Accepted and without effect: a start is computed where the layer is.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoftQConfig:
+    """Options of `init_lora_weights="loftq"`.
+
+    Attributes:
+        loftq_bits: 4 (NormalFloat4 in blocks of 64) or 8 (integers with a scale per row).
+        loftq_iter: How often quantising and decomposing what that lost alternate.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        checks.one_of("LoftQConfig", "loftq_bits", self.loftq_bits, (4, 8))
+        checks.positive_int("LoftQConfig", "loftq_iter", self.loftq_iter)
+
+
+@dataclass
+class EvaConfig:
+    """Options of `init_lora_weights="eva"`.
+
+    Attributes:
+        rho: A layer gets at most rho * r of the ranks, which are distributed by explained variance; 1 for r everywhere.
+        tau: Components count as settled when their cosine with those of the batch before is this or more.
+        use_label_mask: Leave out tokens whose label is `label_mask_value`.
+        label_mask_value: The label that means "no label".
+        whiten: Divide each component by the root of its singular value.
+        adjust_scaling_factors: Multiply lora_alpha of a layer by new rank / r, so that alpha / r stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        if not checks.fits(self.rho, float) or not math.isfinite(self.rho) or self.rho < 1:
+            checks.refuse("EvaConfig", "rho", self.rho, "a finite number of 1 or more")
+        if not checks.fits(self.tau, float) or not 0 <= self.tau <= 1:
+            checks.refuse("EvaConfig", "tau", self.tau, "a number in [0, 1]")
+
+
+@dataclass
+class CordaConfig:
+    """Options of `init_lora_weights="corda"`.
+
+    Attributes:
+        cache_file: Where the decomposition is kept; read instead of running the model when it is there.
+        covariance_file: Likewise for the covariances, which serve every rank.
+        corda_method: "ipm": the r largest directions, for a new task. "kpm": the r smallest, to keep what is known.
+        verbose: Say which layer is being decomposed.
+        use_float16_for_covariance: Sum covariances in the precision of the activations instead of float32.
+        prune_temporary_fields: Accepted and without effect: nothing temporary is left on the model.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        checks.one_of("CordaConfig", "corda_method", self.corda_method, ("ipm", "kpm"))
+
+
+@dataclass
+class LoraGAConfig:
+    """Options of `init_lora_weights="lora_ga"`.
+
+    Attributes:
+        direction: Which of the 2r leading singular directions of the gradient go to A and which to B: "ArB2r" (first
+            half to A), "A2rBr" (first half to B), "ArBr" (in turn), "random" (the same r for both).
+        scale: "stable" (by out_features^(1/4) / sqrt(stable_gamma)), "weight_svd" (to the size of W), "gd_scale" (by
+            the scaling), "unit" (not at all).
+        stable_gamma: The gamma of "stable".
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        checks.one_of("LoraGAConfig", "direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
+        checks.one_of("LoraGAConfig", "scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
+        checks.finite_positive("LoraGAConfig", "stable_gamma", self.stable_gamma)
+
+
+def as_options(kind: type[T], field: str, value: Any) -> T | None:
+    """An object of options from itself, None, or a dict as files hold it.
+
+    Raises:
+        ConfigError: It is none of these, or a value in it is impossible.
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        checks.refuse("LoraConfig", field, value, f"a {kind.__name__}, a dict of its options, or None")
+    known = {part.name for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(value.keys() - known):
+        warn(f"LoraConfig: {field}: {kind.__name__} does not know {unknown}; left out")
+    return kind(**{name: part for name, part in value.items() if name in known})
+
+
+def settle(config: Any) -> None:
+    """Bring the options of starts in a LoraConfig into shape; warn of those that another start will not read.
+
+    Raises:
+        ConfigError: The start needs options that are not there.
+    """
+    config.eva_config = as_options(EvaConfig, "eva_config", config.eva_config)
+    config.corda_config = as_options(CordaConfig, "corda_config", config.corda_config)
+    config.lora_ga_config = as_options(LoraGAConfig, "lora_ga_config", config.lora_ga_config)
+    config.runtime_config = as_options(LoraRuntimeConfig, "runtime_config", config.runtime_config)
+    if config.runtime_config is None:
+        config.runtime_config = LoraRuntimeConfig()
+    if config.loftq_config and config.init_lora_weights == "loftq":
+        config.loftq_config = dataclasses.asdict(as_options(LoftQConfig, "loftq_config", config.loftq_config))  # type: ignore[arg-type]
+    elif config.init_lora_weights == "loftq":
+        raise ConfigError(
+            'LoraConfig: init_lora_weights="loftq" needs loftq_config, for example LoftQConfig(loftq_bits=4)',
+            field="loftq_config",
+            found=config.loftq_config,
+        )
+    elif config.loftq_config:
+        config.loftq_config = {}
+        warn(f'LoraConfig: loftq_config is for init_lora_weights="loftq", not {config.init_lora_weights!r}; left out')
+    for start, kind in {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}.items():
+        given = getattr(config, f"{start}_config")
+        if given is None and config.init_lora_weights == start:
+            setattr(config, f"{start}_config", kind())
+        elif given is not None and config.init_lora_weights != start and config.init_lora_weights is not True:
+            warn(f'LoraConfig: {start}_config has no effect without init_lora_weights="{start}"')
