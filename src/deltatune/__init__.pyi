@@ -27,6 +27,16 @@ from deltatune.functional import get_peft_model_state_dict as get_peft_model_sta
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.lora.covariance import preprocess_corda as preprocess_corda
+from deltatune.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from deltatune.lora.explained import get_eva_state_dict as get_eva_state_dict
+from deltatune.lora.gradients import preprocess_loraga as preprocess_loraga
+from deltatune.lora.options import CordaConfig as CordaConfig
+from deltatune.lora.options import EvaConfig as EvaConfig
+from deltatune.lora.options import LoftQConfig as LoftQConfig
+from deltatune.lora.options import LoraGAConfig as LoraGAConfig
+from deltatune.lora.options import LoraRuntimeConfig as LoraRuntimeConfig
+from deltatune.lora.replace import replace_lora_weights_loftq as replace_lora_weights_loftq
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.adamss import AdamssConfig as AdamssConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
