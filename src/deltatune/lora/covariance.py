@@ -40,6 +40,7 @@ def preprocess_corda(
         ConfigError: Neither `run_model` nor a file is there.
         DataError: A layer saw no finite inputs.
     """
+    lora_config.validate()
     options: CordaConfig = lora_config.corda_config
     layers = targeted(model, lora_config, "corda", frozenset({"linear"}))
     cached = read_cache(options.cache_file, [f"{path}.{name}" for path in layers for name in _PARTS.values()])

@@ -36,6 +36,7 @@ def preprocess_loraga(
         ConfigError: 2r is more than the sides of a layer.
         DataError: A weight got no gradient, or one that is not finite.
     """
+    lora_config.validate()
     layers = targeted(model, lora_config, "lora_ga", _KINDS)
     for path, layer in layers.items():
         _check(path, layer)

@@ -131,32 +131,38 @@ def as_options(kind: type[T], field: str, value: Any) -> T | None:
     return kind(**{name: part for name, part in value.items() if name in known})
 
 
+_OF_STARTS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
+
+
 def settle(config: Any) -> None:
-    """Bring the options of starts in a LoraConfig into shape; warn of those that another start will not read.
+    """Bring the options of starts in a LoraConfig into shape; warn of those that another start will not read."""
+    for start, kind in _OF_STARTS.items():
+        given = as_options(kind, f"{start}_config", getattr(config, f"{start}_config"))
+        setattr(config, f"{start}_config", given)
+        if given is not None and config.init_lora_weights not in (start, True):  # True: as converted files have it
+            warn(f'LoraConfig: {start}_config has no effect without init_lora_weights="{start}"')
+    config.runtime_config = as_options(LoraRuntimeConfig, "runtime_config", config.runtime_config)
+    if config.loftq_config and config.init_lora_weights != "loftq":
+        config.loftq_config = {}
+        warn(f'LoraConfig: loftq_config is for init_lora_weights="loftq", not {config.init_lora_weights!r}; left out')
+    elif config.loftq_config:
+        config.loftq_config = dataclasses.asdict(as_options(LoftQConfig, "loftq_config", config.loftq_config))  # type: ignore[arg-type]
+
+
+def fill_in(config: Any) -> None:
+    """The options that a start needs, at their defaults where there are none.
 
     Raises:
-        ConfigError: The start needs options that are not there.
+        ConfigError: LoftQ's, which say how the base will be quantised.
     """
-    config.eva_config = as_options(EvaConfig, "eva_config", config.eva_config)
-    config.corda_config = as_options(CordaConfig, "corda_config", config.corda_config)
-    config.lora_ga_config = as_options(LoraGAConfig, "lora_ga_config", config.lora_ga_config)
-    config.runtime_config = as_options(LoraRuntimeConfig, "runtime_config", config.runtime_config)
+    kind = _OF_STARTS.get(config.init_lora_weights)
+    if kind is not None and getattr(config, f"{config.init_lora_weights}_config") is None:
+        setattr(config, f"{config.init_lora_weights}_config", kind())
     if config.runtime_config is None:
         config.runtime_config = LoraRuntimeConfig()
-    if config.loftq_config and config.init_lora_weights == "loftq":
-        config.loftq_config = dataclasses.asdict(as_options(LoftQConfig, "loftq_config", config.loftq_config))  # type: ignore[arg-type]
-    elif config.init_lora_weights == "loftq":
+    if config.init_lora_weights == "loftq" and not config.loftq_config:
         raise ConfigError(
             'LoraConfig: init_lora_weights="loftq" needs loftq_config, for example LoftQConfig(loftq_bits=4)',
             field="loftq_config",
             found=config.loftq_config,
         )
-    elif config.loftq_config:
-        config.loftq_config = {}
-        warn(f'LoraConfig: loftq_config is for init_lora_weights="loftq", not {config.init_lora_weights!r}; left out')
-    for start, kind in {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}.items():
-        given = getattr(config, f"{start}_config")
-        if given is None and config.init_lora_weights == start:
-            setattr(config, f"{start}_config", kind())
-        elif given is not None and config.init_lora_weights != start and config.init_lora_weights is not True:
-            warn(f'LoraConfig: {start}_config has no effect without init_lora_weights="{start}"')

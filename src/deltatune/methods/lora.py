@@ -102,6 +102,8 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
         options.settle(self)
         super().__post_init__()
 
@@ -111,6 +113,7 @@ class LoraConfig(LayerConfig):
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         starts.check(self.init_lora_weights)
+        options.fill_in(self)
         self.beside()
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:
@@ -169,9 +172,9 @@ class LoRA(Adapter):
 
     def _begin(self, start: Start) -> None:
         wide = torch.promote_types(start.A.dtype, torch.float32)
-        A, B = start.A.to(wide), start.B.to(wide)
+        A, B = start.A.to(wide).contiguous(), start.B.to(wide).contiguous()
         self.lora_A.weight.data = A.reshape(self.lora_A.weight.shape)
-        self.lora_B.weight.data = unblocked(B, self.blocks).reshape(self.lora_B.weight.shape)
+        self.lora_B.weight.data = unblocked(B, self.blocks).contiguous().reshape(self.lora_B.weight.shape)
         self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
         self.replaces = start.stand_in is not None  # type: ignore[misc]
         self.keeps_derived = start.gives_way and not start.again
@@ -237,6 +240,9 @@ class LoRA(Adapter):
         found = unstacked(tensors, self.r, NAMES[self.embedding])
         if self.keeps_derived and source() is Source.PEER:  # data have been collected once more for a file of PEFT
             return {START_A: self.start_A, START_B: self.start_B, **found}
+        if self.keeps_derived and self.embedding and found.get(NAMES[True][0], self.A).shape == self.A.shape:
+            zero = {START_A: torch.zeros_like(self.start_A), START_B: torch.zeros_like(self.start_B)}
+            return {**zero, **found}  # one that came from PEFT, which starts embeddings plainly
         return found
 
     def derived_tensors(self) -> dict[str, Tensor]:
@@ -254,7 +260,7 @@ class LoRA(Adapter):
             return {"lora_stand_in": in_waves(self.stand_in.weight)}  # type: ignore[arg-type]
         if self.start_A is None or self.start_B is None or self.keeps_derived:
             return {}
-        return {"lora_start": self.start_B @ in_waves(self.start_A)}
+        return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
 
     @property
     def lora_embedding_A(self) -> Tensor | None:

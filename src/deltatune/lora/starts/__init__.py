@@ -77,10 +77,9 @@ _FAST = re.compile(r"pissa_niter_(\d+)")
 
 def parse(init: Any) -> Kind | None:
     """The start that a value of `init_lora_weights` names, None where it names none."""
-    name = init.lower() if isinstance(init, str) else init
-    if isinstance(name, str) and (fast := _FAST.fullmatch(name)):
+    if isinstance(init, str) and (fast := _FAST.fullmatch(init)):
         return Kind(functools.partial(pissa_niter, iterations=int(fast[1])), peer=None)
-    return STARTS[True] if name is None else STARTS.get(name) if isinstance(name, (str, bool)) else None
+    return STARTS[True] if init is None else STARTS.get(init) if isinstance(init, (str, bool)) else None
 
 
 def check(init: Any) -> None:
