@@ -246,6 +246,7 @@ def test_components_of_batches_are_those_of_all_rows_together():
 
 def test_eva_gives_the_ranks_to_the_components_that_explain_most():
     model = net()
+    model.embed.weight.data *= 0.3 ** torch.arange(12.0)  # a few directions explain most of what goes into q
     data = batches(1, rows=30, tokens=12)
     options = config("eva", target_modules=["q", "out"], eva_config=EvaConfig(tau=0.9))
     components = get_eva_state_dict(model, data, options)
@@ -260,6 +261,7 @@ def test_eva_gives_the_ranks_to_the_components_that_explain_most():
         shares |= {(name, place): share for place, share in enumerate((S**2 / (S**2).sum())[:6])}
         found = components[name].double().numpy()
         assert np.abs(np.abs(found @ Vh[: len(found)].T) - np.eye(len(found))).max() < 0.05
+    assert len(components["q"]) != len(components["out"])
     best = sorted(shares, key=shares.get, reverse=True)[:6]
     assert {name: len(A) for name, A in components.items()} == {
         name: sum(owner == name for owner, _ in best) for name in inputs
