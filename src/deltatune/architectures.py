@@ -34,3 +34,19 @@ _TARGETS: dict[str, list[str] | str] = {
 def usual_targets(model_type: str) -> Any:
     """The layers that LoRA and most of its relatives adapt in an architecture, or None."""
     return _TARGETS.get(model_type)
+
+
+_LLAMAS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+_PROJECTIONS: dict[str, list[str]] = {
+    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"), _LLAMAS),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _LLAMAS),
+    **{name: ["c_attn", "c_proj"] for name in ("gpt2", "gpt_bigcode")},
+    **{name: ["query_key_value", "dense_4h_to_h"] for name in ("bloom", "gpt_neox", "falcon")},
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+}
+
+
+def every_projection(model_type: str) -> Any:
+    """Every projection of an architecture's blocks; of one that is not known every linear layer."""
+    return _PROJECTIONS.get(model_type, "all-linear")
