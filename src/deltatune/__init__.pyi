@@ -27,6 +27,7 @@ from deltatune.functional import get_peft_model_state_dict as get_peft_model_sta
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.lora.arrow_model import create_arrow_model as create_arrow_model
 from deltatune.lora.covariance import preprocess_corda as preprocess_corda
 from deltatune.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from deltatune.lora.explained import get_eva_state_dict as get_eva_state_dict
@@ -37,6 +38,13 @@ from deltatune.lora.options import LoftQConfig as LoftQConfig
 from deltatune.lora.options import LoraGAConfig as LoraGAConfig
 from deltatune.lora.options import LoraRuntimeConfig as LoraRuntimeConfig
 from deltatune.lora.replace import replace_lora_weights_loftq as replace_lora_weights_loftq
+from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
+from deltatune.lora.variants.arrow import ArrowConfig as ArrowConfig
+from deltatune.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+from deltatune.lora.variants.caching import DoraCaching as DoraCaching
+from deltatune.lora.variants.kasa import KasaConfig as KasaConfig
+from deltatune.lora.variants.monteclora import MontecloraConfig as MontecloraConfig
+from deltatune.lora.variants.velora import VeloraConfig as VeloraConfig
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.adamss import AdamssConfig as AdamssConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig

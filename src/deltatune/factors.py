@@ -56,13 +56,6 @@ def block_diagonal(matrix: Tensor, blocks: int) -> Tensor:
     return matrix if blocks == 1 else torch.block_diag(*matrix.chunk(blocks))
 
 
-def unblocked(matrix: Tensor, blocks: int) -> Tensor:
-    """`block_diagonal` undone."""
-    if blocks == 1:
-        return matrix
-    return torch.cat([rows.chunk(blocks, 1)[i] for i, rows in enumerate(matrix.chunk(blocks))])
-
-
 def tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """A kernel (out, in, ...) from a core (r, r, ...) and factors (r, out) and (r, in): FedPara's proposition 3."""
     return torch.einsum("ij...,ip,jq->pq...", core, up, down)

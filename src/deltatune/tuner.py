@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import inject
-from deltatune.adapter import Adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
@@ -86,7 +85,7 @@ class Tuner(nn.Module):
         call, total = self.selection.current(), None
         names = {name for name in call.rows or call.names if name}
         kinds = {name: METHODS[self.peft_config[name].peft_type].adapter for name in names}  # type: ignore[index]
-        plain = {name for name, kind in kinds.items() if kind is None or kind.penalty is Adapter.penalty}
+        plain = {name for name, kind in kinds.items() if kind is None or not kind.penalises(self.peft_config[name])}
         terms = []
         for _, layer in inject.adapted_layers(self.model) if names - plain else ():
             for name, adapter in layer.adapters.items():

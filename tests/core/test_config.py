@@ -35,7 +35,6 @@ def test_an_unknown_field_is_answered_with_the_nearest(kind, field, nearest):
         ("target_modules", "q_proj|("),
         ("exclude_modules", "*"),
         ("bias", "all"),
-        ("use_dora", True),
         ("use_rslora", "yes"),
         ("modules_to_save", "classifier"),
         ("task_type", "CAUSAL"),

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from deltatune import checks
 from deltatune.errors import ConfigError
+from deltatune.lora.variants.options import Options
 from deltatune.notice import warn
-
-T = TypeVar("T")
 
 
 @dataclass
-class LoraRuntimeConfig:
+class LoraRuntimeConfig(Options):
     """What concerns one run alone, and is never saved.
 
     Attributes:
@@ -26,7 +25,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(Options):
     """Options of `init_lora_weights="loftq"`.
 
     Attributes:
@@ -37,13 +36,13 @@ class LoftQConfig:
     loftq_bits: int = 4
     loftq_iter: int = 1
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         checks.one_of("LoftQConfig", "loftq_bits", self.loftq_bits, (4, 8))
         checks.positive_int("LoftQConfig", "loftq_iter", self.loftq_iter)
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Options):
     """Options of `init_lora_weights="eva"`.
 
     Attributes:
@@ -62,7 +61,7 @@ class EvaConfig:
     whiten: bool = False
     adjust_scaling_factors: bool = True
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if not checks.fits(self.rho, float) or not math.isfinite(self.rho) or self.rho < 1:
             checks.refuse("EvaConfig", "rho", self.rho, "a finite number of 1 or more")
         if not checks.fits(self.tau, float) or not 0 <= self.tau <= 1:
@@ -70,7 +69,7 @@ class EvaConfig:
 
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Options):
     """Options of `init_lora_weights="corda"`.
 
     Attributes:
@@ -89,12 +88,12 @@ class CordaConfig:
     use_float16_for_covariance: bool = False
     prune_temporary_fields: bool = True
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         checks.one_of("CordaConfig", "corda_method", self.corda_method, ("ipm", "kpm"))
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Options):
     """Options of `init_lora_weights="lora_ga"`.
 
     Attributes:
@@ -109,26 +108,10 @@ class LoraGAConfig:
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: int = 16
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         checks.one_of("LoraGAConfig", "direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
         checks.one_of("LoraGAConfig", "scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
         checks.finite_positive("LoraGAConfig", "stable_gamma", self.stable_gamma)
-
-
-def as_options(kind: type[T], field: str, value: Any) -> T | None:
-    """An object of options from itself, None, or a dict as files hold it.
-
-    Raises:
-        ConfigError: It is none of these, or a value in it is impossible.
-    """
-    if value is None or isinstance(value, kind):
-        return value
-    if not isinstance(value, dict):
-        checks.refuse("LoraConfig", field, value, f"a {kind.__name__}, a dict of its options, or None")
-    known = {part.name for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(value.keys() - known):
-        warn(f"LoraConfig: {field}: {kind.__name__} does not know {unknown}; left out")
-    return kind(**{name: part for name, part in value.items() if name in known})
 
 
 _OF_STARTS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
@@ -137,16 +120,17 @@ _OF_STARTS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
 def settle(config: Any) -> None:
     """Bring the options of starts in a LoraConfig into shape; warn of those that another start will not read."""
     for start, kind in _OF_STARTS.items():
-        given = as_options(kind, f"{start}_config", getattr(config, f"{start}_config"))
+        given = kind.of(getattr(config, f"{start}_config"), "LoraConfig", f"{start}_config")
         setattr(config, f"{start}_config", given)
         if given is not None and config.init_lora_weights not in (start, True):  # True: as converted files have it
             warn(f'LoraConfig: {start}_config has no effect without init_lora_weights="{start}"')
-    config.runtime_config = as_options(LoraRuntimeConfig, "runtime_config", config.runtime_config)
+    config.runtime_config = LoraRuntimeConfig.of(config.runtime_config, "LoraConfig", "runtime_config")
     if config.loftq_config and config.init_lora_weights != "loftq":
         config.loftq_config = {}
         warn(f'LoraConfig: loftq_config is for init_lora_weights="loftq", not {config.init_lora_weights!r}; left out')
     elif config.loftq_config:
-        config.loftq_config = dataclasses.asdict(as_options(LoftQConfig, "loftq_config", config.loftq_config))  # type: ignore[arg-type]
+        options = LoftQConfig.of(config.loftq_config, "LoraConfig", "loftq_config")
+        config.loftq_config = dataclasses.asdict(options)  # type: ignore[arg-type]
 
 
 def fill_in(config: Any) -> None:

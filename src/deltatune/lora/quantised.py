@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deltatune.adapter import Adapter
+
 BLOCK = 64
 # Quantiles of the normal distribution, of which zero is one and the outermost are +-1; appendix E of the paper.
 NF4 = (
@@ -20,8 +22,8 @@ NF4 = (
 )
 
 
-class Quantised(nn.Module):
-    """Stands for a weight (out, in) at 4.5 or 8 bits a number.
+class Quantised(Adapter):
+    """W' = Q: stands for a weight (out, in) at 4.5 or 8 bits a number, whatever that is.
 
     Scales are kept as the bits of float32 numbers, so that they stay exact when an adapter is cast.
     """
@@ -35,6 +37,9 @@ class Quantised(nn.Module):
         codes, scales = (_to_nf4 if bits == 4 else _to_int8)(weight.float())
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales.float().view(torch.int32), persistent=False)
+
+    def adapt(self, weight: Tensor) -> Tensor:
+        return self.weight
 
     @property
     def weight(self) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -10,16 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import checks
-from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal, shift, unblocked
+from deltatune.factors import Factor, block_diagonal, shift
 from deltatune.filling import Source, source
 from deltatune.lora import options, starts
 from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from deltatune.lora.quantised import Quantised
 from deltatune.lora.stacked import NAMES, START_A, START_B, for_peers, unstacked
 from deltatune.lora.starts import Site, Start
+from deltatune.lora.variants import OPTIONS, VIEWS, build_variants, check_variants, variants_of, view
+from deltatune.lora.variants.arrow import ArrowConfig, Router
+from deltatune.lora.variants.bdlora import BdLoraConfig
+from deltatune.lora.variants.dora import Dora
+from deltatune.lora.variants.kasa import KasaConfig
+from deltatune.lora.variants.monteclora import MontecloraConfig
+from deltatune.lora.variants.variant import Pass, Variant
+from deltatune.lora.variants.velora import VeloraConfig
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
@@ -29,16 +40,8 @@ from deltatune.storage.derived import in_waves
 _NOT_BUILT: dict[str, Any] = {
     "bias": "none",
     "megatron_config": None,
-    "use_dora": False,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "monteclora_config": None,
     "layer_replication": None,
     "target_parameters": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
     "ensure_weight_tying": False,
 }
 
@@ -61,6 +64,15 @@ class LoraConfig(LayerConfig):
             (`deltatune.lora.options`).
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
         lora_bias: B has a bias of its own.
+        use_dora: Train the length of every row of the weight apart from its direction.
+        use_bdlora: A or B is block-diagonal (`BdLoraConfig`).
+        use_qalora: A reads sums over groups of `qalora_group_size` inputs.
+        kasa_config: Trained singular values, in place of the weight's smallest (`KasaConfig`).
+        monteclora_config: A is sampled in training (`MontecloraConfig`).
+        velora_config: Inputs are kept compressed for the gradient of A (`VeloraConfig`).
+        alora_invocation_tokens: The adapter acts from the last occurrence of these tokens on.
+        arrow_config: A router over other adapters (`ArrowConfig`, `deltatune.create_arrow_model`); it stands alone, the
+            other variants go together.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
@@ -86,22 +98,24 @@ class LoraConfig(LayerConfig):
     corda_config: CordaConfig | dict | None = None
     lora_ga_config: LoraGAConfig | dict | None = None
     use_dora: bool = False
-    velora_config: Any = None
+    velora_config: VeloraConfig | dict | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: MontecloraConfig | dict | None = None
     layer_replication: list | None = None
     runtime_config: LoraRuntimeConfig | dict | None = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        for name, kind in OPTIONS.items():
+            setattr(self, name, kind.of(getattr(self, name), "LoraConfig", name))
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
         options.settle(self)
@@ -115,6 +129,7 @@ class LoraConfig(LayerConfig):
         starts.check(self.init_lora_weights)
         options.fill_in(self)
         self.beside()
+        check_variants(self)
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:
                 raise ConfigError(
@@ -130,33 +145,67 @@ class LoraConfig(LayerConfig):
 
 
 class LoRA(Adapter):
-    """Trainable: A (r, in) and B (out, r), r (in + out) numbers."""
+    """Trainable: A (r, in) and B (out, r), r (in + out) numbers; with a variant (`deltatune.lora.variants`) others too.
+
+    Attributes:
+        variants: What the config asks for besides, in the order in which it acts.
+        summand: True, or the reason why the output is not that of the layer plus an update.
+        start_A, start_B: Where the factors began, if the base gives way by their product.
+        stand_in: What stands in the place of the layer's weight.
+    """
 
     views: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
-        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias"),
+        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias"),
+        *VIEWS,
     )
 
     lora_A: Factor
     lora_B: Factor
     start_A: Tensor | None
     start_B: Tensor | None
+    stand_in: Quantised | None
+    variants: Sequence[Variant]
+    summand: bool | str = True
 
     def __init__(
-        self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, start: Start, bias: bool
+        self,
+        layer: LinearMap,
+        r: int,
+        alpha: float,
+        dropout: float,
+        rslora: bool,
+        start: Start,
+        bias: bool,
+        varied: Sequence[Variant] = (),
     ) -> None:
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
         self.scaling = scaling(r, alpha, rslora)
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = Factor(*layer.down_shape(r))
-        self.lora_B = Factor(*layer.up_shape(r), bias=layer.out_features if bias else None, fixed=start.fixed_B)
-        self.blocks = r // self.lora_B.matrix.shape[1]  # more than one under a grouped convolution
+        self.blocks = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
+        self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
+        down, up = shapes(layer, r, varied)
+        self.lora_A = Factor(*down)
+        self.lora_B = Factor(*up, bias=layer.out_features if bias else None, fixed=start.fixed_B)
         self._begin(start)
+        for variant in self.variants:
+            variant.begin(self, self._base(layer))
+            self._declare(variant)
 
     @classmethod
-    def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> LoRA:
+    def plan(cls, layers: dict[str, LinearMap], config: LoraConfig) -> LoraConfig:
+        if config.monteclora_config is None:
+            return config
+        config = copy.copy(config)
+        vars(config)["layers"] = len(layers)  # its loss is a mean over them
+        return config
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> Adapter:
+        if config.arrow_config is not None:
+            return Router.build(layer, config, path)
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         if config.lora_bias and layer.kind == "embedding":
@@ -167,39 +216,85 @@ class LoRA(Adapter):
                 found=True,
             )
         _check_groups(layer, r, path)
-        start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path))
-        return cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias)
+        varied = build_variants(layer, config, path, r)
+        down, up = shapes(layer, r, varied)
+        start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path, down, up))
+        return cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
 
     def _begin(self, start: Start) -> None:
         wide = torch.promote_types(start.A.dtype, torch.float32)
         A, B = start.A.to(wide).contiguous(), start.B.to(wide).contiguous()
-        self.lora_A.weight.data = A.reshape(self.lora_A.weight.shape)
-        self.lora_B.weight.data = unblocked(B, self.blocks).contiguous().reshape(self.lora_B.weight.shape)
+        self.lora_A.weight.data, self.lora_B.weight.data = (
+            factor.reshape(own.weight.shape) for factor, own in ((A, self.lora_A), (B, self.lora_B))
+        )
         self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
-        self.replaces = start.stand_in is not None  # type: ignore[misc]
+        if start.stand_in is not None:
+            self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
         self.keeps_derived = start.gives_way and not start.again
         for name, factor in (("start_A", A), ("start_B", B)):
             self.register_buffer(name, factor.clone() if start.gives_way else None, persistent=self.keeps_derived)
 
+    def _base(self, layer: LinearMap) -> LinearMap:
+        return layer if self.stand_in is None else Applied(self.stand_in, layer)
+
+    def _declare(self, variant: Variant) -> None:
+        """What one variant says of itself holds for the whole."""
+        for name in ("identity_at_birth", "mergeable", "pointwise", "summand"):
+            if getattr(variant, name) is not True:
+                setattr(self, name, getattr(variant, name))
+        self.reads = (*self.reads, *variant.reads)
+
     @property
     def A(self) -> Tensor:
-        return self.lora_A.matrix
+        A = self.lora_A.matrix
+        for variant in self.variants:
+            A = variant.drawn(A)
+        for variant in self.variants:
+            A = variant.down(A)
+        return A
 
     @property
     def B(self) -> Tensor:
-        return block_diagonal(self.lora_B.matrix, self.blocks)
+        B = block_diagonal(self.lora_B.matrix, self.blocks)
+        for variant in self.variants:
+            B = variant.up(B)
+        return B
 
-    @property
-    def change(self) -> Tensor:
-        """B A, less the frozen B0 A0 where the base gives way: exactly zero at the start, and precise near it."""
-        A, B = self.A, self.B
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the update that trains, B A, its scale in B."""
+        return self.A, self.scaling * self.B
+
+    def _frozen(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (A, B) of what is added to the weight by variants and does not train."""
+        yield from (pair for variant in self.variants if (pair := variant.frozen()) is not None)
+
+    def whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R) of all that is added to the weight: also what does not train."""
+        frozen = list(self._frozen())
+        if self.start_A is not None and self.start_B is not None:
+            frozen.append((self.start_A, -self.scaling * self.start_B))
+        if not frozen:
+            return A, B
+        return torch.cat([A, *(down.to(A) for down, _ in frozen)]), torch.cat([B, *(up.to(B) for _, up in frozen)], 1)
+
+    def change(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A (out, in), less that of the start where the base gives way: zero at birth to the bit, precise near it."""
         if self.start_A is None or self.start_B is None:
             return B @ A
-        return (B - self.start_B) @ A + self.start_B @ (A - self.start_A)
+        B0 = self.scaling * self.start_B
+        return (B - B0) @ A + B0 @ (A - self.start_A)
 
     def adapt(self, weight: Tensor) -> Tensor:
-        weight = weight if self.stand_in is None else self.stand_in.weight  # type: ignore[assignment]
-        return weight + self.scaling * self.change.to(_wider(weight, self.A))
+        if self.mergeable is not True:
+            return super().adapt(weight)
+        A, B = self.factors()
+        weight = weight if self.stand_in is None else self.stand_in.adapt(weight)
+        weight = weight + self.change(A, B).to(_wider(weight, A))
+        for down, up in self._frozen():
+            weight = weight + (up @ down).to(weight)
+        for variant in self.variants:
+            weight = variant.adapt(weight)
+        return weight
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         own = self.lora_B.bias
@@ -207,32 +302,50 @@ class LoRA(Adapter):
             return bias
         return self.scaling * own if bias is None else bias + self.scaling * own
 
-    def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x) if self.stand_in is None else layer.apply(x, self.stand_in.weight, layer.bias)  # type: ignore[arg-type]
-        return y + self.update(x, layer).to(y.dtype)
+    def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
+        layer = self._base(layer)
+        y, dropped, A, B = layer(x), self._dropped(x), *self.factors()
+        out = y + self.product(x, dropped, A, B, layer).to(y.dtype)
+        for variant in self.variants:
+            out = variant.output(out, Pass(layer, x, dropped, y, A, B, values), self)
+        return out
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
-        dropped = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
-        update = self._product(x, dropped, layer)
-        if self.lora_B.bias is not None:
-            update = shift(update, self.lora_B.bias, layer)
-        return self.scaling * update
+        return self.product(x, self._dropped(x), *self.factors(), layer)
 
-    def _product(self, x: Any, dropped: Any, layer: LinearMap) -> Tensor:
-        """`change` on the input; what the base gave way by sees all of it, as the base does."""
-        h = layer.apply(dropped, self.A)
+    def _dropped(self, x: Any) -> Any:
+        return x if self.embedding or not self.training else self.lora_dropout(x)  # an embedding reads indices
+
+    def product(self, x: Any, dropped: Any, A: Tensor, B: Tensor, layer: LinearMap) -> Tensor:
+        """B A x; what does not train beside it is a part of the weight, and sees the input without dropout."""
+        projected = next((h for v in self.variants if (h := v.project(dropped, A, layer)) is not None), None)
+        h = layer.apply(dropped, A) if projected is None else projected
         if self.start_A is None or self.start_B is None:
-            return layer.mix(h, self.B)
-        moved = layer.apply(x, self.A - self.start_A) if dropped is x else h - layer.apply(x, self.start_A)
-        return layer.mix(h, self.B - self.start_B) + layer.mix(moved, self.start_B)
+            update = layer.mix(h, B)
+        else:  # as in `change`
+            B0, plain = self.scaling * self.start_B, dropped is x and projected is None
+            moved = layer.apply(x, A - self.start_A) if plain else h - layer.apply(x, self.start_A)
+            update = layer.mix(h, B - B0) + layer.mix(moved, B0)
+        for down, up in self._frozen():
+            update = update + layer.mix(layer.apply(x, down), up)
+        return update if self.lora_B.bias is None else shift(update, self.scaling * self.lora_B.bias, layer)
+
+    @classmethod
+    def penalises(cls, config: LoraConfig) -> bool:
+        return any(kind.penalises for kind in variants_of(config))
+
+    def penalty(self) -> Tensor | None:
+        terms = [term for variant in self.variants if (term := variant.penalty(self)) is not None]
+        return torch.stack(terms).sum() if terms else None
 
     # Files call the factors of an embedding by names of their own, without `.weight`.
 
     def file_tensors(self) -> dict[str, Tensor]:
         names = NAMES[self.embedding]
         bias = {} if self.lora_B.bias is None else {"lora_B.bias": self.lora_B.bias}
-        return {names[0]: self.lora_A.weight, names[1]: self.lora_B.weight, **bias, **self.kept_tensors()}
+        own = {name: tensor for variant in self.variants for name, tensor in variant.file_tensors().items()}
+        return {names[0]: self.lora_A.weight, names[1]: self.lora_B.weight, **bias, **own, **self.kept_tensors()}
 
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.start_A is None or self.start_B is None:
@@ -252,15 +365,21 @@ class LoRA(Adapter):
 
     def kept_tensors(self) -> dict[str, Tensor]:
         derived = self.derived_tensors()
-        return {name: derived[name] for name in derived if self.keeps_derived or name not in (START_A, START_B)}
+        kept = {name: derived[name] for name in derived if self.keeps_derived or name not in (START_A, START_B)}
+        return kept | {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
 
     def checked_tensors(self) -> dict[str, Tensor]:
         """Of Q and of B0 A0, which is all that counts of its factors, whatever their signs and order."""
         if self.stand_in is not None:
-            return {"lora_stand_in": in_waves(self.stand_in.weight)}  # type: ignore[arg-type]
+            return {"lora_stand_in": in_waves(self.stand_in.weight)}
         if self.start_A is None or self.start_B is None or self.keeps_derived:
             return {}
         return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.file_tensors().items():
+                tensor.copy_(tensors[name])  # counted by torch, for what is kept until it changes
 
     @property
     def lora_embedding_A(self) -> Tensor | None:
@@ -270,12 +389,27 @@ class LoRA(Adapter):
     def lora_embedding_B(self) -> Tensor | None:
         return self.lora_B.weight if self.embedding else None
 
+    use_dora = property(lambda self: any(isinstance(variant, Dora) for variant in self.variants))
+    lora_magnitude_vector = view("lora_magnitude_vector")
+    lora_diag = view("lora_diag")
+    lora_monteclora_sampler = view("lora_monteclora_sampler")
+    lora_velora_embed = view("lora_velora_embed")
+    qalora_group_size = view("qalora_group_size")
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
 
 
 def scaling(r: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def shapes(layer: LinearMap, r: int, varied: Sequence[Variant]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the trained A and B, as files keep them."""
+    down, up = layer.down_shape(r), layer.up_shape(r)
+    for variant in varied:
+        down, up = variant.down_shape(down), variant.up_shape(up)
+    return down, up
 
 
 def _wider(weight: Tensor, factor: Tensor) -> torch.dtype:

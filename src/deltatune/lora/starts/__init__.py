@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deltatune import checks
-from deltatune.adapter import LinearMap
 from deltatune.bases.packed import PackedLinear
 from deltatune.filling import Source, source
 from deltatune.lora import prepared
@@ -47,27 +46,29 @@ class Kind:
     begin: Callable[[Site], Start]
     layers: frozenset[str] = ANY
     grouped: bool = False
-    peer: Callable[[LinearMap], bool] | None = lambda layer: True
+    peer: Callable[[Site], bool] | None = lambda site: True
 
 
-def _stored_plainly(layer: LinearMap) -> bool:
-    return layer.kind == "linear" and not isinstance(layer, PackedLinear) and not layer.only_weight
+def _plain_matrix(site: Site) -> bool:
+    """With invocation tokens PEFT's base has given way before them too, and ours has not."""
+    layer, always = site.map, site.options.alora_invocation_tokens is None
+    return always and layer.kind == "linear" and not isinstance(layer, PackedLinear) and not layer.only_weight
 
 
-def _stored_as_it_is(layer: LinearMap) -> bool:
+def _upright_matrix(site: Site) -> bool:
     """PEFT decomposes the weight of transformers' Conv1D the wrong way round."""
-    return _stored_plainly(layer) and not layer.turned
+    return _plain_matrix(site) and not site.map.turned
 
 
 STARTS: dict[Any, Kind] = {
     True: Kind(plain, grouped=True),
     False: Kind(random, grouped=True),
     "gaussian": Kind(gaussian, grouped=True),
-    "pissa": Kind(pissa, peer=_stored_plainly),
-    "olora": Kind(olora, peer=_stored_as_it_is),
+    "pissa": Kind(pissa, peer=_plain_matrix),
+    "olora": Kind(olora, peer=_upright_matrix),
     "orthogonal": Kind(orthogonal),
     "mica": Kind(mica),
-    "loftq": Kind(loftq, peer=_stored_as_it_is),
+    "loftq": Kind(loftq, peer=_upright_matrix),
     "eva": Kind(eva, grouped=True),
     "corda": Kind(corda, LINEAR, peer=None),
     "lora_ga": Kind(lora_ga, peer=None),
@@ -101,7 +102,7 @@ def begin(site: Site) -> Start:
         site.refuse("is not for layers like", f"is a {layer.kind} layer; it is for {', '.join(sorted(kind.layers))}")
     if layer.groups > 1 and not kind.grouped:
         site.refuse("cannot begin on", f"is a convolution with groups={layer.groups}; leave it out of target_modules")
-    agrees = kind.peer is not None and kind.peer(layer)
+    agrees = kind.peer is not None and kind.peer(site)
     if source() is Source.PEER and not agrees and not prepared.found(layer, site.options.init_lora_weights):
         if kind.peer is not None and layer.kind == "embedding":
             return plain(site)  # as PEFT, which passes over the start there

@@ -13,6 +13,7 @@ from deltatune.adapter import LinearMap
 from deltatune.errors import ConfigError
 from deltatune.filling import Source, source
 from deltatune.lora import prepared
+from deltatune.lora.quantised import Quantised
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class Start:
     """Where LoRA begins.
 
     Attributes:
-        A: (r, in). B: (out, r).
+        A: (r, in), in the shape in which it trains or flat. B: (out, r), likewise.
         gives_way: The base gives way by s B A: W' = W + s (B A - B0 A0), with frozen copies of both as they are here.
         again: Config and base weight give the same factors again, here and in PEFT, so that files need not hold them.
         fixed_B: B does not train.
-        stand_in: What takes the place of W: a module whose `weight` is the matrix.
+        stand_in: What takes the place of W.
         at_birth: True, or why a fresh adapter changes the output.
     """
 
@@ -33,19 +34,25 @@ class Start:
     gives_way: bool = False
     again: bool = True
     fixed_B: bool = False
-    stand_in: nn.Module | None = None
+    stand_in: Quantised | None = None
     at_birth: bool | str = True
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a start is told: the layer, its rank r, its scaling s, the LoraConfig and the layer's path."""
+    """What a start is told: the layer, its rank r, its scaling s, the LoraConfig and the layer's path.
+
+    `down` and `up` are the shapes in which A and B train, others than (r, in) and (out, r) under some variants and
+    under convolutions with groups. Starts that draw are for any of them, those that work A and B out for these alone.
+    """
 
     map: LinearMap
     r: int
     scaling: float
     options: Any
     path: str
+    down: tuple[int, ...]
+    up: tuple[int, ...]
 
     @property
     def W(self) -> Tensor:
@@ -75,7 +82,7 @@ class Site:
 
 
 def kaiming(*shape: int) -> Tensor:
-    """As nn.Linear starts: uniform on +- 1 / sqrt(columns)."""
+    """As nn.Linear starts: uniform on +- 1 / sqrt(numbers in a row)."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 
