@@ -98,6 +98,7 @@ _NAMES = {
     ),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS", "register_method"),
+    "deltatune.storage.weights": ("load_peft_weights",),
     "deltatune.tasks": (
         *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModelForCausalLM", "PeftModelForFeatureExtraction"),
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),

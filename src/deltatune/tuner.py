@@ -12,6 +12,7 @@ from deltatune import inject
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
+from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
 from deltatune.notice import warn
 from deltatune.prompts.graft import Graft
@@ -23,7 +24,7 @@ from deltatune.state_dict import collect
 LOST_WORTH_SAYING = 0.1  # of the update, in one layer
 
 
-class Tuner(nn.Module):
+class Tuner(PeerLosses, nn.Module):
     """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Tuner(nn.Module):
         self.peft_config = configs  # the same dict as the PeftModel's
         self.schedules: dict[str, Schedule] = {}  # of the adapters that have one
         self.grafts: dict[str, Graft] = {}  # the adapters that act outside of single layers; the PeftModel's dict
+        self.loss_given = True  # by the last training pass, and so with the penalty in it
         # Whether a training pass gave no loss that the penalty could have been added to; None once that is settled.
         self.penalty_due: bool | None = False
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
@@ -106,6 +108,7 @@ class Tuner(nn.Module):
         """The outputs of a training pass with these inputs, the penalty added to their loss."""
         loss: Tensor | None = getattr(outputs, "loss", None)
         as_tuple = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0
+        self.loss_given = bool(isinstance(loss, Tensor) or as_tuple)
         if not isinstance(loss, Tensor) and not as_tuple:
             if self.penalty_due is False:
                 self.penalty_due = self._penalty({}) is not None

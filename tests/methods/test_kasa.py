@@ -94,6 +94,17 @@ def test_its_loss_is_that_of_equations_9_to_12():
     assert plain.penalty() is None
 
 
+def test_pefts_name_for_it_gives_what_the_loss_of_the_pass_lacks():
+    """A program that adds it to the loss has it once, whether that loss is the model's or its own."""
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], kasa_config={"beta": 0.3})).train()
+    inputs = batch("llama")
+    for _ in range(2):
+        model(**inputs)
+        assert model.base_model._get_kasa_loss() == model._get_monteclora_loss() == 0.0
+        model(input_ids=inputs["input_ids"])
+        assert_close(model.base_model._get_kasa_loss(), model.penalty())
+
+
 def test_a_plain_lora_step_walks_over_no_layers_for_a_penalty(monkeypatch):
     from deltatune import inject
 

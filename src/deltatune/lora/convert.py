@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,38 +11,39 @@ from torch import Tensor
 
 from deltatune.errors import ConfigError, MismatchError
 from deltatune.lora.stacked import NAMES, START_A, START_B
-from deltatune.storage.tensors import WEIGHTS_NAME, read_file
+from deltatune.storage.locate import place
+from deltatune.storage.weights import read_weights
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
 
 
-def check_start(model: PeftModel, names: Iterable[str], folder: str | Path) -> None:
-    """Compare a folder, saved before training, with the frozen start of the adapters, by their products.
+def check_start(model: PeftModel, name: str, folder: str | Path) -> None:
+    """Compare a folder, saved before training, with the frozen start of an adapter, by their products.
 
     Raises:
-        ConfigError: One of them is no LoRA adapter.
+        ConfigError: It is no LoRA adapter.
         MismatchError: The folder holds another start.
     """
-    saved, _ = read_file(Path(folder) / WEIGHTS_NAME)
-    for name in names:
-        if model.peft_config[name].peft_type != "LORA":
-            raise ConfigError(
-                f"save_pretrained: path_initial_model_for_weight_conversion is for LoRA, and adapter {name!r} is "
-                f"{model.peft_config[name].peft_type}; name others in selected_adapters",
-                field="path_initial_model_for_weight_conversion",
-                found=name,
+    if model.peft_config[name].peft_type != "LORA":
+        kind = getattr(model.peft_config[name].peft_type, "value", model.peft_config[name].peft_type)
+        raise ConfigError(
+            f"save_pretrained: path_initial_model_for_weight_conversion is for LoRA, and adapter {name!r} is {kind}; "
+            "name others in selected_adapters",
+            field="path_initial_model_for_weight_conversion",
+            found=name,
+        )
+    _, saved, _ = read_weights(place(folder))
+    tensors = model.adapter_tensors(name, given=None)
+    for root in (key.removesuffix(START_A) for key in tensors if key.endswith(START_A)):
+        start = _product(tensors[root + START_A], tensors[root + START_B])
+        if not any(_alike(found, start) for found in _beginnings(saved, root)):
+            raise MismatchError(
+                f"{folder}: {root.removesuffix('.')} did not begin there in adapter {name!r}; name the folder that was "
+                'saved before its training, or save with format="lora", which needs none',
+                path=str(folder),
+                key=root,
             )
-        tensors = model.adapter_tensors(name, given=None)
-        for root in (key.removesuffix(START_A) for key in tensors if key.endswith(START_A)):
-            start = _product(tensors[root + START_A], tensors[root + START_B])
-            if not any(_alike(found, start) for found in _beginnings(saved, root)):
-                raise MismatchError(
-                    f"{folder}: {root.removesuffix('.')} did not begin there in adapter {name!r}; name the folder that "
-                    'was saved before its training, or save with format="lora", which needs none',
-                    path=str(folder),
-                    key=root,
-                )
 
 
 def _beginnings(saved: dict[str, Tensor], root: str) -> Iterator[Tensor]:

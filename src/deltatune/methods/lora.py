@@ -78,7 +78,7 @@ class LoraConfig(LayerConfig):
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
-    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False)}
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False, True)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
 
     r: int = 8
