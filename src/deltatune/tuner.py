@@ -21,7 +21,7 @@ from deltatune.schedule import Schedule
 from deltatune.selection import Selection
 from deltatune.state_dict import collect
 
-LOST_WORTH_SAYING = 0.1  # of the update, in one layer
+LOST_WORTH_SAYING = 0.01  # of the update, in one layer
 
 
 class Tuner(PeerLosses, nn.Module):

@@ -36,10 +36,10 @@ from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
 from deltatune.storage.derived import in_waves
 
+MEGATRON = ("megatron.core", None)  # what PEFT imports by the name in the config; here a name that may stand there
 # Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
     "bias": "none",
-    "megatron_config": None,
     "layer_replication": None,
     "target_parameters": None,
     "ensure_weight_tying": False,
@@ -75,6 +75,8 @@ class LoraConfig(LayerConfig):
             other variants go together.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
+        megatron_config, megatron_core: Accepted and kept: Megatron's layers are known by their class, so nothing has to
+            be told of them, and no module is imported by the name that a file gives.
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
@@ -128,6 +130,7 @@ class LoraConfig(LayerConfig):
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         starts.check(self.init_lora_weights)
         options.fill_in(self)
+        checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
         self.beside()
         check_variants(self)
         for name, inert in _NOT_BUILT.items():
