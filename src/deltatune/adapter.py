@@ -87,12 +87,21 @@ class Stored(nn.Module):
         return tensors
 
     def file_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **self.kept_tensors()}
+        return {**_parameters(self), **self.kept_tensors()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors; names and shapes have been checked against `file_tensors`."""
         for name, tensor in self.file_tensors().items():
             tensor.data.copy_(tensors[name])
+
+
+def _parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """`dict(module.named_parameters())`, in a fraction of its time for a few small modules."""
+    found: dict[str, Tensor] = {prefix + name: p for name, p in module._parameters.items() if p is not None}
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= _parameters(child, f"{prefix}{name}.")
+    return found
 
 
 class Adapter(Stored):
@@ -145,6 +154,11 @@ class Adapter(Stored):
         """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
         the rest."""
         return config
+
+    @property
+    def ties(self) -> bool:
+        """Whether `tied` may have an answer other than None."""
+        return type(self).tied is not Adapter.tied
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.

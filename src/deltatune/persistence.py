@@ -19,7 +19,9 @@ from deltatune.state_dict import (
     collect,
     derived,
     fill,
+    keyed,
     matched,
+    parts,
     translated,
     without_base_copies,
 )
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
 def load_into(model: nn.Module, name: str, saved: storage.Saved, allow_base_mismatch: bool = False) -> None:
     """Check the tensors of a folder against an adapter on the layers of a bare model, then fill it."""
     saved.tensors = without_base_copies(model, saved.tensors, saved.source)
-    saved.tensors = matched(saved.tensors, collect(model, name, given=None))
+    found = parts(model, name)
+    saved.tensors = matched(saved.tensors, keyed(found, name, given=None))
     saved.tensors = translated(model, name, saved.tensors)
-    check(saved.tensors, collect(model, name, given=saved.tensors), saved.source)
+    check(saved.tensors, keyed(found, name, given=saved.tensors), saved.source)
     if saved.derived is not None and not allow_base_mismatch:
         check_derived(saved.derived, derived(model, name, saved.tensors), saved.source)
-    fill(model, name, saved.tensors)
+    fill(model, name, saved.tensors, found=found)
 
 
 class Persistence:

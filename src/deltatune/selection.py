@@ -69,12 +69,14 @@ class Selection:
     Attributes:
         active: Names in order of application; the model's standing choice.
         enabled: False makes every call use the base alone.
+        trained: Names whose parameters were last set to train, so that switching need not look at all the others.
         choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
             compiled model has something to guard on and needs the slow look-up only while such a call is running.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
+    trained: frozenset[str] = frozenset()
     choosing: int = field(default=0, repr=False)
 
     def current(self) -> Call:
@@ -103,7 +105,7 @@ class Selection:
             self.choosing += step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "enabled": self.enabled, "choosing": 0}  # copies start outside of any call
+        return {**vars(self), "choosing": 0}  # copies start outside of any call
 
 
 @torch.compiler.disable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -234,7 +234,15 @@ class Tuner(nn.Module):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         self.selection.active = names
-        inject.train_only(self.model, names, inference_mode)
+        self.let_train(self.selection.trained - set(names), False)
+        self.let_train(names, not inference_mode)
+
+    def let_train(self, names: Collection[str], trains: bool) -> None:
+        """Let the named adapters train or not, whatever the others do."""
+        inject.train(self.model, self.selection, names, trains)
+        for name in names:
+            if name in self.grafts:
+                self.grafts[name].encoder.requires_grad_(trains)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", None)

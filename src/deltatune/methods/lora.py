@@ -116,6 +116,9 @@ class LoraConfig(LayerConfig):
         return trainable_tokens.beside(self.trainable_token_indices)
 
 
+NO_DROPOUT = nn.Identity()  # one for all layers of all adapters, of which there may be very many
+
+
 class LoRA(Adapter):
     """Trainable: A (r, in) and B (out, r), r (in + out) numbers."""
 
@@ -133,7 +136,7 @@ class LoRA(Adapter):
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_dropout = nn.Dropout(dropout) if dropout else NO_DROPOUT
         self.lora_A = Factor(*layer.down_shape(r))
         self.lora_B = Factor(*layer.up_shape(r), bias=layer.out_features if bias else None)
         self.blocks = r // self.lora_B.matrix.shape[1]  # more than one under a grouped convolution
