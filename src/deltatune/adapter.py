@@ -119,6 +119,10 @@ class Adapter(Stored):
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         pointwise: True, or the reason why what it does at a token depends on others of the row.
         reads: What it has to know about a call; `forward` is handed each by name.
+        stacks: Names of attributes in which adapters have to agree to act together on rows of a batch, each on its own
+            (`deltatune.mixed`): then `forward` is called, on a linear layer, with tensors that have one more axis, of
+            rows, before theirs (`rows` is 1), and x (rows, tokens, in). None: one after the other.
+        row_numbers: Attributes that are numbers and may differ between such adapters; (rows, 1, 1) where they do.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
@@ -133,6 +137,9 @@ class Adapter(Stored):
     bounded_r: ClassVar[bool] = True
     pointwise: bool | str = True
     reads: tuple[Value, ...] = ()
+    stacks: tuple[str, ...] | None = None
+    row_numbers: ClassVar[tuple[str, ...]] = ()
+    rows: int = 0
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
 

@@ -19,6 +19,7 @@ class Factor(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    rows: int = 0  # axes before those of one adapter (`deltatune.mixed`)
 
     def __init__(self, *shape: int, bias: int | None = None) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class Factor(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The tensor as a matrix: a convolution's kernel positions join its channels."""
-        return self.weight.flatten(1)
+        return self.weight.flatten(1 + self.rows)
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))

@@ -321,7 +321,7 @@ def remove(model: nn.Module, name: str) -> None:
     calls.forget(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
-            module.adapters.pop(name) if name in module.adapters else None
+            module.drop(name)
             empty = not len(module.adapters)
         elif isinstance(module, TrainedCopies):
             module.modules_to_save.pop(name) if name in module.modules_to_save else None

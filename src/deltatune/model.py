@@ -111,7 +111,7 @@ class PeftModel(Persistence, nn.Module):
         if names is not None:
             rows = tuple(None if name in (BASE, None) else name for name in names)
             self._known([name for name in rows if name is not None])
-            call = Call(rows=rows)
+            call = Call(rows=rows, stacks=None if generation is None else {})
         call = self.informed(call, kwargs, generation)
         if names is None and not call.values:
             return nullcontext()

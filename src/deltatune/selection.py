@@ -29,12 +29,14 @@ class Call:
 
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
+        stacks: Where `deltatune.mixed` keeps stacked adapters until the call is over; None: it does not.
         values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
+    stacks: dict[Any, Any] | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def rows_of(self, batch: int) -> tuple[str | None, ...]:

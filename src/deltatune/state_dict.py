@@ -92,9 +92,7 @@ def collect(model: nn.Module, name: str, root: str = ROOT, given: Collection[str
     return keyed(parts(model, name), name, root, given)
 
 
-def keyed(
-    found: list[Part], name: str, root: str = ROOT, given: Collection[str] | None = ()
-) -> dict[str, Tensor]:
+def keyed(found: list[Part], name: str, root: str = ROOT, given: Collection[str] | None = ()) -> dict[str, Tensor]:
     """What `collect` returns, out of parts that are known."""
     if not found:
         raise AdapterNameError(f"no adapter named {name!r} on this model", field="adapter_name", found=name)
@@ -198,7 +196,7 @@ def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> Non
 
 
 def check_finite(source: str, key: str, given: Tensor) -> None:
-    if not given.is_floating_point() or math.isfinite(given.sum()):  # one pass; a sum may overflow, and is no proof then
+    if not given.is_floating_point() or math.isfinite(given.sum()):  # in one pass; a sum that overflows proves nothing
         return
     if not given.isfinite().all():
         count = int((~given.isfinite()).sum())

@@ -127,6 +127,9 @@ class LoRA(Adapter):
         *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias"),
     )
 
+    stacks = ("embedding", "blocks")
+    row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
+
     lora_A: Factor
     lora_B: Factor
 
