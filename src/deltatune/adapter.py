@@ -86,6 +86,11 @@ class Stored(nn.Module):
         """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
         return tensors
 
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether `from_file` changes nothing."""
+        return type(self).from_file is Stored.from_file
+
     def file_tensors(self) -> dict[str, Tensor]:
         return {**_parameters(self), **self.kept_tensors()}
 
@@ -202,6 +207,11 @@ class Adapter(Stored):
     def penalty(self) -> Tensor | None:
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
+
+    @property
+    def settles(self) -> bool:
+        """Whether `settle` does anything."""
+        return type(self).settle is not Adapter.settle
 
     def settle(self, layer: LinearMap) -> None:
         """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""

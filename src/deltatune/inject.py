@@ -389,6 +389,13 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
             seen.update(id(p) for p in module.parameters())
 
 
+def adapter_tensors(model: nn.Module, name: str) -> list[torch.Tensor]:
+    """All that one adapter keeps in memory, buffers included, each once."""
+    modules = [held[name] for held in _holders(model) if name in held]
+    tensors = itertools.chain(*((*module.parameters(), *module.buffers()) for module in modules))
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
 def train(model: nn.Module, selection: Selection, names: Collection[str], trains: bool) -> None:
     """Let the named adapters train or not, whatever the others do."""
     for held in _holders(model) if names else ():

@@ -107,7 +107,14 @@ class AdaptedLayer(LayerViews, nn.Module):
             with self.selection.use(Call(names)):  # parts whose weight it reads follow
                 return self.as_map(names, args, kwargs)(x)
 
-        return mixed.forward(self._plan(call, layer, x), layer, x, call)
+        return self._by_plan(layer, x, call)
+
+    def _by_plan(self, layer: LinearMap, x: Tensor, call: Call, seen: Tensor | None = None) -> Tensor:
+        try:
+            return mixed.forward(self._plan(call, layer, x), layer, x, call, seen)
+        except mixed.OutdatedPlan:
+            self.plan = None
+            return mixed.forward(self._plan(call, layer, x), layer, x, call, seen)
 
     def _plan(self, call: Call, layer: LinearMap, x: Tensor) -> mixed.Plan:
         """Which rows go together; the last plan is kept, since decoding asks for the same in every step."""
@@ -123,8 +130,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def _block_forward(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The block runs once, as it is; adapters act on what comes out of it."""
         output = self.base_layer(*args, **kwargs)
-        names = {name for name in call.rows or call.names if name} & set(self.adapters)
-        if not names:
+        if not any(name in self.adapters for name in call.rows or call.names if name):
             return output
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if call.rows is None:
@@ -132,7 +138,7 @@ class AdaptedLayer(LayerViews, nn.Module):
             return with_first(output, layer(x))
 
         block = Block(self.base_layer, y)
-        return with_first(output, mixed.forward(self._plan(call, block, x), block, x, call, seen=y))
+        return with_first(output, self._by_plan(block, x, call, seen=y))
 
     def _one_for_all(self, call: Call) -> tuple[str, ...]:
         """The adapters whose weight is every row's.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.selection import Call
 
 Names = tuple[str | None, ...]
+
+
+class OutdatedPlan(RuntimeError):
+    """Adapters that were alike when the plan was made are so no more: one has got another rank, say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +106,9 @@ def _run(group: Group, base: _Once, x: Tensor, call: Call) -> Tensor:
     x = group.of(x)
     if len(group.adapters) == 1:
         read = lambda name: call.value(name, len(base.x), group.index)  # noqa: E731
-        return Applied(group.adapters[0], Known(base, group, x), read)(x)
+        return Applied(group.adapters[0], cast(LinearMap, Known(base, group, x)), read)(x)
     rows = x.reshape(len(group.adapters), -1, x.shape[-1])
-    y = _stacked(group, call).forward(rows, Rowwise(base, group, rows))
+    y = _stacked(group, call).forward(rows, cast(LinearMap, Rowwise(base, group, rows)))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -181,12 +185,18 @@ def _stack(modules: Sequence[nn.Module]) -> Any:
     }
     vars(made).update(vars(first), rows=1, _modules=children)
     for kind in ("_parameters", "_buffers"):
-        if tensors := vars(first)[kind]:
-            vars(made)[kind] = {
-                name: None if tensor is None else torch.stack([vars(module)[kind][name] for module in modules])
-                for name, tensor in tensors.items()
-            }
+        if names := vars(first)[kind]:
+            vars(made)[kind] = {name: _joined([vars(module)[kind][name] for module in modules]) for name in names}
     return made
+
+
+def _joined(tensors: list[Tensor | None]) -> Tensor | None:
+    if tensors[0] is None and not any(tensor is not None for tensor in tensors):
+        return None
+    try:
+        return torch.stack(tensors)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError) as error:
+        raise OutdatedPlan(str(error)) from error
 
 
 def _has_tensors(module: nn.Module | None) -> bool:

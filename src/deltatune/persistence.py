@@ -157,6 +157,17 @@ class Persistence:
     ) -> Any:
         """Add the adapter of a folder; a name that is there already gets the folder's tensors."""
         saved = storage.read(model_id, key_mapping=key_mapping, **kwargs)
+        return self.load_saved(adapter_name, saved, is_trainable, autocast_adapter_dtype, allow_base_mismatch)
+
+    def load_saved(
+        self: Any,
+        adapter_name: str,
+        saved: storage.Saved,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        allow_base_mismatch: bool = False,
+    ) -> Any:
+        """`load_adapter` for the content of a folder that has been read."""
         storage.check_base(saved, self.base_model.model, allow_base_mismatch)
         saved.config.inference_mode = not is_trainable
         fresh = adapter_name not in self.peft_config

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.adapter import Adapter, Stored
+from deltatune.adapter import Stored
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.inject import adapted_layers, trained_copies
@@ -124,7 +124,7 @@ def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root:
         own = {key.removeprefix(top): tensor for key, tensor in found.items() if key not in inner}
         found = inner | {top + key: tensor for key, tensor in shared.from_file(own).items()}
     layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
-    if all(type(layer.adapters[name]).from_file is Stored.from_file for layer in layers.values()):
+    if all(layer.adapters[name].reads_plainly for layer in layers.values()):
         return found
     for path, own in _by_layer(found, layers, root).items():
         read = layers[path].adapters[name].from_file(own)  # type: ignore[operator]
@@ -215,7 +215,7 @@ def fill(
         if own:
             part.fill({**part.tensors, **own})
     for _, layer in adapted_layers(model):
-        if name in layer.adapters and type(layer.adapters[name]).settle is not Adapter.settle:
+        if name in layer.adapters and layer.adapters[name].settles:
             layer.adapters[name].settle(layer.as_map())  # type: ignore[operator]
 
 
