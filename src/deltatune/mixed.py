@@ -5,7 +5,8 @@ stacked  adapters of one method and shape as one, whose tensors have one more ax
 Rowwise  the layer for such an adapter, whose `forward` is then the method's own: each row meets its own matrix
 
 Adapters that cannot be stacked follow one after the other, each on its rows. A stack is made in every pass and gone
-after it, so that it takes no memory and is never out of date; `generate` keeps it from token to token.
+after it, so that it takes no memory and is never out of date. Where nothing changes between passes (`generate`,
+`PeftModel.fixed_adapters`) it is kept as long as the plan.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,8 @@ class PeftModel(Persistence, nn.Module):
         if names is not None:
             rows = tuple(None if name in (BASE, None) else name for name in names)
             self._known([name for name in rows if name is not None])
-            call = Call(rows=rows, stacks=None if generation is None else {})
+            stacks = WeakKeyDictionary() if call.stacks is None and generation is not None else call.stacks
+            call = Call(rows=rows, stacks=stacks)
         call = self.informed(call, kwargs, generation)
         if names is None and not call.values:
             return nullcontext()
@@ -131,6 +133,17 @@ class PeftModel(Persistence, nn.Module):
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
         values = [kwargs.get(n, getattr(settings, n, None)) or 1 for n in ("num_beams", "num_return_sequences")]
         return max(values)  # beams already hold the returned sequences
+
+    @contextmanager
+    def fixed_adapters(self) -> Iterator[None]:
+        """Within the block no adapter changes: calls with `adapter_names` keep what they stack from one to the next.
+
+        For loops that decode token by token without `generate`, which does it by itself. What is kept is at most a copy
+        of the adapters of the last batch; training steps and edits of weights belong outside of the block.
+        """
+        selection = self.base_model.selection
+        with selection.use(replace(selection.current(), stacks=WeakKeyDictionary())):
+            yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

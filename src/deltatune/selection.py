@@ -7,7 +7,7 @@ batch with different adapters) is bound to the thread or task that makes it, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,14 +29,14 @@ class Call:
 
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
-        stacks: Where `deltatune.mixed` keeps stacked adapters until the call is over; None: it does not.
+        stacks: Where `deltatune.mixed` keeps stacked adapters, as long as their plan is in use; None: it does not.
         values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
-    stacks: dict[Any, Any] | None = None
+    stacks: MutableMapping[Any, Any] | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def rows_of(self, batch: int) -> tuple[str | None, ...]:

@@ -172,6 +172,22 @@ def test_generate_equals_each_row_alone_and_keeps_nothing():
     assert kept <= held and model.base_model.selection.current().stacks is None
 
 
+def test_what_is_kept_of_fixed_adapters_is_that_of_the_last_batch():
+    model, x = sixteen(), torch.randn(16, 5, 12)
+    with torch.no_grad():
+        expected = {order: model(x, adapter_names=NAMES[::order]) for order in (1, -1)}
+        with model.fixed_adapters():
+            stacks = model.base_model.selection.current().stacks
+            assert len(stacks) == 0
+            for order in (1, -1, 1, 1):
+                assert torch.equal(model(x, adapter_names=NAMES[::order]), expected[order])
+                kept = dict(stacks)
+                assert torch.equal(model(x, adapter_names=NAMES[::order]), expected[order])
+                assert dict(stacks) == kept and len(kept) == 5  # four ranks, one of them with and without bias
+                del kept
+    assert model.base_model.selection.current().stacks is None
+
+
 def test_an_adapter_that_was_deleted_is_not_kept_by_the_last_batch():
     model = sixteen()
     model(torch.randn(16, 12), adapter_names=NAMES)
