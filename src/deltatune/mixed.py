@@ -136,6 +136,8 @@ class _Once:
 class Known:
     """A layer whose output for the rows of a group, as they came in, is that of the whole batch."""
 
+    dense = False  # what is known already should not be computed once more in a sum with the update
+
     def __init__(self, base: _Once, group: Group, x: Tensor) -> None:
         self.base, self.group, self.x = base, group, x
 
