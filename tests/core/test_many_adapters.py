@@ -50,7 +50,9 @@ def test_switching_looks_at_what_trained_and_what_is_to_train(model):
     untouchable(model, "c", "d")
     model.set_adapter("b")
     model.set_adapter(["a", "b"])
-    model.set_adapter("a")
+    model.set_adapter("b")
+    untouchable(model, "a")
+    model.set_adapter("b")
 
 
 def test_adding_loading_and_deleting_look_at_that_adapter_alone(model, tmp_path):
