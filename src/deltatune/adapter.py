@@ -128,7 +128,7 @@ class Adapter(Stored):
         reads: What it has to know about a call; `forward` is handed each by name.
         stacks: Names of attributes in which adapters have to agree to act together on rows of a batch, each on its own
             (`deltatune.mixed`): then `forward` is called, on a linear layer, with tensors that have one more axis, of
-            rows, before theirs (`rows` is 1), and x (rows, tokens, in). None: one after the other.
+            rows, before theirs (`rows` is 1), and x (rows, tokens, in). None: one after the other. Not inherited.
         row_numbers: Attributes that are numbers and may differ between such adapters; (rows, 1, 1) where they do.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it

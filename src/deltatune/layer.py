@@ -110,11 +110,12 @@ class AdaptedLayer(LayerViews, nn.Module):
         return self._by_plan(layer, x, call)
 
     def _by_plan(self, layer: LinearMap, x: Tensor, call: Call, seen: Tensor | None = None) -> Tensor:
+        shown = x if seen is None else seen
         try:
-            return mixed.forward(self._plan(call, layer, x), layer, x, call, seen)
+            return mixed.forward(self._plan(call, layer, shown), layer, x, call, seen)
         except mixed.OutdatedPlan:
             self.plan = None
-            return mixed.forward(self._plan(call, layer, x), layer, x, call, seen)
+            return mixed.forward(self._plan(call, layer, shown), layer, x, call, seen)
 
     def _plan(self, call: Call, layer: LinearMap, x: Tensor) -> mixed.Plan:
         """Which rows go together; the last plan is kept, since decoding asks for the same in every step."""

@@ -106,11 +106,11 @@ def _run(group: Group, base: _Once, x: Tensor, call: Call) -> Tensor:
         return base.of(group)
     x = group.of(x)
     if len(group.adapters) == 1:
-        read = lambda name: call.value(name, len(base.x), group.index)  # noqa: E731
+        read = lambda name: call.value(name, len(base.shown), group.index)  # noqa: E731
         return Applied(group.adapters[0], cast(LinearMap, Known(base, group, x)), read)(x)
     rows = x.reshape(len(group.adapters), -1, x.shape[-1])
     y = _stacked(group, call).forward(rows, cast(LinearMap, Rowwise(base, group, rows)))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(len(group.index), *base.shown.shape[1:-1], y.shape[-1])
 
 
 def _stacked(group: Group, call: Call) -> Adapter:
@@ -126,6 +126,7 @@ class _Once:
 
     def __init__(self, layer: LinearMap, x: Tensor, y: Tensor | None) -> None:
         self.layer, self.x, self.y = layer, x, y
+        self.shown = x if y is None else y  # which has the rows and tokens of the output
 
     def of(self, group: Group) -> Tensor:
         if self.y is None:
@@ -208,9 +209,12 @@ def _has_tensors(module: nn.Module | None) -> bool:
 
 def _kind(adapter: Adapter, layer: LinearMap) -> Any:
     """Equal for adapters that can be stacked; of its own for one that cannot be."""
-    if adapter.stacks is None or layer.kind not in ("linear", "block") or adapter.reads or adapter.shared is not None:
+    # declared by the class itself: the `forward` of a subclass need not count axes from the end
+    stacks = vars(adapter).get("stacks", vars(type(adapter)).get("stacks"))
+    hooked = adapter._forward_hooks or adapter._forward_pre_hooks  # by somebody who wants to see it run
+    if stacks is None or layer.kind not in ("linear", "block") or adapter.reads or adapter.shared is not None or hooked:
         return id(adapter)
-    options = tuple(getattr(adapter, name) for name in adapter.stacks)
+    options = tuple(getattr(adapter, name) for name in stacks)
     return type(adapter), adapter.training, options, tuple(_shapes(adapter))
 
 

@@ -1,6 +1,7 @@
 """Batches whose rows use many adapters: each row as if it were alone, the layer run once, nothing kept or stale."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -170,6 +171,27 @@ def test_generate_equals_each_row_alone_and_keeps_nothing():
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     kept = {id(t) for group in layer.plan.groups for adapter in group.adapters for t in adapter.parameters()}
     assert kept <= held and model.base_model.selection.current().stacks is None
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_clone_made_after_a_mixed_batch_is_equal_and_independent(clone):
+    model, x = sixteen(), torch.randn(16, 5, 12)
+    expected = model(x, adapter_names=NAMES)
+    made = clone(model)
+    with torch.no_grad():
+        for name in NAMES:
+            for tensor in adapter_tensors(model.get_base_model(), name):
+                tensor.zero_()
+    assert torch.equal(made(x, adapter_names=NAMES), expected)
+    assert not torch.allclose(model(x, adapter_names=NAMES), expected)
+
+
+def test_an_adapter_with_a_hook_runs_where_the_hook_sees_it():
+    model, x, seen = sixteen(), torch.randn(16, 5, 12), []
+    hooked = model.get_base_model().layer.adapters["a5"]
+    hooked.register_forward_hook(lambda module, args, output: seen.append(output))
+    mixed = model(x, adapter_names=NAMES)
+    assert len(seen) == 1 and torch.equal(seen[0][0], mixed[5])
 
 
 def test_what_is_kept_of_fixed_adapters_is_that_of_the_last_batch():
