@@ -59,7 +59,7 @@ class DeLoRA(Adapter):
     PEFT's files hold these norms (in). Ours leave them out, since the base weight gives them again.
     """
 
-    stacks = ("embedding", "r")
+    stacks = ("r",)
     views: ClassVar[tuple[str, ...]] = (
         *("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
         *("r", "delora_dropout"),

@@ -125,7 +125,7 @@ class LoRA(Adapter):
         *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias"),
     )
 
-    stacks = ("embedding", "blocks")
+    stacks = ("blocks",)
     row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
 
     lora_A: Factor
