@@ -79,6 +79,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
         self.adapters[name] = adapter
+        adapter.joins(self.adapters)
 
     def drop(self, name: str) -> None:
         """Take an adapter off, if it is here."""

@@ -13,6 +13,7 @@ from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, LimitError, StateError
 from deltatune.names import BASE, check_name
 from deltatune.registry import METHODS
+from deltatune.storage import options
 from deltatune.store.tiers import Entry, Tiers
 from deltatune.suggest import did_you_mean
 
@@ -52,13 +53,20 @@ class AdapterStore:
         self._waiting: set[int] = set()  # threads that have found no room since the last change
         self._changed = threading.Condition()
 
-    def register(self, name: str, folder: str | Path, **options: Any) -> None:
+    def register(
+        self,
+        name: str,
+        folder: str | Path,
+        key_mapping: dict[str, str] | None = None,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Make an adapter known; its config is read, its tensors are not.
 
         Args:
             name: Of the adapter on the model.
             folder: Where it was saved, or a repository of the hub.
-            options: Of `load_adapter`, such as `revision` or `allow_base_mismatch`.
+            key_mapping: This and all others are those of `load_adapter` (`subfolder`, `revision`, ...).
 
         Raises:
             AdapterNameError: The name cannot be used.
@@ -67,8 +75,8 @@ class AdapterStore:
             FormatError: The folder holds no adapter.
         """
         check_name(name)
-        known = {key: value for key, value in options.items() if key != "allow_base_mismatch"}
-        config = PeftConfig.from_pretrained(folder, **known)
+        allowed, hub = options.loading(allow_base_mismatch, kwargs)
+        config = PeftConfig.from_pretrained(folder, **hub)
         method = METHODS.get(config.peft_type)  # type: ignore[arg-type]
         if method is None or method.adapter is None:
             raise ConfigError(
@@ -84,7 +92,7 @@ class AdapterStore:
                 raise StateError(
                     f"an adapter named {name!r} is {where} already; choose another name", field="name", found=name
                 )
-            self._entries[name] = Entry(name, str(folder), options)
+            self._entries[name] = Entry(name, str(folder), {"key_mapping": key_mapping, **hub}, allowed)
 
     def forget(self, name: str) -> None:
         """Take an adapter off the model, out of the host's memory and out of the store; its folder stays.

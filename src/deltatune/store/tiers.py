@@ -13,6 +13,7 @@ from torch import Tensor
 from deltatune import inject
 from deltatune.errors import ConfigError, LimitError
 from deltatune.storage import folder as storage
+from deltatune.storage.options import Allowed
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
@@ -23,7 +24,8 @@ class Entry:
     """One registered adapter.
 
     Attributes:
-        options: Of `load_adapter`.
+        reading: Options for reading the folder.
+        allowed: What it may differ in from the model.
         bytes: What it takes on the model; 0 while that is not known.
         saved: What the host's memory keeps of it.
         users: Blocks that use it, by thread.
@@ -31,7 +33,8 @@ class Entry:
 
     name: str
     folder: str
-    options: dict[str, Any]
+    reading: dict[str, Any]
+    allowed: Allowed
     bytes: int = 0
     saved: storage.Saved | None = None
     users: Counter[int] = field(default_factory=Counter)
@@ -42,8 +45,7 @@ class Entry:
 
     def read(self) -> storage.Saved:
         """Its tensors, out of the host's memory or else the folder."""
-        known = {key: value for key, value in self.options.items() if key != "allow_base_mismatch"}
-        return self.saved or storage.read(self.folder, **known)
+        return self.saved or storage.read(self.folder, **self.reading)
 
     def needs(self, saved: storage.Saved) -> int:
         """The bytes it is going to take: those it took before, or those of its tensors, which are float32 at least."""
@@ -87,7 +89,7 @@ class Tiers:
         self._make_room(entry.needs(saved), 1, wanted)
         shown = copy.copy(saved)
         shown.config = copy.deepcopy(saved.config)  # grafting fills it in
-        self.model.load_saved(entry.name, shown, allow_base_mismatch=bool(entry.options.get("allow_base_mismatch")))
+        self.model.load_saved(entry.name, shown, allowed=entry.allowed)
         self.in_host.pop(entry.name, None)
         entry.saved = None
         entry.bytes = sum(map(_bytes, inject.adapter_tensors(self.model.base_model.model, entry.name)))
