@@ -119,6 +119,7 @@ _NAMES = {
     "deltatune.shadow.config": ("ShadowConfig",),
     "deltatune.shadow.detached": ("detached_shadow",),
     "deltatune.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "deltatune.store.serving": ("AdapterStore",),
     "deltatune.xlora.config": ("XLoraConfig",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -142,6 +142,7 @@ from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status
 from deltatune.status import get_model_status as get_model_status
 from deltatune.storage.weights import load_peft_weights as load_peft_weights
+from deltatune.store.serving import AdapterStore as AdapterStore
 from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from deltatune.tasks import PeftModelForCausalLM as PeftModelForCausalLM
 from deltatune.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction

@@ -22,6 +22,7 @@ class Factor(nn.Module):
 
     weight: Tensor
     bias: nn.Parameter | None
+    rows: int = 0  # axes before those of one adapter (`deltatune.mixed`)
 
     def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False) -> None:
         super().__init__()
@@ -34,15 +35,18 @@ class Factor(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The tensor as a matrix: a convolution's kernel positions join its channels."""
-        return self.weight.flatten(1)
+        return self.weight.flatten(1 + self.rows)
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))
 
 
+NO_DROPOUT = nn.Identity()  # one for all layers of all adapters, of which there may be very many
+
+
 def input_dropout(layer: LinearMap, share: float) -> nn.Module:
     """Dropout on what a layer reads; none on indices, which an embedding reads."""
-    return nn.Dropout(share) if share and layer.kind != "embedding" else nn.Identity()
+    return nn.Dropout(share) if share and layer.kind != "embedding" else NO_DROPOUT
 
 
 def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:

@@ -48,16 +48,17 @@ def inject_adapter_in_model(
     with inject.unchanged_on_error(model):
         with empty.without_numbers(low_cpu_mem_usage):
             inject.graft(model, peft_config, adapter_name, selection)
-        if not present:
-            inject.freeze(model)
-            selection.active = (adapter_name,)
-        inject.train_only(model, selection.active, peft_config.inference_mode)
         try:
             if state_dict is not None:
                 set_peft_model_state_dict(model, state_dict, adapter_name)
+            if not present:
+                inject.freeze(model)
+                selection.active = (adapter_name,)
         except BaseException:
             inject.remove(model, adapter_name)
             raise
+    trains = adapter_name in selection.active and not peft_config.inference_mode
+    inject.train(model, selection, [adapter_name], trains)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ from deltatune.errors import ConfigError, StateError, TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.shared import add_shared, remove_shared, shared_modules, strip_shared
+from deltatune.shared import SHARED, SharedModules, add_shared, remove_shared, strip_shared
+from deltatune.storage.fingerprint import base_parameters
 from deltatune.suggest import nearest
 
 
@@ -33,7 +34,7 @@ def trained_copies(model: nn.Module) -> Iterator[tuple[str, TrainedCopies]]:
     yield from _once(model, TrainedCopies)
 
 
-def _once(model: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
+def _once(model: nn.Module, kind: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     for path, module in targets.walk(model):
         if isinstance(module, kind) and id(module) not in seen:
@@ -63,10 +64,11 @@ def graft(
             add_shared(model, name, shared)
             undo.append(lambda: remove_shared(model, name))
         # backwards: parts before what they are in; a layer that has another name too is adapted under both
+        wrappers = _wrappers(model, AdaptedLayer)
         for path, module in reversed(list(targets.walk(model))):
             if id(module) not in built:
                 continue
-            wrapper = _wrap(model, path, module, AdaptedLayer, selection, undo)
+            wrapper = _wrap(model, path, module, AdaptedLayer, wrappers, selection, undo)
             if name not in wrapper.adapters:
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
@@ -103,6 +105,8 @@ def _build_all(
 
 def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
     """Adapters for layers that no one targets, but whose weight is that of one whose adapter they have to follow."""
+    if not any(adapter.ties for adapter in built.values()):
+        return
     owners = _owners(model, built)
     for path, module in targets.walk(model):
         if targets.map_of(module) is None or _inside(path, saved):
@@ -178,8 +182,9 @@ def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 def add_copies(
     model: nn.Module, saved: dict[str, nn.Module], name: str, selection: Selection, undo: list[Any] | None = None
 ) -> None:
+    wrappers = _wrappers(model, TrainedCopies) if saved else {}
     for path, module in saved.items():
-        wrapper = _wrap(model, path, module, TrainedCopies, selection, undo)
+        wrapper = _wrap(model, path, module, TrainedCopies, wrappers, selection, undo)
         if name not in wrapper.modules_to_save:
             wrapper.add(name)
 
@@ -256,11 +261,31 @@ def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) ->
     dtype = torch.float32 if half and autocast else layer.dtype
     holder = _holder(module)
     device = next(itertools.chain(holder.parameters(), holder.buffers())).device
-    made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
+    if not _is_in(made, device, dtype):
+        made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
+
+
+def _is_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `module.to(device, dtype)` would change nothing."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and (tensor.device != device or (tensor.dtype != dtype and tensor.is_floating_point())):
+            return False
+    return all(child is None or _is_in(child, device, dtype) for child in module._modules.values())
+
+
+def _wrappers(model: nn.Module, kind: type) -> dict[int, Any]:
+    """The wrappers of a kind, by the id of what each stands for."""
+    return {id(_inner(wrapper)): wrapper for _, wrapper in _once(model, kind)}
 
 
 def _wrap(
-    model: nn.Module, path: str, module: nn.Module, kind: Any, selection: Selection, undo: list[Any] | None
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    kind: Any,
+    wrappers: dict[int, Any],
+    selection: Selection,
+    undo: list[Any] | None,
 ) -> Any:
     """The wrapper at a path, put there if there is none; a module with several paths gets one wrapper for all."""
     parent, _, child = path.rpartition(".")
@@ -268,8 +293,7 @@ def _wrap(
     present = holder._modules[child]
     if isinstance(present, kind):
         return present
-    others = [other for _, other in _once(model, kind) if _inner(other) is module]
-    wrapper = others[0] if others else kind(module, selection)
+    wrapper = wrappers[id(module)] = wrappers.get(id(module)) or kind(module, selection)
     holder._modules[child] = wrapper
     if undo is not None:
         undo.append(lambda: holder._modules.__setitem__(child, present))
@@ -297,7 +321,7 @@ def remove(model: nn.Module, name: str) -> None:
     calls.forget(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
-            module.adapters.pop(name) if name in module.adapters else None
+            module.drop(name)
             empty = not len(module.adapters)
         elif isinstance(module, TrainedCopies):
             module.modules_to_save.pop(name) if name in module.modules_to_save else None
@@ -347,8 +371,8 @@ def _undone_on_error() -> Iterator[list[Any]]:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, no parameter of the model has another `requires_grad` than before."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """If the block fails, no parameter of the bare model has another `requires_grad` than before."""
+    flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
     try:
         yield
     except BaseException:
@@ -366,28 +390,34 @@ def freeze(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The parameters of one adapter, or of all, each once."""
     seen: set[int] = set()  # tied layers share them
-    for _, layer in adapted_layers(model):
-        for key, adapter in layer.adapters.items():
-            if name is None or key == name:
-                yield from (p for p in adapter.parameters() if id(p) not in seen)
-                seen.update(id(p) for p in adapter.parameters())
-    for key, shared in shared_modules(model).items():
-        if name is None or key == name:
-            yield from shared.parameters()
-    for _, copies in trained_copies(model):
-        for key, module in copies.modules_to_save.items():
-            if name is None or key == name:
-                yield from module.parameters()
+    for held in _holders(model):
+        for module in held.values() if name is None else [held[name]] if name in held else ():
+            yield from (p for p in module.parameters() if id(p) not in seen)
+            seen.update(id(p) for p in module.parameters())
 
 
-def train_only(model: nn.Module, names: tuple[str, ...], inference_mode: bool = False) -> None:
-    """Among all adapters, let exactly the named ones train (none in inference mode)."""
-    for _, layer in adapted_layers(model):
-        for key, adapter in layer.adapters.items():
-            adapter.requires_grad_(key in names and not inference_mode)
-    for key, shared in shared_modules(model).items():
-        shared.requires_grad_(key in names and not inference_mode)
-    for _, copies in trained_copies(model):
-        for key, module in copies.modules_to_save.items():
-            module.requires_grad_(key in names and not inference_mode)
+def adapter_tensors(model: nn.Module, name: str) -> list[torch.Tensor]:
+    """All that one adapter keeps in memory, buffers included, each once."""
+    modules = [held[name] for held in _holders(model) if name in held]
+    tensors = itertools.chain(*((*module.parameters(), *module.buffers()) for module in modules))
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def train(model: nn.Module, selection: Selection, names: Collection[str], trains: bool) -> None:
+    """Let the named adapters train or not, whatever the others do."""
+    for held in _holders(model) if names else ():
+        for name in names:
+            if name in held:
+                held[name].requires_grad_(trains)
+    selection.trained = selection.trained.union(names) if trains else selection.trained.difference(names)
+
+
+def _holders(model: nn.Module) -> Iterator[nn.ModuleDict]:
+    """Everything that holds a part of each adapter under its name: layers, trained copies, what layers share."""
+    for _, wrapper in _once(model, (AdaptedLayer, TrainedCopies)):
+        yield wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
+    shared = model._modules.get(SHARED)
+    if isinstance(shared, SharedModules):
+        yield shared

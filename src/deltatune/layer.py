@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune import mixed
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
 from deltatune.bases.block import Block, first_tensor, with_first
@@ -17,7 +18,7 @@ from deltatune.bases.parallel import ParallelLinear
 from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
-from deltatune.selection import Call, Selection, by_adapter
+from deltatune.selection import Call, Selection
 from deltatune.weight import LazyWeight
 
 
@@ -52,6 +53,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.adapters = nn.ModuleDict()
         self.selection = selection
         self.stash = None
+        self.plan: mixed.Plan | None = None  # of the last batch whose rows differed
         seen = as_map(base_layer)
         self.is_block = seen is None  # then layers in it keep the paths they had without it
         self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
@@ -83,6 +85,13 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.adapters[name] = adapter
         adapter.joins(self.adapters)
 
+    def drop(self, name: str) -> None:
+        """Take an adapter off, if it is here."""
+        if name in self.adapters:
+            del self.adapters[name]
+        if self.plan is not None and name in self.plan.held:
+            self.plan = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(args, kwargs)
         if not self.is_paired or isinstance(output, tuple):
@@ -103,36 +112,45 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""
-        if self.as_map().only_weight:
+        layer = self.as_map((), args, kwargs)
+        if layer.only_weight:
             names = self._one_for_all(call)
             with self.selection.use(Call(names)):  # parts whose weight it reads follow
                 return self.as_map(names, args, kwargs)(x)
 
-        def run(adapter: str | None, index: list[int]) -> Any:
-            names = [adapter] if adapter else []
-            return self.as_map(names, args, kwargs, lambda name: call.value(name, len(x), index))(x[index])
+        return self._by_plan(layer, x, call)
 
-        return by_adapter(self._rows_here(call, len(x)), run, x.device)
+    def _by_plan(self, layer: LinearMap, x: Tensor, call: Call, seen: Tensor | None = None) -> Tensor:
+        shown = x if seen is None else seen
+        try:
+            return mixed.forward(self._plan(call, layer, shown), layer, x, call, seen)
+        except mixed.OutdatedPlan:
+            self.plan = None
+            return mixed.forward(self._plan(call, layer, shown), layer, x, call, seen)
 
-    def _rows_here(self, call: Call, batch: int) -> tuple[str | None, ...]:
-        return tuple(name if name and name in self.adapters else None for name in call.rows_of(batch))
+    def _plan(self, call: Call, layer: LinearMap, x: Tensor) -> mixed.Plan:
+        """Which rows go together; the last plan is kept, since decoding asks for the same in every step."""
+        names, adapters = call.rows_of(len(x)), self.adapters._modules
+        if torch.compiler.is_compiling():
+            return mixed.Plan.of(names, adapters, layer, x.device)
+        plan = self.plan
+        if plan is None or not plan.holds(names, adapters, x.device):
+            plan = mixed.Plan.of(names, adapters, layer, x.device)
+            vars(self)["plan"] = plan
+        return plan
 
     def _block_forward(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The block runs once, as it is; adapters act on what comes out of it."""
         output = self.base_layer(*args, **kwargs)
-        names = {name for name in call.rows or call.names if name} & set(self.adapters)
-        if not names:
+        if not any(name in self.adapters for name in call.rows or call.names if name):
             return output
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if call.rows is None:
             layer = self._under(Block(self.base_layer, y), call.names, lambda name: call.value(name, len(y)))
             return with_first(output, layer(x))
 
-        def run(adapter: str | None, index: list[int]) -> Tensor:
-            block, names = Block(self.base_layer, y[index]), [adapter] if adapter else []
-            return self._under(block, names, lambda name: call.value(name, len(y), index))(x[index])
-
-        return with_first(output, by_adapter(self._rows_here(call, len(y)), run, y.device))
+        block = Block(self.base_layer, y)
+        return with_first(output, self._by_plan(block, x, call, seen=y))
 
     def _one_for_all(self, call: Call) -> tuple[str, ...]:
         """The adapters whose weight is every row's.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ class PeftModel(Persistence, nn.Module):
         if names is not None:
             rows = tuple(None if name in (BASE, None) else name for name in names)
             self._known([name for name in rows if name is not None])
-            call = Call(rows=rows)
+            stacks = WeakKeyDictionary() if call.stacks is None and generation is not None else call.stacks
+            call = Call(rows=rows, stacks=stacks)
         call = self.informed(call, kwargs, generation)
         if names is None and not call.values:
             return nullcontext()
@@ -132,6 +134,17 @@ class PeftModel(Persistence, nn.Module):
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
         values = [kwargs.get(n, getattr(settings, n, None)) or 1 for n in ("num_beams", "num_return_sequences")]
         return max(values)  # beams already hold the returned sequences
+
+    @contextmanager
+    def fixed_adapters(self) -> Iterator[None]:
+        """Within the block no adapter changes: calls with `adapter_names` keep what they stack from one to the next.
+
+        For loops that decode token by token without `generate`, which does it by itself. What is kept is at most a copy
+        of the adapters of the last batch; training steps and edits of weights belong outside of the block.
+        """
+        selection = self.base_model.selection
+        with selection.use(replace(selection.current(), stacks=WeakKeyDictionary())):
+            yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -191,7 +204,8 @@ class PeftModel(Persistence, nn.Module):
             )
         config = self._prepared(peft_config)
         autocast = self.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
-        with inject.unchanged_on_error(self.base_model.model):
+        first = not self.peft_config
+        with inject.unchanged_on_error(self.base_model.model) if first else nullcontext():
             if METHODS[config.peft_type].graft is not None:
                 self._add_prompt(adapter_name, config)
             else:
@@ -202,11 +216,11 @@ class PeftModel(Persistence, nn.Module):
             if adapter_name in self.prompts:
                 self.prompts[adapter_name].adopt(peft_config)
             self._add_schedule(adapter_name)
-            if len(self.peft_config) == 1:
+            if first:
                 inject.freeze(self.base_model.model)
                 self.base_model.selection.active = (adapter_name,)
-            active = self.base_model.selection.active
-            self._train_only(active, all(self.peft_config[name].inference_mode for name in active))
+        trains = adapter_name in self.base_model.selection.active and not peft_config.inference_mode
+        self.base_model.let_train([adapter_name], trains)
 
     def _prepared(self, peft_config: PeftConfig) -> Any:
         """A copy of the config with what is known of the base and the task; the user's changes only on success."""
@@ -269,19 +283,26 @@ class PeftModel(Persistence, nn.Module):
             self.prompt_encoder.pop(adapter_name)
         self.base_model.schedules.pop(adapter_name, None)
         del self.peft_config[adapter_name]
-        left = tuple(name for name in self.base_model.selection.active if name != adapter_name)
+        selection = self.base_model.selection
+        selection.trained -= {adapter_name}
+        if adapter_name not in selection.active:
+            return
+        left = tuple(name for name in selection.active if name != adapter_name)
         if not left and self.peft_config:
             left = (next(iter(self.peft_config)),)
             warn(f"the active adapter was deleted; {left[0]!r} is active now")
-        self.base_model.selection.active = left
-        self._train_only(left)
+        selection.active = left
+        self.base_model.let_train(left, True)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several in order, the active ones; they train, all others do not."""
+        """Make one adapter, or several in order, the active ones; they train, those that trained before do not.
+
+        Its cost does not grow with the number of adapters: flags that a program has set by hand on the parameters of
+        others are left as they are (`set_requires_grad` is the verb for them).
+        """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._known(names)
         self.base_model.set_adapter(names, inference_mode)
-        self._train_only(names, inference_mode)
         for path, copies in inject.trained_copies(self.base_model.model):
             rivals = [name for name in names if name in copies.modules_to_save]
             if len(rivals) > 1:
@@ -307,16 +328,7 @@ class PeftModel(Persistence, nn.Module):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._known(names)
-        for name in names:
-            for parameter in inject.adapter_parameters(self.base_model.model, name):
-                parameter.requires_grad_(requires_grad)
-            if name in self.prompt_encoder:
-                self.prompt_encoder[name].requires_grad_(requires_grad)
-
-    def _train_only(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
-        inject.train_only(self.base_model.model, names, inference_mode)
-        for name, encoder in self.prompt_encoder.items():
-            encoder.requires_grad_(name in names and not inference_mode)
+        self.base_model.let_train(names, requires_grad)
 
     def _known(self, names: Iterable[str]) -> None:
         for name in names:

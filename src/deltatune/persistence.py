@@ -22,7 +22,9 @@ from deltatune.state_dict import (
     derived,
     fill,
     fitting,
+    keyed,
     matched,
+    parts,
     translated,
 )
 from deltatune.storage import folder as storage
@@ -42,19 +44,22 @@ def load_into(model: nn.Module, name: str, saved: storage.Saved, allowed: Allowe
 
     Returns the keys that were left out because their sizes differ.
     """
-    known = collect(model, name, given=None)
+    found = parts(model, name)
+    known = keyed(found, name, given=None)
     tensors = adjusted(model, matched(saved.tensors, known), known)
     base = Replacements(model, saved.config, tensors, known, allowed.embeddings, saved.source)
     tensors = translated(model, name, base.rest)
-    expected = collect(model, name, given=tensors)
+    expected = keyed(found, name, given=tensors)
     given = fitting(tensors, expected, saved.source) if allowed.mismatched_sizes else tensors
     left_out = sorted(tensors.keys() - given.keys())
     wanted = {key: tensor for key, tensor in expected.items() if key not in left_out}
     check(given, wanted, saved.source, finite=not allowed.nonfinite)
     if saved.derived is not None and not allowed.base_mismatch:
         check_derived(saved.derived, derived(model, name, given), saved.source)
-    empty.give_room(model, name, left_out)
-    fill(model, name, given)
+    numberless = any(tensor.is_meta for tensor in known.values())
+    if numberless:
+        empty.give_room(model, name, left_out)
+    fill(model, name, given, found=None if numberless else found)
     base.put()
     return left_out
 
@@ -268,6 +273,18 @@ class Persistence:
         checked_device(torch_device or "cpu")
         allowed, hub = options.loading(allow_base_mismatch, kwargs)
         saved = storage.read(model_id, key_mapping=key_mapping, **hub)
+        return self.load_saved(adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, allowed)
+
+    def load_saved(
+        self: Any,
+        adapter_name: str,
+        saved: storage.Saved,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        allowed: Allowed = STRICT,
+    ) -> Any:
+        """`load_adapter` for the content of a folder that has been read."""
         storage.check_base(saved, self.base_model.model, allowed.base_mismatch)
         saved.config.inference_mode = not is_trainable
         fresh = adapter_name not in self.peft_config
@@ -289,8 +306,8 @@ class Persistence:
             raise
         if is_trainable:
             self.set_requires_grad(adapter_name)
-        else:
-            self.eval()
+        elif self.training or any(module.training for _, module in inject.targets.walk(self.base_model.model)):
+            self.eval()  # which looks into every adapter, so it is asked of none that is there already
         told = Loaded(left_out, [])
         told.verified = saved.verified
         return told

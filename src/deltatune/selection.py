@@ -7,7 +7,7 @@ batch with different adapters) is bound to the thread or task that makes it, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ class Call:
 
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
+        stacks: Where `deltatune.mixed` keeps stacked adapters, as long as their plan is in use; None: it does not.
         values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
         scale: What the scales of adapters are multiplied by; None: what the block around says (`Selection.scaled`).
     """
@@ -37,6 +38,7 @@ class Call:
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
+    stacks: MutableMapping[Any, Any] | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     scale: float | None = None
 
@@ -72,12 +74,14 @@ class Selection:
     Attributes:
         active: Names in order of application; the model's standing choice.
         enabled: False makes every call use the base alone.
+        trained: Names whose parameters were last set to train, so that switching need not look at all the others.
         choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
             compiled model has something to guard on and needs the slow look-up only while such a call is running.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
+    trained: frozenset[str] = frozenset()
     choosing: int = field(default=0, repr=False)
 
     def current(self) -> Call:
@@ -127,7 +131,7 @@ class Selection:
             self.choosing += step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "enabled": self.enabled, "choosing": 0}  # copies start outside of any call
+        return {**vars(self), "choosing": 0}  # copies start outside of any call
 
 
 @torch.compiler.disable

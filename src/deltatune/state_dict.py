@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,8 +83,10 @@ def _stored(prefix: str | None, stored: Stored) -> Part:
     derived = {name: tensor for name, tensor in stored.derived_tensors().items() if name not in kept}
 
     def load(tensors: dict[str, Tensor]) -> None:
-        stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
-        stored.load_file_tensors({**stored.file_tensors(), **tensors})
+        if derived.keys() & tensors.keys():
+            stored.keeps_derived = True
+            tensors = {**stored.file_tensors(), **tensors}
+        stored.load_file_tensors(tensors)
 
     return Part(prefix, stored.file_tensors(), load, derived, stored.checked_tensors)
 
@@ -98,7 +101,11 @@ def _discard(_: Any) -> None:
 
 def collect(model: nn.Module, name: str, root: str = ROOT, given: Collection[str] | None = ()) -> dict[str, Tensor]:
     """File key -> tensor of one adapter: what its file holds, and the given ones (None: all) of the derived tensors."""
-    found = parts(model, name)
+    return keyed(parts(model, name), name, root, given)
+
+
+def keyed(found: list[Part], name: str, root: str = ROOT, given: Collection[str] | None = ()) -> dict[str, Tensor]:
+    """What `collect` returns, out of parts that are known."""
     if not found:
         raise AdapterNameError(f"no adapter named {name!r} on this model", field="adapter_name", found=name)
     return {key: tensor for part in found for key, tensor in part.found(root, given).items()}
@@ -128,13 +135,28 @@ def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root:
         inner = {key: tensor for key, tensor in found.items() if top != root and key.startswith(root)}
         own = {key.removeprefix(top): tensor for key, tensor in found.items() if key not in inner}
         found = inner | {top + key: tensor for key, tensor in shared.from_file(own).items()}
-    for path, layer in adapted_layers(model):
-        prefix = f"{root}{path}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
-        if own and name in layer.adapters:
-            own = layer.adapters[name].from_file(own)  # type: ignore[operator]
-            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefix)}
-            found |= {prefix + key: tensor for key, tensor in own.items()}
+    layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
+    if all(layer.adapters[name].reads_plainly for layer in layers.values()):
+        return found
+    for path, own in _by_layer(found, layers, root).items():
+        read = layers[path].adapters[name].from_file(own)  # type: ignore[operator]
+        if read is not own:
+            for key in own:
+                del found[f"{root}{path}.{key}"]
+            found |= {f"{root}{path}.{key}": tensor for key, tensor in read.items()}
+    return found
+
+
+def _by_layer(tensors: Mapping[str, Tensor], layers: Collection[str], root: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer under their names in it; of layers in each other the inner one has its own."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, name = key.removeprefix(root), ""
+        while path and path not in layers:
+            path, _, last = path.rpartition(".")
+            name = f"{last}.{name}" if name else last
+        if path and key.startswith(root):
+            found.setdefault(path, {})[name] = tensor
     return found
 
 
@@ -202,22 +224,26 @@ def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str, finite
 
 
 def check_finite(source: str, key: str, given: Tensor) -> None:
-    if given.is_floating_point() and not given.isfinite().all():
+    if not given.is_floating_point() or math.isfinite(given.sum()):  # in one pass; a sum that overflows proves nothing
+        return
+    if not given.isfinite().all():
         count = int((~given.isfinite()).sum())
         raise MismatchError(f"{source}: {key} holds {count} values that are not finite", path=source, key=key)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> None:
-    """Put tensors that `check` has passed into an adapter."""
-    for part in parts(model, name):
+def fill(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT, found: list[Part] | None = None
+) -> None:
+    """Put tensors that `check` has passed into an adapter, whose parts may be known already."""
+    for part in parts(model, name) if found is None else found:
         names = {**part.tensors, **part.derived}
         keys = dict(zip(names, part.under(root, names)))
         own = {name: tensors[key] for name, key in keys.items() if key in tensors}
         if own:
             part.fill({**part.tensors, **own})
     for _, layer in adapted_layers(model):
-        if name in layer.adapters:
+        if name in layer.adapters and layer.adapters[name].settles:
             layer.adapters[name].settle(layer.as_map())  # type: ignore[operator]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,9 +90,9 @@ class Tuner(PeerLosses, nn.Module):
         plain = {name for name, kind in kinds.items() if kind is None or not kind.penalises(self.peft_config[name])}
         terms = []
         for _, layer in inject.adapted_layers(self.model) if names - plain else ():
-            for name, adapter in layer.adapters.items():
+            for adapter in [layer.adapters[name] for name in names - plain if name in layer.adapters]:
                 trained = next((p for p in adapter.parameters() if p.requires_grad), None)
-                if name in names - plain and trained is not None:
+                if trained is not None:
                     with torch.autocast(trained.device.type, enabled=False):
                         terms.append(adapter.penalty())  # type: ignore[operator]
         for name in names & self.grafts.keys():
@@ -244,7 +244,15 @@ class Tuner(PeerLosses, nn.Module):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         self.selection.active = names
-        inject.train_only(self.model, names, inference_mode)
+        self.let_train(self.selection.trained - set(names), False)
+        self.let_train(names, not inference_mode)
+
+    def let_train(self, names: Collection[str], trains: bool) -> None:
+        """Let the named adapters train or not, whatever the others do."""
+        inject.train(self.model, self.selection, names, trains)
+        for name in names:
+            if name in self.grafts:
+                self.grafts[name].encoder.requires_grad_(trains)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", None)

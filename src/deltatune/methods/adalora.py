@@ -148,6 +148,7 @@ class AdaLoRA(Adapter):
         layers: Of the model, among which the penalty is averaged.
     """
 
+    stacks = ("scale",)
     views: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E", "r", "ranknum", "scaling", "lora_alpha")
 
     def __init__(self, layer: LinearMap, r: int, init_r: int, alpha: float, dropout: float, weight: float) -> None:

@@ -59,6 +59,7 @@ class DeLoRA(Adapter):
     PEFT's files hold these norms (in). Ours leave them out, since the base weight gives them again.
     """
 
+    stacks = ("r",)
     views: ClassVar[tuple[str, ...]] = (
         *("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
         *("r", "delora_dropout"),
@@ -93,13 +94,13 @@ class DeLoRA(Adapter):
     @property
     def scaling(self) -> Tensor:
         """(r,): what makes of A's rows and B's columns unit vectors times lambda / r."""
-        a, b = self.delora_A.norm(dim=1).clamp_min(SHORTEST), self.delora_B.norm(dim=0).clamp_min(SHORTEST)
+        a, b = self.delora_A.norm(dim=-1).clamp_min(SHORTEST), self.delora_B.norm(dim=-2).clamp_min(SHORTEST)
         return self.delora_lambda / self.r / (a * b)
 
     @property
     def down(self) -> Tensor:
         """(r, in): A for an input weighted by the norms of the columns."""
-        return self.delora_A * self.delora_w_norm
+        return self.delora_A * self.delora_w_norm[..., None, :]
 
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + (self.delora_B * self.scaling) @ self.down

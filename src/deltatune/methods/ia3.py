@@ -40,6 +40,7 @@ class IA3(Adapter):
     """Trainable: one vector l, as long as the layer's output, or its input channels in feed-forward layers."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    stacks = ("is_feedforward", "kernel")
     views: ClassVar[tuple[str, ...]] = ("ia3_l", "is_feedforward")
 
     def __init__(self, layer: LinearMap, on_input: bool, ones: bool) -> None:
@@ -59,7 +60,7 @@ class IA3(Adapter):
 
     @property
     def l(self) -> Tensor:  # noqa: E743 - the paper's letter
-        return self.ia3_l.flatten()
+        return self.ia3_l.flatten(self.rows)
 
     def adapt(self, weight: Tensor) -> Tensor:
         if self.is_feedforward:

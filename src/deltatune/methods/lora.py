@@ -16,7 +16,7 @@ from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal, shift
+from deltatune.factors import NO_DROPOUT, Factor, block_diagonal, shift
 from deltatune.filling import Source, source
 from deltatune.lora import options, starts
 from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
@@ -163,6 +163,9 @@ class LoRA(Adapter):
         *VIEWS,
     )
 
+    stacks = ("blocks",)
+    row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
+
     lora_A: Factor
     lora_B: Factor
     start_A: Tensor | None
@@ -185,10 +188,12 @@ class LoRA(Adapter):
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
         self.scaling = scaling(r, alpha, rslora)
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_dropout = nn.Dropout(dropout) if dropout else NO_DROPOUT
         self.blocks = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
         self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
+        if varied or start.gives_way or start.stand_in is not None:
+            self.stacks = None
         down, up = shapes(layer, r, varied)
         self.lora_A = Factor(*down)
         self.lora_B = Factor(*up, bias=layer.out_features if bias else None, fixed=start.fixed_B)
@@ -306,12 +311,22 @@ class LoRA(Adapter):
         return self.scaling * own if bias is None else bias + self.scaling * own
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
+        if not self.variants and self.start_A is None and self.stand_in is None:
+            y = layer(x)
+            return y + self._plain(self._dropped(x), layer).to(y.dtype)
         layer = self._base(layer)
         y, dropped, A, B = layer(x), self._dropped(x), *self.factors()
         out = y + self.product(x, dropped, A, B, layer).to(y.dtype)
         for variant in self.variants:
             out = variant.output(out, Pass(layer, x, dropped, y, A, B, values), self)
         return out
+
+    def _plain(self, dropped: Any, layer: LinearMap) -> Tensor:
+        """The update without variants, whose scale is put on the smallest tensor on the way."""
+        h, bias = layer.apply(dropped, self.A), self.lora_B.bias
+        if bias is None:
+            return layer.mix(self.scaling * h, self.B)
+        return self.scaling * shift(layer.mix(h, self.B), bias, layer)
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""

@@ -58,6 +58,7 @@ class MiSS(Adapter):
         super().__init__()
         self.miss_r, self.miss_mini_r, self.bat, self.kind = r, width, bat, layer.kind
         self.in_features, self.copies = layer.in_features, layer.out_features // width
+        self.stacks = None if bat else ("kind", "miss_r", "copies")
         self.miss_dropout = input_dropout(layer, dropout)
         self.miss_block = nn.Parameter(torch.zeros(layer.out_features // r, r, r) if bat else torch.zeros(r, width))
 
@@ -117,7 +118,7 @@ class MiSS(Adapter):
             ones = torch.eye(r, dtype=D.dtype, device=D.device)
             return layer.mix(layer.apply(x, self._along_inputs(ones)), rows)
         sums = F.pad(x, (0, -self.in_features % r)).unflatten(-1, (-1, r)).sum(-2)
-        y = F.linear(sums, D.mT.to(x.dtype))
+        y = layer.mix(sums, D.mT)
         return y.repeat(*[1] * (x.ndim - 1), self.copies) if self.copies > 1 else y
 
 

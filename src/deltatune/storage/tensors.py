@@ -40,7 +40,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors (private copies) and the facts of the header, None when another tool wrote the file.
+    """Tensors, whose memory nobody else has, and the facts of the header, None when another tool wrote the file.
 
     Raises:
         FormatError: Not a safetensors file, or a truncated one.
@@ -58,7 +58,6 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             path=str(path),
             found=len(content),
         ) from error
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # `parse` may share the file's buffer
     facts = _facts(path, header)
     check_digest(path, tensors, facts)
     return tensors, facts
@@ -122,7 +121,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")  # type: ignore[arg-type]
     return total.hexdigest()
 
 

@@ -303,7 +303,7 @@ def _sum(
     total = sum(p.numel() for p in model.parameters())
     note = "" if trainable else "nothing is trainable: load the adapter with is_trainable=True to see gradients"
     return GradientStop(
-        where=where(inject.train_only),
+        where=where(inject.train),
         norm=norm if norm is None or norm < float("inf") else None,
         tensors=len(trainable),
         elements=elements,
