@@ -17,6 +17,8 @@ from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelF
 from deltatune.callback import AdapterCallback as AdapterCallback
 from deltatune.calls import Value as Value
 from deltatune.calls import call_values as call_values
+from deltatune.combine.convert import convert_to_lora as convert_to_lora
+from deltatune.combine.convert import save_as_lora as save_as_lora
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType

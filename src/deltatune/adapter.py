@@ -168,6 +168,10 @@ class Adapter(Stored):
             )
         raise NotImplementedError
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        """Up (out, R) and down (R, in) with W' - W = up @ down; None where R would not be small, or there are none."""
+        return None
+
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
@@ -263,6 +267,8 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        weighted_sum: Adapters of this method as one of it: by layer, terms (weight, adapter or None where it has none
+            there) -> options, of which "part" is (field, paths that it names), and by layer the tensors of its file.
         pairs: The x of tensors x_A (r, ...) and x_B that come in pairs of the config's rank; empty where none do.
         schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
             name, the configs by name and the adapters by path, or None where the options ask for none.
@@ -281,6 +287,7 @@ class Method:
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
     schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
+    weighted_sum: Callable[[dict[str, list[tuple[float, Any]]]], tuple[dict[str, Any], dict[str, Any]]] | None = None
     pairs: str = ""
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:

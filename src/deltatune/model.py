@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import calls, inject
+from deltatune.combine.convert import supports_lora_conversion
+from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -49,6 +51,9 @@ class PeftModel(Persistence, nn.Module):
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
+
+    add_weighted_adapter = add_weighted_adapter
+    supports_lora_conversion = supports_lora_conversion
 
     def __init__(
         self,

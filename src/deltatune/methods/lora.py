@@ -183,6 +183,10 @@ class LoRA(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + self.scaling * (self.B @ self.A).to(_wider(weight, self.A))
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        root = math.sqrt(abs(self.scaling))  # on both sides, as a sum of adapters shares its weights between them
+        return self.B * math.copysign(root, self.scaling), root * self.A
+
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         own = self.lora_B.bias
         if own is None:

@@ -123,6 +123,10 @@ class UniLora(Adapter):
         A, B = self.factors
         return weight + B @ A
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        A, B = self.factors
+        return B, A
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (A, B) = layer(x), self.factors
         x = x if self.embedding else self.unilora_dropout(x)  # an embedding reads indices

@@ -68,6 +68,14 @@ def save(model: PeftModel, folder: Path, names: list[str], format: str | None) -
         write_files(target, {**card, **files})
 
 
+def write(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], base: nn.Module) -> None:
+    """Write an adapter for a bare (perhaps adapted) model on which it need not be."""
+    trained = getattr(config, "modules_to_save", None) or ()
+    values = {**config.to_file_dict(), "peft_version": PEER_VERSION}
+    card = {} if (folder / "README.md").exists() else {"README.md": model_card(config).encode()}
+    write_files(folder, {**card, **_file_pair(values, tensors, {"base": fingerprint(base, trained)})})
+
+
 def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     config = model.peft_config[name]
     values = {**_file_dict(model, config), "peft_version": PEER_VERSION}
