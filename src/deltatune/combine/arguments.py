@@ -65,7 +65,7 @@ def checked(model: Any, adapters: Iterable[str], weights: Any, adapter_name: str
     return request
 
 
-def _check_names(model: Any, names: list[str], new: str) -> None:
+def check_new_name(model: Any, new: str) -> None:
     check_name(new)
     if new in model.peft_config:
         raise MergeError(
@@ -74,6 +74,10 @@ def _check_names(model: Any, names: list[str], new: str) -> None:
             field="adapter_name",
             found=new,
         )
+
+
+def _check_names(model: Any, names: list[str], new: str) -> None:
+    check_new_name(model, new)
     _require(bool(names), "adapters", names, "at least one adapter")
     for name in names:
         if name not in model.peft_config:
