@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))
+
+
+def input_dropout(layer: LinearMap, share: float) -> nn.Module:
+    """Dropout on what a layer reads; none on indices, which an embedding reads."""
+    return nn.Dropout(share) if share and layer.kind != "embedding" else nn.Identity()
 
 
 def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
@@ -176,17 +181,6 @@ def fewer_by_vector(x: Tensor, layer: LinearMap, count: int) -> bool:
     """
     vectors = x.numel() if layer.kind == "embedding" else x.numel() // layer.in_features
     return layer.kind != "conv" and 0 < vectors * count <= layer.out_features * layer.in_features
-
-
-def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
-    """Outputs and inputs of the smallest matrix of which every layer's is a corner."""
-    sizes = [(layer.out_features, layer.in_features) for layer in layers]
-    return max(out for out, _ in sizes), max(width for _, width in sizes)
-
-
-def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
-    """Kaiming's uniform start, out of a generator of its own."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
 
 
 def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int, in_order: bool = False) -> Tensor:

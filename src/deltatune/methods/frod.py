@@ -14,7 +14,7 @@ from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.config import PeftType, config
 from deltatune.errors import MismatchError
-from deltatune.factors import sparse_linear
+from deltatune.factors import input_dropout, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.vera import usual_targets as veras_targets
 
@@ -150,7 +150,7 @@ class Frod(Adapter):
     def __init__(self, layer: LinearMap, config: FrodConfig, path: str, basis: Basis) -> None:
         super().__init__()
         self.path, self.fillings, self.vectors_in = path, 0, layer.kind == "linear"
-        self.frod_dropout = nn.Dropout(config.frod_dropout) if config.frod_dropout else nn.Identity()
+        self.frod_dropout = input_dropout(layer, config.frod_dropout)
         U, start = coordinates(layer.weight, basis.V)
         self.register_buffer("frod_U", U, persistent=False)
         self.register_buffer("start", start, persistent=False)
