@@ -182,6 +182,18 @@ class Adapter(Stored):
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
+    # How another adapter of the method takes its place (`deltatune.hotswap`).
+
+    def make_room(self, rank: int | None = None) -> None:
+        """Before compiling: hold what others may have otherwise in tensors, and factors in the shape of this rank."""
+
+    def fit(self, other: Adapter) -> None:
+        """Take the shapes of another adapter, as far as it has room, to be put in its place."""
+
+    def neutral(self) -> bool:
+        """Fresh as it is, make it change nothing; False if it does not know how."""
+        return self.identity_at_birth is True
+
     def penalty(self) -> Tensor | None:
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None

@@ -108,9 +108,12 @@ class PeftModel(Persistence, nn.Module):
         with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
-    def _choosing(
-        self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None
-    ) -> Any:
+    def _choosing(self, *call: Any) -> Any:
+        """The choice of a call, which swaps of adapters wait for; a graph has no room for waiting."""
+        choice = self._chosen(*call)
+        return choice if torch.compiler.is_compiling() else self.base_model.selection.gate.passing(choice)
+
+    def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Any:
         """What a call asks for beyond the arguments of the base model, which is taken out of them."""
         call = self.base_model.selection.current()
         if names is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import StateError
+from deltatune.gate import Gate
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
 _counting = threading.Lock()
@@ -71,11 +72,13 @@ class Selection:
         enabled: False makes every call use the base alone.
         choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
             compiled model has something to guard on and needs the slow look-up only while such a call is running.
+        gate: What passes and changes of the adapters' values wait at.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
     choosing: int = field(default=0, repr=False)
+    gate: Gate = field(default_factory=Gate, repr=False)
 
     def current(self) -> Call:
         if self.choosing:
@@ -103,7 +106,12 @@ class Selection:
             self.choosing += step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "enabled": self.enabled, "choosing": 0}  # copies start outside of any call
+        return {
+            "active": self.active,
+            "enabled": self.enabled,
+            "choosing": 0,
+            "gate": Gate(),
+        }  # copies start outside of any call
 
 
 @torch.compiler.disable

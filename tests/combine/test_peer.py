@@ -148,3 +148,27 @@ def test_peft_runs_a_converted_adapter_as_we_do(arch: str, tmp_path: Path):
     save_as_lora(tmp_path, ours, rank=None, max_error=1e-4)
     for loaded in (loaded_by_peft(tiny(arch), tmp_path), deltatune.PeftModel.from_pretrained(tiny(arch), tmp_path)):
         assert_close(logits(loaded, batch(arch)), logits(ours, batch(arch)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hot_swapping_pefts_adapters_gives_what_it_gives_in_peft(prepared: bool, tmp_path: Path):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    from deltatune import hotswap
+
+    options = ({"r": 4, "lora_alpha": 6}, {"r": 2, "lora_alpha": 7}, {"r": 8, "lora_alpha": 3})
+    folders = []
+    for index, sizes in enumerate(options):
+        config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], **sizes)
+        model = scatter(peft.get_peft_model(tiny("llama"), config), index)
+        folders.append(saved_by_peft(model, tmp_path / str(index)))
+    theirs, ours = (library.PeftModel.from_pretrained(tiny("llama"), folders[0]) for library in (peft, deltatune))
+    if prepared:
+        prepare_model_for_compiled_hotswap(theirs, target_rank=8)
+        hotswap.prepare_model_for_compiled_hotswap(ours, target_rank=8)
+    for folder in (folders[1], folders[2], folders[0]):
+        hotswap_adapter(theirs, folder, "default", torch_device="cpu")
+        hotswap.hotswap_adapter(ours, folder, "default", torch_device="cpu")
+        expected = logits(loaded_by_peft(tiny("llama"), folder), batch("llama"))
+        assert_close(logits(theirs, batch("llama")), expected, rtol=1e-5, atol=1e-5)
+        assert_close(logits(ours, batch("llama")), expected, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal, shift
+from deltatune.factors import Factor, block_diagonal, of_rank, shift
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
@@ -58,6 +58,7 @@ class LoraConfig(LayerConfig):
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
+    alike_in_swap: ClassVar[tuple[str, ...]] = ("lora_dropout", "use_dora", "lora_bias")
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
 
@@ -127,6 +128,7 @@ class LoRA(Adapter):
 
     lora_A: Factor
     lora_B: Factor
+    scaling: Any  # a number, or a tensor that can change under a compiled model (`make_room`)
 
     def __init__(
         self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
@@ -206,16 +208,60 @@ class LoRA(Adapter):
             update = shift(update, self.lora_B.bias, layer)
         return self.scaling * update
 
-    # Files call the factors of an embedding by names of their own, without `.weight`.
+    # Files call the factors of an embedding by names of their own, without `.weight`, and hold no room.
 
     def file_tensors(self) -> dict[str, Tensor]:
+        return {name: self._of_rank(tensor, tensor, self.r) for name, tensor in self._held().items()}
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._held().items():
+            parameter.data.copy_(self._of_rank(parameter, tensors[name], self.room))
+
+    def _held(self) -> dict[str, Tensor]:
         if self.embedding:
             return {"lora_embedding_A": self.lora_A.weight, "lora_embedding_B": self.lora_B.weight}
         return super().file_tensors()
 
-    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.file_tensors().items():
-            parameter.data.copy_(tensors[name])
+    # Room for adapters of other ranks: rows of A and columns of B beyond r, which are zero and stay it.
+
+    @property
+    def room(self) -> int:
+        return len(self.lora_A.weight)
+
+    def make_room(self, rank: int | None = None) -> None:
+        rank = self.room if rank is None else rank
+        if rank < self.r or rank % self.blocks:
+            raise ConfigError(
+                f"rank {rank} is no room for a LoRA adapter of rank {self.r}; expected a multiple of {self.blocks} "
+                "that is not below it",
+                field="target_rank",
+                found=rank,
+                expected=self.r,
+            )
+        A, B = (self._of_rank(factor, factor, rank) for factor in (self.lora_A.weight, self.lora_B.weight))
+        for factor, wider in ((self.lora_A, A), (self.lora_B, B)):
+            if wider is not factor.weight:
+                factor.weight = nn.Parameter(wider, requires_grad=factor.weight.requires_grad)
+        if "scaling" in vars(self):
+            scaling = torch.tensor(float(vars(self).pop("scaling")), device=self.lora_A.weight.device)
+            self.register_buffer("scaling", scaling, persistent=False)
+
+    def fit(self, other: Adapter) -> None:
+        if isinstance(other, LoRA) and other.room > self.room:
+            self.make_room(other.room)
+
+    def neutral(self) -> bool:
+        nn.init.zeros_(self.lora_A.weight)
+        nn.init.zeros_(self.lora_B.weight)
+        return True
+
+    def _of_rank(self, factor: Tensor, tensor: Tensor, rank: int) -> Tensor:
+        """Values for one of the factors, of the given rank; the values themselves if they are."""
+        if factor is self.lora_A.weight and len(tensor) != rank:
+            return of_rank(tensor.detach(), 0, rank, self.blocks)
+        if factor is self.lora_B.weight and tensor.shape[1] * self.blocks != rank:
+            return of_rank(tensor.detach(), 1, rank // self.blocks)
+        return tensor
 
     @property
     def lora_embedding_A(self) -> Tensor | None:
