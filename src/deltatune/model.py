@@ -79,7 +79,8 @@ class PeftModel(Persistence, nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            return input_rows.forward(self, adapter_names, args, kwargs)
+            with self._passing(nullcontext()):
+                return input_rows.forward(self, adapter_names, args, kwargs)
         with self._choosing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
@@ -103,14 +104,17 @@ class PeftModel(Persistence, nn.Module):
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            return input_rows.generate(self, adapter_names, args, kwargs)
+            with self._passing(nullcontext()):
+                return input_rows.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
         with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
     def _choosing(self, *call: Any) -> Any:
-        """The choice of a call, which swaps of adapters wait for; a graph has no room for waiting."""
-        choice = self._chosen(*call)
+        return self._passing(self._chosen(*call))
+
+    def _passing(self, choice: Any) -> Any:
+        """A pass under its choice of adapters, which swaps of adapters wait for; a graph has no room for waiting."""
         return choice if torch.compiler.is_compiling() else self.base_model.selection.gate.passing(choice)
 
     def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Any:

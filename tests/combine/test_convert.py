@@ -229,3 +229,37 @@ def test_the_config_is_a_plain_one():
     )
     assert isinstance(config, LoraConfig) and config.lora_alpha == config.r == 2
     assert config.init_lora_weights is True and not config.use_rslora
+
+
+def test_the_joint_projection_of_attention_is_converted(tmp_path: Path):
+    def attention() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).eval()
+
+    model = get_peft_model(attention(), OFTConfig(oft_block_size=2, target_modules=["self_attn", "linear1"]))
+    move(model, "default", 1)
+    x = torch.randn(2, 3, 8)
+    save_as_lora(tmp_path, model, None, max_error=1e-5)
+    torch.testing.assert_close(loaded(tmp_path, attention())(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_base_is_unpacked_for_the_change_alone(tmp_path: Path):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def packed() -> nn.Module:
+        torch.manual_seed(0)
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        layer.load_state_dict(nn.Linear(64, 64, bias=False).state_dict())
+        return nn.Sequential(layer).to("cpu")
+
+    model = get_peft_model(packed(), OFTConfig(oft_block_size=4, target_modules=["0"]))
+    move(model, "default", 1)
+    x = torch.randn(3, 64)
+    save_as_lora(tmp_path, model, None, max_error=1e-5)
+    model.add_weighted_adapter(["default"], [1.0], "lora", combination_type="linear")
+    expected = model(x)
+    with model.disable_adapter():
+        assert relative(model(x), expected) > 0.3
+    assert relative(loaded(tmp_path, packed())(x), expected) < 0.02  # the kernel rounds the rotated input otherwise
+    model.set_adapter("lora")
+    assert relative(model(x), expected) < 0.02

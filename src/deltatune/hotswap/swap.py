@@ -134,6 +134,7 @@ def _names_in_models(base: nn.Module, name: str) -> dict[str, str]:
     return found
 
 
+@torch.inference_mode(False)  # tensors that take the place of others have to train later
 def _swap(
     model: Any,
     base: nn.Module,
