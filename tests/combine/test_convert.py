@@ -27,6 +27,8 @@ from deltatune import (
     inject_adapter_in_model,
     save_as_lora,
 )
+from deltatune.combine.changes import read
+from deltatune.combine.product import dense
 from deltatune.errors import AdapterNameError, ConversionError, MergeError, PeftWarning, StateError
 from tests.combine.models import IDS, LAYERS, base, deltas, lora, move, with_adapters
 from tests.core.tiny import batch, logits, tiny
@@ -79,12 +81,21 @@ def test_an_error_is_kept_with_the_fewest_singular_values(limit: float):
         assert rank == 1 or values[rank - 1 :].norm() > limit * values.norm()
 
 
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all matrices that are decomposed from now on."""
+    decompose, shapes = torch.linalg.svd, []
+
+    def noted(matrix: torch.Tensor, **options: Any) -> Any:
+        shapes.append(tuple(matrix.shape))
+        return decompose(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", noted)
+    return shapes
+
+
 def test_products_of_factors_are_never_laid_out(monkeypatch: pytest.MonkeyPatch):
     model = with_adapters({"default": VeraConfig(r=2, target_modules=["linear", "turned", "head"])})
-    decompose, shapes = torch.linalg.svd, []
-    monkeypatch.setattr(
-        torch.linalg, "svd", lambda matrix, **kw: shapes.append(matrix.shape) or decompose(matrix, **kw)
-    )
+    shapes = decomposed(monkeypatch)
     converted = convert_to_lora(model, 2)
     assert set(shapes) == {(2, 2)} and max(converted.errors.values()) < 1e-6
 
@@ -221,6 +232,23 @@ def test_a_half_precision_base_is_not_rounded_into_the_change():
     _, tensors = convert_to_lora(model, 6)
     B, A = (tensors[f"base_model.model.linear.lora_{side}.weight"] for side in "BA")
     assert relative(B @ A, expected) < 1e-5
+
+
+def test_an_adapter_in_half_precision_is_not_either():
+    config = IA3Config(target_modules=["linear"], feedforward_modules=[])
+    model = get_peft_model(base().bfloat16(), config, autocast_adapter_dtype=False)
+    move(model, "default", 1)
+    layer = model.get_base_model().linear
+    wide, vector = layer.base_layer.weight.double(), layer.adapters["default"].l.double()
+    change = dense(read(layer, "default").weight)
+    assert relative(change.double(), (vector[:, None] - 1) * wide) < 1e-6
+
+
+def test_a_method_that_leaves_the_weight_decomposes_nothing(monkeypatch: pytest.MonkeyPatch):
+    model = with_adapters({"default": BitFitConfig(target_modules=["linear"])})
+    shapes = decomposed(monkeypatch)
+    convert_to_lora(model, 1)
+    assert set(shapes) == {(0, 0)}
 
 
 def test_the_config_is_a_plain_one():

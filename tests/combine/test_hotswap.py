@@ -73,6 +73,7 @@ NEW = {
     "a higher rank": lora(6, 5),
     "a pattern": lora(4, 5, rank_pattern={"conv": 2}, alpha_pattern={"linear": 1, "embed": 9}),
     "fewer layers": lora(2, 7, ["linear", "grouped"]),
+    "fewer layers, random start": lora(2, 7, ["linear", "embed"], init_lora_weights=False),
     "fewer layers, higher rank": lora(4, 7, ["embed", "conv"]),
 }
 
@@ -330,10 +331,12 @@ def test_a_config_that_is_given_says_the_new_rank_with_the_same_scaling(rslora: 
 
 
 def test_what_cannot_be_prepared_is_refused_before_anything_changes():
-    model = with_adapters({"default": lora(4, 3, rank_pattern={"grouped": 2})})
+    model = with_adapters({"default": lora(2, 3, rank_pattern={"head": 4})})
     before = state(model)
-    with pytest.raises(ConfigError, match="rank 3"):
-        prepare_model_for_compiled_hotswap(model, target_rank=3)
+    with pytest.raises(ConfigError, match="rank 2 is no room for a LoRA adapter of rank 4"):
+        prepare_model_for_compiled_hotswap(model, target_rank=2)
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        prepare_model_for_compiled_hotswap(model, target_rank=5)
     with pytest.raises(ConfigError, match="check_compiled"):
         prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
     compiled = torch.compile(model, backend="eager")
