@@ -19,6 +19,8 @@ from deltatune.errors import MergeError
 class PackedLinear(Linear):
     """A linear layer whose `module.weight` is not the matrix."""
 
+    dense: bool = False
+
     def unpack(self, stored: Tensor) -> Tensor:
         """The matrix (out, in) of what the layer keeps."""
         raise NotImplementedError
