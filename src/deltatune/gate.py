@@ -20,6 +20,7 @@ class Gate:
         self._free = threading.Condition()
         self._passes, self._changing = 0, False
         self._depth = threading.local()
+        self._turn = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Gate, ()  # copies have a gate of their own
@@ -45,16 +46,21 @@ class Gate:
                 self._free.notify_all()
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """While nothing passes.
+    def preparing(self) -> Iterator[None]:
+        """One change after the other, so that each is worked out from what the last has left; passes go on.
 
         Raises:
             StateError: The thread is in a pass itself, which would never end.
         """
         if self._within:
             raise StateError("adapters cannot be swapped from within a forward pass; do it between two calls")
+        with self._turn:
+            yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While nothing passes."""
         with self._free:
-            self._free.wait_for(lambda: not self._changing)
             self._changing = True
             self._free.wait_for(lambda: not self._passes)
         try:

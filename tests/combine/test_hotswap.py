@@ -288,6 +288,23 @@ def test_every_answer_under_traffic_is_of_one_adapter(tmp_path: Path):
     assert all(any(torch.equal(answer, one) for one in expected) for answer in answers)
 
 
+def test_swaps_of_several_threads_come_one_after_the_other(tmp_path: Path):
+    folders = [saved(tmp_path / str(seed), lora(2, seed), seed) for seed in (1, 2, 3)]
+    expected = [outputs(folder) for folder in folders]
+    model = PeftModel.from_pretrained(base(), folders[0])
+
+    def swap(folder: Path) -> None:
+        for _ in range(5):
+            hotswap_adapter(model, folder, "default")
+
+    threads = [threading.Thread(target=swap, args=(folder,)) for folder in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any(torch.equal(model(IDS), one) for one in expected)
+
+
 def test_a_swap_from_within_a_pass_is_refused(tmp_path: Path):
     folder = saved(tmp_path, lora(2, 3), 1)
     model = PeftModel.from_pretrained(base(), folder)

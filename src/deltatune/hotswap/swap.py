@@ -14,35 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune import inject, targets
-from deltatune.adapter import Adapter
-from deltatune.combine import naming
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MismatchError, StateError
 from deltatune.gate import Gate
 from deltatune.hotswap.compatible import check_hotswap_configs_compatible
-from deltatune.hotswap.outline import outline
+from deltatune.hotswap.incoming import WHERE, adapters_of, built, copies_of, read
 from deltatune.hotswap.transplant import Step, steps
-from deltatune.inject import adapted_layers, trained_copies
-from deltatune.registry import METHODS
-from deltatune.selection import Selection
+from deltatune.inject import adapted_layers
 from deltatune.shared import shared_modules
 from deltatune.state_dict import (
     ROOT,
     TOP,
-    check,
     collect,
-    derived,
-    fill,
     matched,
     parts,
-    translated,
     without_base_copies,
 )
 from deltatune.storage import folder as storage
-from deltatune.storage.derived import check_derived
-
-_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
 def hotswap_adapter(
@@ -144,40 +132,21 @@ def _swap(
     source: str,
     checksums: dict[str, list[float]] | None = None,
 ) -> None:
-    present = _adapters(base, name)
-    _refuse(model, base, name, present)
-    bare = outline(base)
-    selection = Selection((name,))
-    built = copy.copy(config)
-    kind: Any = METHODS[config.peft_type].adapter
-    paths = [path for path, adapter in present.items() if isinstance(adapter, kind)]
-    if METHODS[config.peft_type].shared is not None and config.target_modules is not None:
-        _refuse_other_layers(bare, config, kind, paths, source)
-    # one adapter on every layer of the present one, each with the options that the config has for it
-    places = {field: None for field in _WHERE if hasattr(built, field)}
-    vars(built).update(places, target_modules=naming.targets(bare, paths))
-    built.modules_to_save = naming.whole(bare, [path for path, _ in _copies(base, name)], config.modules_to_save or ())
-    inject.graft(bare, built, name, selection, autocast_adapter_dtype=True)
-    _read(bare, name, tensors, source, checksums)
-    planned = list(_planned(base, bare, name))
     gate = Gate() if model is None else model.base_model.selection.gate
-    with gate.changing(), torch.no_grad():
-        for step in planned:
-            step()
-        if model is not None:
-            _keep_config(model, name, config)
+    with gate.preparing():
+        _refuse(model, base, name)
+        bare = built(base, name, config, source)
+        read(bare, name, tensors, source, checksums)
+        planned = _planned(base, bare, name)
+        with gate.changing(), torch.no_grad():
+            for step in planned:
+                step()
+            if model is not None:
+                _keep_config(model, name, config)
 
 
-def _adapters(base: nn.Module, name: str) -> dict[str, Any]:
-    return {path: layer.adapters[name] for path, layer in adapted_layers(base) if name in layer.adapters}
-
-
-def _copies(base: nn.Module, name: str) -> list[tuple[str, Any]]:
-    return [(path, copies) for path, copies in trained_copies(base) if name in copies.modules_to_save]
-
-
-def _refuse(model: Any, base: nn.Module, name: str, present: dict[str, Adapter]) -> None:
-    if not present:
+def _refuse(model: Any, base: nn.Module, name: str) -> None:
+    if not adapters_of(base, name):
         raise AdapterNameError(f"hot-swap: no adapter named {name!r} on a layer of this model", found=name)
     if any(name in layer.merged_adapters for _, layer in adapted_layers(base)):
         raise StateError(f"adapter {name!r} is merged; call unmerge_adapter() before it is swapped")
@@ -186,63 +155,8 @@ def _refuse(model: Any, base: nn.Module, name: str, present: dict[str, Adapter])
         raise StateError(f"adapter {name!r} is being trained, with a schedule of its own; it cannot be swapped")
 
 
-def _refuse_other_layers(bare: nn.Module, config: Any, kind: type[Adapter], paths: list[str], source: str) -> None:
-    """Where layers share tensors their files may have nothing for a layer, and so cannot tell which it is for."""
-    modules, found = dict(targets.walk(bare)), targets.find(bare, config, kind)
-    if {id(module) for module in found.values()} != {id(modules[path]) for path in paths}:
-        raise MismatchError(
-            f"hot-swap: {source} is for {sorted(found)[:5]}, the present adapter is on {paths[:5]}, and their layers "
-            "share tensors; load it under a name of its own",
-            path=source,
-            field="target_modules",
-            found=sorted(found),
-            expected=paths,
-        )
-
-
-def _read(bare: nn.Module, name: str, tensors: dict[str, Tensor], source: str, checksums: Any) -> None:
-    """Fill the new adapter, and make the layers that the tensors leave out do nothing."""
-    tensors = translated(bare, name, tensors)
-    missing, surplus = check(tensors, collect(bare, name, given=tensors), source, strict=False)
-    left_out = [
-        part for part in parts(bare, name) if part.tensors and not part.found(ROOT, None).keys() & tensors.keys()
-    ]
-    partly = set(missing) - {key for part in left_out for key in part.found(ROOT, None)}
-    if surplus or partly:
-        raise MismatchError(
-            f"hot-swap: {source} does not fit the adapter: unexpected {surplus[:5]}, missing {sorted(partly)[:5]}; an "
-            "adapter can take the place of one on the same layers or on more; load it under a name of its own",
-            path=source,
-            found=surplus,
-            expected=sorted(partly),
-        )
-    unread = list(derived(bare, name, tensors))
-    if left_out and (unread or name in shared_modules(bare)):
-        raise MismatchError(
-            f"hot-swap: {source} has nothing for {left_out[0].prefix}, and what its layers share or derive may depend "
-            "on which they are; load it under a name of its own",
-            path=source,
-            key=left_out[0].prefix,
-        )
-    if checksums is not None:
-        check_derived(checksums, iter(unread), source)
-    fill(bare, name, tensors)
-    _neutralise(bare, name, {part.prefix for part in left_out}, source)
-
-
-def _neutralise(bare: nn.Module, name: str, unused: set[str | None], source: str) -> None:
-    for path, adapter in _adapters(bare, name).items():
-        if f"{path}." in unused and not adapter.neutral():
-            raise MismatchError(
-                f"hot-swap: {source} has nothing for {path}, and a fresh {type(adapter).__name__} is not without "
-                f"effect: {adapter.identity_at_birth}",
-                path=source,
-                key=path,
-            )
-
-
 def _planned(base: nn.Module, bare: nn.Module, name: str) -> list[Step]:
-    present, new = _adapters(base, name), _adapters(bare, name)
+    present, new = adapters_of(base, name), adapters_of(bare, name)
     if present.keys() != new.keys():
         raise MismatchError(
             f"hot-swap: the new adapter is on other layers: {sorted(present.keys() ^ new.keys())[:5]}",
@@ -260,8 +174,10 @@ def _planned(base: nn.Module, bare: nn.Module, name: str) -> list[Step]:
         other.fit(mine)
     mine, other = shared_modules(base).get(name), shared_modules(bare).get(name)
     pairs += [] if mine is None else [(mine, other)]
-    copies = dict(_copies(bare, name))
-    pairs += [(there.modules_to_save[name], copies[path].modules_to_save[name]) for path, there in _copies(base, name)]
+    copies = dict(copies_of(bare, name))
+    pairs += [
+        (there.modules_to_save[name], copies[path].modules_to_save[name]) for path, there in copies_of(base, name)
+    ]
     replaced: dict[int, Tensor] = {}
     return [step for mine, other in pairs for step in steps(mine, other, replaced)]
 
@@ -269,11 +185,11 @@ def _planned(base: nn.Module, bare: nn.Module, name: str) -> list[Step]:
 def _keep_config(model: Any, name: str, config: PeftConfig) -> None:
     """The new options, for the layers that are there."""
     present, kept = model.peft_config[name], copy.copy(config)
-    vars(kept).update({field: getattr(present, field) for field in _WHERE if hasattr(present, field)})
+    vars(kept).update({field: getattr(present, field) for field in WHERE if hasattr(present, field)})
     kept.inference_mode = present.inference_mode
     model.peft_config[name] = kept
     if name in model.base_model.schedules:  # a training that begins now begins with the new adapter
-        schedules, adapters = model.base_model.schedules, _adapters(model.get_base_model(), name)
+        schedules, adapters = model.base_model.schedules, adapters_of(model.get_base_model(), name)
         schedules[name] = type(schedules[name])(name, model.peft_config, adapters)
 
 
@@ -288,5 +204,6 @@ def _swap_prompt(model: Any, name: str, saved: storage.Saved) -> None:
             path=saved.source,
             field=differing[0],
         )
-    with model.base_model.selection.gate.changing():
+    gate = model.base_model.selection.gate
+    with gate.preparing(), gate.changing():
         model._load(name, saved, allow_base_mismatch=True)  # the base has been checked
