@@ -50,16 +50,6 @@ def block_diagonal(matrix: Tensor, blocks: int) -> Tensor:
     return matrix if blocks == 1 else torch.block_diag(*matrix.chunk(blocks))
 
 
-def of_rank(factor: Tensor, axis: int, rank: int, blocks: int = 1) -> Tensor:
-    """A factor with zeros for a higher rank, or without them, on the axis of its rank; each block has its share."""
-    parts, share = factor.unflatten(axis, (blocks, -1)), rank // blocks
-    more = share - parts.shape[axis + 1]
-    if more > 0:
-        shape = [more if i == axis + 1 else side for i, side in enumerate(parts.shape)]
-        parts = torch.cat([parts, parts.new_zeros(shape)], axis + 1)
-    return parts.narrow(axis + 1, 0, share).flatten(axis, axis + 1)
-
-
 def tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """A kernel (out, in, ...) from a core (r, r, ...) and factors (r, out) and (r, in): FedPara's proposition 3."""
     return torch.einsum("ij...,ip,jq->pq...", core, up, down)

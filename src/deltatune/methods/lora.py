@@ -14,10 +14,11 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal, of_rank, shift
+from deltatune.factors import Factor, block_diagonal, shift
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
+from deltatune.room import of_rank, plain, widen
 
 # Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
@@ -128,7 +129,8 @@ class LoRA(Adapter):
 
     lora_A: Factor
     lora_B: Factor
-    scaling: Any  # a number, or a tensor that can change under a compiled model (`make_room`)
+    scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
+    room: int | None = None  # the rank that the tensors have, where it may be higher than its own
 
     def __init__(
         self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
@@ -186,7 +188,9 @@ class LoRA(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + self.scaling * (self.B @ self.A).to(_wider(weight, self.A))
 
-    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        if not plain(self):
+            return None
         root = math.sqrt(abs(self.scaling))  # on both sides, as a sum of adapters shares its weights between them
         return self.B * math.copysign(root, self.scaling), root * self.A
 
@@ -211,57 +215,34 @@ class LoRA(Adapter):
     # Files call the factors of an embedding by names of their own, without `.weight`, and hold no room.
 
     def file_tensors(self) -> dict[str, Tensor]:
-        return {name: self._of_rank(tensor, tensor, self.r) for name, tensor in self._held().items()}
+        if self.room is None:
+            return self._held()
+        return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self._held().items():
-            parameter.data.copy_(self._of_rank(parameter, tensors[name], self.room))
+            value = tensors[name]
+            parameter.data.copy_(value if self.room is None else of_rank(self, parameter, value, self.room))
 
     def _held(self) -> dict[str, Tensor]:
         if self.embedding:
             return {"lora_embedding_A": self.lora_A.weight, "lora_embedding_B": self.lora_B.weight}
         return super().file_tensors()
 
-    # Room for adapters of other ranks: rows of A and columns of B beyond r, which are zero and stay it.
-
-    @property
-    def room(self) -> int:
-        return len(self.lora_A.weight)
-
     def make_room(self, rank: int | None = None) -> None:
-        rank = self.room if rank is None else rank
-        if rank < self.r or rank % self.blocks:
-            raise ConfigError(
-                f"rank {rank} is no room for a LoRA adapter of rank {self.r}; expected a multiple of {self.blocks} "
-                "that is not below it",
-                field="target_rank",
-                found=rank,
-                expected=self.r,
-            )
-        A, B = (self._of_rank(factor, factor, rank) for factor in (self.lora_A.weight, self.lora_B.weight))
-        for factor, wider in ((self.lora_A, A), (self.lora_B, B)):
-            if wider is not factor.weight:
-                factor.weight = nn.Parameter(wider, requires_grad=factor.weight.requires_grad)
-        if "scaling" in vars(self):
-            scaling = torch.tensor(float(vars(self).pop("scaling")), device=self.lora_A.weight.device)
-            self.register_buffer("scaling", scaling, persistent=False)
+        widen(self, rank)
 
     def fit(self, other: Adapter) -> None:
-        if isinstance(other, LoRA) and other.room > self.room:
-            self.make_room(other.room)
+        held = (other.room or other.r) if isinstance(other, LoRA) else 0
+        if held > self.r and plain(self) and not held % self.blocks:
+            widen(self, held)
 
     def neutral(self) -> bool:
+        if not plain(self):
+            return super().neutral()
         nn.init.zeros_(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
         return True
-
-    def _of_rank(self, factor: Tensor, tensor: Tensor, rank: int) -> Tensor:
-        """Values for one of the factors, of the given rank; the values themselves if they are."""
-        if factor is self.lora_A.weight and len(tensor) != rank:
-            return of_rank(tensor.detach(), 0, rank, self.blocks)
-        if factor is self.lora_B.weight and tensor.shape[1] * self.blocks != rank:
-            return of_rank(tensor.detach(), 1, rank // self.blocks)
-        return tensor
 
     @property
     def lora_embedding_A(self) -> Tensor | None:
