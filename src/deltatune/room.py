@@ -15,32 +15,32 @@ from deltatune.errors import ConfigError
 _FACTORS = {"lora_A.weight", "lora_B.weight", "lora_B.bias", "scaling"}
 
 
-def plain(adapter: nn.Module) -> bool:
-    """Whether a LoRA adapter holds nothing but its factors, so that their product is its change of the weight."""
+def plain(adapter: Any) -> bool:
+    """Whether a LoRA adapter is its factors and nothing else, so that zeros can stand beside them."""
     held = {name for part in (adapter.named_parameters(), adapter.named_buffers()) for name, _ in part}
-    return held <= _FACTORS
+    return held <= _FACTORS and not len(adapter.variants)
 
 
 def widen(adapter: Any, rank: int | None) -> None:
     """Hold the factors in the shape of a rank (None: as they are), and the scaling in a tensor.
 
     Raises:
-        ConfigError: The rank is below the adapter's, or its tensors are not only factors; nothing has changed.
+        ConfigError: It is below the adapter's rank, or above that of one with more than factors; nothing has changed.
     """
     rank = int(adapter.room or adapter.r) if rank is None else rank
     if rank < adapter.r or rank % adapter.blocks or not (plain(adapter) or rank == adapter.r):
         raise ConfigError(
             f"rank {rank} is no room for a LoRA adapter of rank {adapter.r}; expected a multiple of {adapter.blocks} "
-            "that is not below it, and no higher one for an adapter that has other tensors beside its factors",
+            "that is not below it, and no higher one for an adapter that is more than its factors",
             field="target_rank",
             found=rank,
             expected=adapter.r,
         )
-    for factor in (adapter.lora_A, adapter.lora_B):
+    for factor in (adapter.lora_A, adapter.lora_B) if plain(adapter) else ():
         wider = of_rank(adapter, factor.weight, factor.weight, rank)
         if wider is not factor.weight:
             factor.weight = nn.Parameter(wider, requires_grad=factor.weight.requires_grad)
-    adapter.room = rank
+    adapter.room = rank if plain(adapter) else None
     if "scaling" in vars(adapter):
         scaling = torch.tensor(float(vars(adapter).pop("scaling")), device=adapter.lora_A.weight.device)
         adapter.register_buffer("scaling", scaling, persistent=False)

@@ -177,7 +177,7 @@ def tensors(
     found = {}
     for path, layer in inject.adapted_layers(model):
         if path in layers:
-            adapter = LoRA.build(layer.as_map(), config, path).to(layers[path].groups[0].up.dtype)
+            adapter: Any = LoRA.build(layer.as_map(), config, path).to(layers[path].groups[0].up.dtype)
             layers[path].fill(adapter)
             found |= {f"{root}{path}.{name}": tensor.detach() for name, tensor in adapter.file_tensors().items()}
     for path, module in copies.modules.items():

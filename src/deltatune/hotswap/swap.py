@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from deltatune.state_dict import (
     collect,
     matched,
     parts,
-    without_base_copies,
 )
 from deltatune.storage import folder as storage
+from deltatune.storage.embeddings import Replacements
+from deltatune.storage.keys import adjusted
+from deltatune.storage.options import Allowed, loading
 
 
 def hotswap_adapter(
@@ -39,6 +42,7 @@ def hotswap_adapter(
     adapter_name: str,
     torch_device: str | None = None,
     *,
+    key_mapping: dict[str, str] | None = None,
     allow_base_mismatch: bool = False,
     **kwargs: Any,
 ) -> None:
@@ -54,22 +58,25 @@ def hotswap_adapter(
         model_name_or_path: Folder or hub repository.
         adapter_name: The adapter to replace.
         torch_device: Accepted; tensors go where those they replace are.
-        kwargs: Those of `from_pretrained` that say what is read: `subfolder`, `revision`, `key_mapping`, ...
+        kwargs: Those of `from_pretrained` that say what is read: `subfolder`, `revision`, ...
 
     Raises:
         PeftError: The folder is damaged, the adapter does not fit, or its method, base or targets are others; the
             present adapter is as it was.
     """
-    saved = storage.read(model_name_or_path, **kwargs)
+    allowed, hub = loading(allow_base_mismatch, kwargs)
+    saved = storage.read(model_name_or_path, key_mapping=key_mapping, **hub)
     peft_model, base = _parts(model)
     storage.check_base(saved, base, allow_base_mismatch)
     if peft_model is not None:
         peft_model._known([adapter_name])
         check_hotswap_configs_compatible(peft_model.peft_config[adapter_name], saved.config)
         if adapter_name in peft_model.prompts:
-            _swap_prompt(peft_model, adapter_name, saved)
+            _swap_prompt(peft_model, adapter_name, saved, allowed)
             return
-    tensors = matched(without_base_copies(base, saved.tensors, saved.source), collect(base, adapter_name, given=None))
+    known = collect(base, adapter_name, given=None)
+    tensors = adjusted(base, matched(saved.tensors, known), known)
+    tensors = Replacements(base, saved.config, tensors, known, False, saved.source).rest
     checksums = None if allow_base_mismatch else saved.derived
     _swap(peft_model, base, adapter_name, saved.config, tensors, saved.source, checksums)
 
@@ -193,7 +200,7 @@ def _keep_config(model: Any, name: str, config: PeftConfig) -> None:
         schedules[name] = type(schedules[name])(name, model.peft_config, adapters)
 
 
-def _swap_prompt(model: Any, name: str, saved: storage.Saved) -> None:
+def _swap_prompt(model: Any, name: str, saved: storage.Saved, allowed: Allowed) -> None:
     """Of methods outside of single layers: the tensors, where all options are the same."""
     present, new = model.peft_config[name].to_file_dict(), saved.config.to_file_dict()
     differing = sorted(key for key in present.keys() | new.keys() if present.get(key) != new.get(key))
@@ -206,4 +213,4 @@ def _swap_prompt(model: Any, name: str, saved: storage.Saved) -> None:
         )
     gate = model.base_model.selection.gate
     with gate.preparing(), gate.changing():
-        model._load(name, saved, allow_base_mismatch=True)  # the base has been checked
+        model._load(name, saved, replace(allowed, base_mismatch=True))  # the base has been checked
