@@ -22,6 +22,8 @@ _NAMES = {
     "deltatune.adapter": ("Adapter", "Applied", "LinearMap", "Method", "Stored"),
     "deltatune.callback": ("AdapterCallback",),
     "deltatune.calls": ("Value", "call_values"),
+    "deltatune.combine.convert": ("convert_to_lora", "save_as_lora"),
+    "deltatune.combine.intruders": ("reduce_intruder_dimension",),
     "deltatune.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "deltatune.errors": ("PeftError", "PeftWarning"),
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),

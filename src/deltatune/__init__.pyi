@@ -17,6 +17,9 @@ from deltatune.auto import AutoPeftModelForTokenClassification as AutoPeftModelF
 from deltatune.callback import AdapterCallback as AdapterCallback
 from deltatune.calls import Value as Value
 from deltatune.calls import call_values as call_values
+from deltatune.combine.convert import convert_to_lora as convert_to_lora
+from deltatune.combine.convert import save_as_lora as save_as_lora
+from deltatune.combine.intruders import reduce_intruder_dimension as reduce_intruder_dimension
 from deltatune.config import PeftConfig as PeftConfig
 from deltatune.config import PeftType as PeftType
 from deltatune.config import TaskType as TaskType

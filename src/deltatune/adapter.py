@@ -202,6 +202,10 @@ class Adapter(Stored):
             )
         raise NotImplementedError
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        """Up (out, R) and down (R, in) with W' - W = up @ down; None where R would not be small, or there are none."""
+        return None
+
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
@@ -211,6 +215,18 @@ class Adapter(Stored):
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
+
+    # How another adapter of the method takes its place (`deltatune.hotswap`).
+
+    def make_room(self, rank: int | None = None) -> None:
+        """Before compiling: hold what others may have otherwise in tensors, and factors in the shape of this rank."""
+
+    def fit(self, other: Adapter) -> None:
+        """Take the shapes of another adapter, as far as it has room, to be put in its place."""
+
+    def neutral(self) -> bool:
+        """Fresh as it is, make it change nothing; False if it does not know how."""
+        return self.identity_at_birth is True
 
     def penalty(self) -> Tensor | None:
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
@@ -315,6 +331,8 @@ class Method:
         for_peers: Rewrites what goes into a file where other programs would read something else out of it: (config, its
             values, tensors, keys that have to be kept, whether any program is to read it) -> (values, tensors, values
             of the config that only we read).
+        weighted_sum: Adapters of this method as one of it: by layer, terms (weight, adapter or None where it has none
+            there) -> options, of which "part" is (field, paths that it names), and by layer the tensors of its file.
         pairs: The x of tensors x_A (r, ...) and x_B that come in pairs of the config's rank; empty where none do.
         schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
             name, the configs by name and the adapters by path, or None where the options ask for none.
@@ -334,6 +352,7 @@ class Method:
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
     schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
     for_peers: Callable[..., tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] | None = None
+    weighted_sum: Callable[[dict[str, list[tuple[float, Any]]]], tuple[dict[str, Any], dict[str, Any]]] | None = None
     pairs: str = ""
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:

@@ -133,6 +133,7 @@ class PeftConfig:
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {}
     unsaved: ClassVar[frozenset[str]] = frozenset()
     file_defaults: ClassVar[dict[str, Any]] = {}  # what a file means that does not say
+    alike_in_swap: ClassVar[tuple[str, ...]] = ()  # fields in which an adapter and its successor have to agree
     rank_name: ClassVar[str] = "r"  # the field that no layer may be smaller than
 
     task_type: str | TaskType | None = None

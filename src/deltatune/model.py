@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import calls, empty, inject, recompute
+from deltatune.combine.convert import supports_lora_conversion
+from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -51,6 +53,9 @@ class PeftModel(Persistence, nn.Module):
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
 
+    add_weighted_adapter = add_weighted_adapter
+    supports_lora_conversion = supports_lora_conversion
+
     def __init__(
         self,
         model: nn.Module,
@@ -76,7 +81,8 @@ class PeftModel(Persistence, nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            return input_rows.forward(self, adapter_names, args, kwargs)
+            with self._passing(nullcontext()):
+                return input_rows.forward(self, adapter_names, args, kwargs)
         with self._choosing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
@@ -100,14 +106,20 @@ class PeftModel(Persistence, nn.Module):
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            return input_rows.generate(self, adapter_names, args, kwargs)
+            with self._passing(nullcontext()):
+                return input_rows.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
         with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
-    def _choosing(
-        self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None
-    ) -> Any:
+    def _choosing(self, *call: Any) -> Any:
+        return self._passing(self._chosen(*call))
+
+    def _passing(self, choice: Any) -> Any:
+        """A pass under its choice of adapters, which swaps of adapters wait for; a graph has no room for waiting."""
+        return choice if torch.compiler.is_compiling() else self.base_model.selection.gate.passing(choice)
+
+    def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Any:
         """What a call asks for beyond the arguments of the base model, which is taken out of them."""
         call = self.base_model.selection.current()
         if names is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import StateError
+from deltatune.gate import Gate
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
 _scales: ContextVar[Mapping[int, float]] = ContextVar("deltatune_scales", default=MappingProxyType({}))
@@ -77,12 +78,14 @@ class Selection:
         trained: Names whose parameters were last set to train, so that switching need not look at all the others.
         choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
             compiled model has something to guard on and needs the slow look-up only while such a call is running.
+        gate: What passes and changes of the adapters' values wait at.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
     trained: frozenset[str] = frozenset()
     choosing: int = field(default=0, repr=False)
+    gate: Gate = field(default_factory=Gate, repr=False)
 
     def current(self) -> Call:
         names = self.active if self.enabled else ()
@@ -131,7 +134,7 @@ class Selection:
             self.choosing += step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "choosing": 0}  # copies start outside of any call
+        return {**vars(self), "choosing": 0, "gate": Gate()}  # copies start outside of any call
 
 
 @torch.compiler.disable

@@ -183,6 +183,9 @@ class AdaLoRA(Adapter):
         update = self.scale * (self.lora_B @ (self.lora_E * self.lora_A))
         return weight + update.to(torch.promote_types(weight.dtype, update.dtype))
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        return self.scale * self.lora_B, self.lora_E * self.lora_A
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices

@@ -106,6 +106,12 @@ class DEFT(Adapter):
             change = change + self.deft_scaling * self.deft_R
         return weight + Q @ change
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        W, wide = layer.weight, torch.promote_types(layer.dtype, self.deft_P.dtype)
+        Q, N = (factor.to(wide) for factor in self.factors(self.deft_P))
+        change = -(N.T @ W.to(wide))
+        return Q, change if self.deft_R is None else change + self.deft_scaling * self.deft_R
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (Q, N) = layer(x), self.factors(self.deft_P)
         taken = layer.mix(y, N.T)

@@ -105,6 +105,9 @@ class DeLoRA(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + (self.delora_B * self.scaling) @ self.down
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        return self.delora_B * self.scaling, self.down
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         x = self.delora_dropout(x)

@@ -118,6 +118,13 @@ class GraLoRA(Adapter):
             update = update + self.gralora_B_general.weight @ self.gralora_A_general.weight
         return weight + self.scaling * update
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        down, up = self.factors
+        if self.gralora_A_general is not None and self.gralora_B_general is not None:
+            down = torch.cat([down, self.gralora_A_general.weight])
+            up = torch.cat([up, self.gralora_B_general.weight], 1)
+        return self.scaling * up, down
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         if self.kind == "linear":

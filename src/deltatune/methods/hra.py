@@ -80,6 +80,13 @@ class Reflections(Adapter):
             weight = reflect(weight, u)
         return weight
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        U = self.U
+        Y = U.new_zeros(len(U), 0)  # H_1 ... H_k = I + Y U_k^T
+        for k, u in enumerate(U.unbind(1)):
+            Y = torch.cat([Y, -2 * (u + Y @ (U[:, :k].T @ u))[:, None]], 1)
+        return layer.weight.to(torch.promote_types(layer.dtype, U.dtype)) @ Y, U.T
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         if not self.vectors_in:  # a patch of an image is no vector that could be reflected before the layer
             return super().forward(x, layer)

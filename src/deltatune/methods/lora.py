@@ -34,6 +34,7 @@ from deltatune.lora.variants.velora import VeloraConfig
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
+from deltatune.room import of_rank, plain, widen
 from deltatune.storage.derived import in_waves
 
 MEGATRON = ("megatron.core", None)  # what PEFT imports by the name in the config; here a name that may stand there
@@ -80,6 +81,7 @@ class LoraConfig(LayerConfig):
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
+    alike_in_swap: ClassVar[tuple[str, ...]] = ("lora_dropout", "use_dora", "lora_bias")
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False, True)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
 
@@ -171,6 +173,8 @@ class LoRA(Adapter):
     start_A: Tensor | None
     start_B: Tensor | None
     stand_in: Quantised | None
+    scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
+    room: int | None = None  # the rank that the tensors have, where it may be higher than its own
     variants: Sequence[Variant]
     summand: bool | str = True
 
@@ -304,6 +308,13 @@ class LoRA(Adapter):
             weight = variant.adapt(weight)
         return weight
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        if any(type(variant).adapt is not Variant.adapt for variant in self.variants):
+            return None
+        A, B = self.whole(*self.factors())
+        root = math.sqrt(abs(self.scaling))  # on both sides, as a sum of adapters shares its weights between them
+        return B / root, root * A
+
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         own = self.lora_B.bias
         if own is None:
@@ -357,9 +368,20 @@ class LoRA(Adapter):
         terms = [term for variant in self.variants if (term := variant.penalty(self)) is not None]
         return torch.stack(terms).sum() if terms else None
 
-    # Files call the factors of an embedding by names of their own, without `.weight`.
+    # Files call the factors of an embedding by names of their own, without `.weight`, and hold no room.
 
     def file_tensors(self) -> dict[str, Tensor]:
+        if self.room is None:
+            return self._held()
+        return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
+
+    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._held().items():
+                value = tensors[name] if self.room is None else of_rank(self, tensor, tensors[name], self.room)
+                tensor.copy_(value)  # counted by torch, for what is kept until it changes
+
+    def _held(self) -> dict[str, Tensor]:
         names = NAMES[self.embedding]
         bias = {} if self.lora_B.bias is None else {"lora_B.bias": self.lora_B.bias}
         own = {name: tensor for variant in self.variants for name, tensor in variant.file_tensors().items()}
@@ -394,10 +416,20 @@ class LoRA(Adapter):
             return {}
         return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
 
-    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.file_tensors().items():
-                tensor.copy_(tensors[name])  # counted by torch, for what is kept until it changes
+    def make_room(self, rank: int | None = None) -> None:
+        widen(self, rank)
+
+    def fit(self, other: Adapter) -> None:
+        held = (other.room or other.r) if isinstance(other, LoRA) else 0
+        if held > self.r and plain(self) and not held % self.blocks:
+            widen(self, held)
+
+    def neutral(self) -> bool:
+        if not plain(self):
+            return super().neutral()
+        nn.init.zeros_(self.lora_A.weight)
+        nn.init.zeros_(self.lora_B.weight)
+        return True
 
     @property
     def lora_embedding_A(self) -> Tensor | None:

@@ -100,6 +100,12 @@ class MiSS(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + self.update(weight)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        if self.bat:
+            return None
+        D = self.miss_block.T.repeat(self.copies, 1)  # every output adds up r sums of inputs
+        return D, self._along_inputs(torch.eye(self.miss_r, dtype=D.dtype, device=D.device))
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         if self.bat and layer.dtype.itemsize >= 4:  # every block has a D of its own: the matrix is the cheapest way
             return super().forward(x, layer)

@@ -107,6 +107,10 @@ class Pvera(Adapter):
         b, d = self.pvera_lambda_b[:, None], self.pvera_lambda_d[: self.r, None]
         return weight + (b * self.pvera_B) @ (d * self.pvera_A[: self.r])
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        b, d = self.pvera_lambda_b[:, None], self.pvera_lambda_d[: self.r, None]
+        return b * self.pvera_B, d * self.pvera_A[: self.r]
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, A, d = layer(x), self.pvera_A, self.pvera_lambda_d
         x = self.pvera_dropout(x)

@@ -161,6 +161,10 @@ class RandLora(Adapter):
         down, up = self.factors
         return weight + self.scaling * (up @ down)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        down, up = self.factors
+        return (self.scaling * up, down) if len(down) < min(len(up), down.shape[1]) else None
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (down, up) = layer(x), self.factors
         x = self.randlora_dropout(x)

@@ -116,6 +116,10 @@ class TinyLora(Adapter):
         down, up = self.factors
         return weight + up @ down
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        down, up = self.factors
+        return up, down
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (down, up) = layer(x), self.factors
         x = self.tinylora_dropout(x)

@@ -124,6 +124,10 @@ class UniLora(Adapter):
         A, B = self.factors
         return weight + B @ A
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        A, B = self.factors
+        return B, A
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (A, B) = layer(x), self.factors
         x = self.unilora_dropout(x)

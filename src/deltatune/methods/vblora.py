@@ -122,6 +122,9 @@ class VBLoRA(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + self.B @ self.A
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        return self.B, self.A
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         x = self.vblora_dropout(x)

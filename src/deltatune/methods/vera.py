@@ -92,6 +92,10 @@ class Vera(Adapter):
         b, d = self.vera_lambda_b[:, None], self.vera_lambda_d[:, None]
         return weight + (b * self.vera_B) @ (d * self.vera_A)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        b, d = self.vera_lambda_b[:, None], self.vera_lambda_d[:, None]
+        return b * self.vera_B, d * self.vera_A
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         h = layer.scale(layer.apply(self.vera_dropout(x), self.vera_A), self.vera_lambda_d)

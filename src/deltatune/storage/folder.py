@@ -87,6 +87,17 @@ def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:
         )
 
 
+def write(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], base: nn.Module) -> None:
+    """Write an adapter for a bare (perhaps adapted) model on which it need not be."""
+    for key, tensor in tensors.items():
+        _check_savable(key, tensor, nonfinite=False)
+    facts: dict[str, Any] = {"base": fingerprint(base, getattr(config, "modules_to_save", None) or ())}
+    values = {**config.to_file_dict(), "peft_version": PEER_VERSION}
+    files = _file_pair(values, tensors, {**facts, **_before(folder, values, facts, WEIGHTS_NAME)}, WEIGHTS_NAME)
+    card = {} if (folder / CARD_NAME).exists() else {CARD_NAME: model_card(config).encode()}
+    write_files(folder, {**card, **files}, stale=[file for file in FORMATS if file != WEIGHTS_NAME])
+
+
 def _files(model: PeftModel, name: str, how: Saving, target: Path) -> dict[str, bytes]:
     config: Any = model.peft_config[name]
     values = {**_file_dict(model, config), "peft_version": PEER_VERSION}
