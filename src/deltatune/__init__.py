@@ -28,7 +28,7 @@ _NAMES = {
     "deltatune.errors": ("PeftError", "PeftWarning"),
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     "deltatune.helpers": (
-        *("DoraCaching", "KappaTuneSelector", "cast_mixed_precision_params", "check_if_peft_model"),
+        *("KappaTuneSelector", "cast_mixed_precision_params", "check_if_peft_model"),
         *("find_kappa_target_modules", "get_base_model_state_dict", "inspect_matched_modules"),
         *("prepare_model_for_kbit_training", "rescale_adapter_scale", "set_base_model_state_dict"),
         "shift_tokens_right",

@@ -29,7 +29,6 @@ from deltatune.errors import PeftWarning as PeftWarning
 from deltatune.functional import get_peft_model_state_dict as get_peft_model_state_dict
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
-from deltatune.helpers import DoraCaching as DoraCaching
 from deltatune.helpers import KappaTuneSelector as KappaTuneSelector
 from deltatune.helpers import cast_mixed_precision_params as cast_mixed_precision_params
 from deltatune.helpers import check_if_peft_model as check_if_peft_model

@@ -105,7 +105,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path):
         compiled(IDS)
         for folder in folders:
             hotswap_adapter(compiled, folder, "default")
-            torch.testing.assert_close(compiled(IDS), outputs(folder), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(compiled(IDS), outputs(folder), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 

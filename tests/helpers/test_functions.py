@@ -19,7 +19,7 @@ import deltatune
 import deltatune.functional
 from deltatune import LoraConfig, get_peft_model, helpers, inject_adapter_in_model
 from deltatune.errors import AdapterNameError, ConfigError, MismatchError, StateError, TargetError
-from deltatune.helpers.dora import dora_caching
+from deltatune.lora.variants.caching import dora_caching
 from tests.core.tiny import batch, logits, tiny
 from tests.laws.examples import LAYER_METHODS, move
 

@@ -34,7 +34,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
         layer.unmerge()
     for selection in _selections(model):
         selection.active = names
-    inject.train_only(model, names, inference_mode)
+        inject.train_only(model, selection, names, not inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", **ignored: Any) -> list[str] | None:
@@ -62,7 +62,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", **igno
     for selection in selections:
         active = tuple(name for name in selection.active if name != adapter_name)
         selection.active = active or tuple(left[:1])
-        inject.train_only(model, selection.active)
+        inject.train_only(model, selection, selection.active)
     return list(selections[0].active) or None
 
 

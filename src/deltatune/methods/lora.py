@@ -309,7 +309,7 @@ class LoRA(Adapter):
         return weight
 
     def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
-        if any(type(variant).adapt is not Variant.adapt for variant in self.variants):
+        if self.stand_in is not None or any(type(v).adapt is not Variant.adapt for v in self.variants):
             return None
         A, B = self.whole(*self.factors())
         root = math.sqrt(abs(self.scaling))  # on both sides, as a sum of adapters shares its weights between them
