@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from deltatune import calls, empty, inject
+from deltatune import calls, empty, inject, recompute
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -68,6 +68,7 @@ class PeftModel(Persistence, nn.Module):
         self.prompt_encoder = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
+        recompute.bind(model, self.base_model.selection, self.prompts)
         self.training = model.training
 
     # ------------------------------------------------------------------------------------------------------- calling
@@ -113,7 +114,7 @@ class PeftModel(Persistence, nn.Module):
             rows = tuple(None if name in (BASE, None) else name for name in names)
             self._known([name for name in rows if name is not None])
             stacks = WeakKeyDictionary() if call.stacks is None and generation is not None else call.stacks
-            call = Call(rows=rows, stacks=stacks)
+            call = Call(rows=rows, stacks=stacks, scale=call.scale)
         call = self.informed(call, kwargs, generation)
         if names is None and not call.values:
             return nullcontext()
