@@ -414,12 +414,6 @@ def train(model: nn.Module, selection: Selection, names: Collection[str], trains
     selection.trained = selection.trained.union(names) if trains else selection.trained.difference(names)
 
 
-def train_only(model: nn.Module, selection: Selection, names: Collection[str], trains: bool = True) -> None:
-    """Let the named adapters train (or none of them), and those that were last set to train no more."""
-    train(model, selection, selection.trained - set(names), False)
-    train(model, selection, names, trains)
-
-
 def _holders(model: nn.Module) -> Iterator[nn.ModuleDict]:
     """Everything that holds a part of each adapter under its name: layers, trained copies, what layers share."""
     for _, wrapper in _once(model, (AdaptedLayer, TrainedCopies)):

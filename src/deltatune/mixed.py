@@ -107,13 +107,15 @@ def _run(group: Group, base: _Once, x: Tensor, call: Call) -> Tensor:
     x = group.of(x)
     if len(group.adapters) == 1:
         read = lambda name: call.value(name, len(base.shown), group.index)  # noqa: E731
-        return Applied(group.adapters[0], cast(LinearMap, Known(base, group, x)), read)(x)
+        return Applied(call.acting(group.adapters[0]), cast(LinearMap, Known(base, group, x)), read)(x)
     rows = x.reshape(len(group.adapters), -1, x.shape[-1])
     y = _stacked(group, call).forward(rows, cast(LinearMap, Rowwise(base, group, rows)))
     return y.reshape(len(group.index), *base.shown.shape[1:-1], y.shape[-1])
 
 
 def _stacked(group: Group, call: Call) -> Adapter:
+    if call.scale not in (None, 1.0):
+        return stacked([call.acting(adapter) for adapter in group.adapters])
     if call.stacks is None or torch.is_grad_enabled():
         return stacked(group.adapters)
     if group not in call.stacks:

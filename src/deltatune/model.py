@@ -126,7 +126,7 @@ class PeftModel(Persistence, nn.Module):
             rows = tuple(None if name in (BASE, None) else name for name in names)
             self._known([name for name in rows if name is not None])
             stacks = WeakKeyDictionary() if call.stacks is None and generation is not None else call.stacks
-            call = Call(rows=rows, stacks=stacks)
+            call = Call(rows=rows, stacks=stacks, scale=call.scale)
         call = self.informed(call, kwargs, generation)
         if names is None and not call.values:
             return nullcontext()

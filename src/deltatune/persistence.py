@@ -301,7 +301,7 @@ class Persistence:
         except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
-            elif not any(tensor.is_meta for tensor in before.values()):
+            elif _differ(before, self.adapter_tensors(adapter_name)):
                 self.fill_adapter(adapter_name, before)
             raise
         if is_trainable:
@@ -329,3 +329,8 @@ class Persistence:
         self.fill_adapter(name, {key: value for key, value in tensors.items() if key not in heads or key in base.rest})
         base.put()
         return []
+
+
+def _differ(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
+    """Whether values have changed; of tensors on the meta device, which have none, nothing has."""
+    return any(not tensor.is_meta and not torch.equal(tensor, now[key]) for key, tensor in before.items())

@@ -56,6 +56,12 @@ class Call:
             found=len(self.rows),
         )
 
+    def acting(self, adapter: Any) -> Any:
+        """The adapter, or where another scale is asked for a twin with that one; both have the same tensors."""
+        if self.scale is None or self.scale == 1.0 or not has_scale(adapter):
+            return adapter
+        return _rescaled(adapter, self.scale)  # type: ignore[call-arg]
+
     def value(self, name: str, batch: int, index: list[int] | None = None) -> Tensor | None:
         """One entry per row of a batch of this size (of its rows in `index`), or one for all; None: unknown."""
         value: Tensor | None = self.values.get(name)
@@ -123,11 +129,8 @@ class Selection:
             _scales.reset(token)
 
     def acting(self, adapter: Any) -> Any:
-        """The adapter, or where this call asks for another scale a twin with that one; both have the same tensors."""
-        scale = self.current().scale if self.choosing else 1.0
-        if scale is None or scale == 1.0 or not has_scale(adapter):
-            return adapter
-        return _rescaled(adapter, scale)  # type: ignore[call-arg]
+        """The adapter as the running call asks for it."""
+        return self.current().acting(adapter) if self.choosing else adapter
 
     def _count(self, step: int) -> None:
         with _counting:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from deltatune import BottleneckConfig, HRAConfig, IA3Config, LoraConfig, RoadConfig, get_peft_model
+from deltatune.helpers.scale import rescale_adapter_scale
 from deltatune.inject import adapter_tensors
 from tests.core.tiny import tiny
 from tests.laws.examples import Holder, move
@@ -119,6 +120,17 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows():
     assert mixed.keys() == each.keys() and len(mixed) > 32
     for name, grad in mixed.items():
         assert_close(grad, each[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_that_rescales_reaches_every_row():
+    model, x = sixteen(), torch.randn(16, 5, 12)
+    base = model(x, adapter_names=["__base__"] * 16)
+    whole = model(x, adapter_names=NAMES)
+    with rescale_adapter_scale(model, 0.5):
+        assert_close(model(x, adapter_names=NAMES), (base + whole) / 2)
+        with model.fixed_adapters(), torch.no_grad():
+            assert_close(model(x, adapter_names=NAMES), (base + whole) / 2)
+    assert torch.equal(model(x, adapter_names=NAMES), whole)
 
 
 def test_dropout_drops_in_training_only():

@@ -34,7 +34,8 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
         layer.unmerge()
     for selection in _selections(model):
         selection.active = names
-        inject.train_only(model, selection, names, not inference_mode)
+        inject.train(model, selection, selection.trained - set(names), False)
+        inject.train(model, selection, names, not inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", **ignored: Any) -> list[str] | None:
@@ -60,9 +61,11 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", **igno
     inject.remove(model, adapter_name)
     left = known_names(model)
     for selection in selections:
-        active = tuple(name for name in selection.active if name != adapter_name)
-        selection.active = active or tuple(left[:1])
-        inject.train_only(model, selection, selection.active)
+        selection.trained -= {adapter_name}
+        if adapter_name in selection.active:
+            active = tuple(name for name in selection.active if name != adapter_name)
+            selection.active = active or tuple(left[:1])
+            inject.train(model, selection, selection.active, True)
     return list(selections[0].active) or None
 
 
@@ -76,9 +79,8 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
     _check(model, names, "set_requires_grad")
     if isinstance(model, PeftModel):
         return model.set_requires_grad(names, requires_grad)
-    for name in names:
-        for parameter in inject.adapter_parameters(model, name):
-            parameter.requires_grad_(requires_grad)
+    for selection in _selections(model):
+        inject.train(model, selection, names, requires_grad)
 
 
 def known_names(model: nn.Module) -> list[str]:

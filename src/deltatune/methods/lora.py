@@ -197,7 +197,7 @@ class LoRA(Adapter):
         self.embedding = layer.kind == "embedding"
         self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
         if varied or start.gives_way or start.stand_in is not None:
-            self.stacks = None
+            self.stacks = None  # there is more to it than B A x
         down, up = shapes(layer, r, varied)
         self.lora_A = Factor(*down)
         self.lora_B = Factor(*up, bias=layer.out_features if bias else None, fixed=start.fixed_B)
@@ -322,7 +322,7 @@ class LoRA(Adapter):
         return self.scaling * own if bias is None else bias + self.scaling * own
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
-        if not self.variants and self.start_A is None and self.stand_in is None:
+        if self.stacks is not None:
             y = layer(x)
             return y + self._plain(self._dropped(x), layer).to(y.dtype)
         layer = self._base(layer)
@@ -333,7 +333,7 @@ class LoRA(Adapter):
         return out
 
     def _plain(self, dropped: Any, layer: LinearMap) -> Tensor:
-        """The update without variants, whose scale is put on the smallest tensor on the way."""
+        """B A x, whose scale is put on the smallest tensor on the way."""
         h, bias = layer.apply(dropped, self.A), self.lora_B.bias
         if bias is None:
             return layer.mix(self.scaling * h, self.B)
