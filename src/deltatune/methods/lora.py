@@ -17,7 +17,7 @@ from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, block_diagonal, shift
-from deltatune.lora.variants import OPTIONS, VIEWS, build_variants, check_variants, variants_of, view
+from deltatune.lora.variants import VIEWS, build_variants, check_variants, variants_of, view
 from deltatune.lora.variants.arrow import ArrowConfig, Router
 from deltatune.lora.variants.bdlora import BdLoraConfig
 from deltatune.lora.variants.dora import Dora
@@ -105,8 +105,6 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        for name, kind in OPTIONS.items():
-            setattr(self, name, kind.of(getattr(self, name), "LoraConfig", name))
         super().__post_init__()
 
     def validate(self) -> None:
