@@ -25,6 +25,13 @@ _NAMES = {
     "deltatune.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "deltatune.errors": ("PeftError", "PeftWarning"),
     "deltatune.functional": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
+    "deltatune.helpers": (
+        *("DoraCaching", "KappaTuneSelector", "cast_mixed_precision_params", "check_if_peft_model"),
+        *("find_kappa_target_modules", "get_base_model_state_dict", "inspect_matched_modules"),
+        *("prepare_model_for_kbit_training", "rescale_adapter_scale", "set_base_model_state_dict"),
+        "shift_tokens_right",
+        *("update_forward_signature", "update_generate_signature", "update_signature"),
+    ),
     "deltatune.layer": ("AdaptedLayer",),
     "deltatune.lora.arrow_model": ("create_arrow_model",),
     "deltatune.lora.trainer": ("MontecloraTrainerMixin",),
@@ -71,6 +78,10 @@ _NAMES = {
     "deltatune.methods.vblora": ("VBLoRAConfig",),
     "deltatune.methods.vera": ("VeraConfig",),
     "deltatune.model": ("PeftModel",),
+    "deltatune.optimizers": (
+        *("LoraFAOptimizer", "create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"),
+        "loraplus_groups",
+    ),
     "deltatune.outputs.bottleneck": ("BottleneckConfig",),
     "deltatune.outputs.compacter": ("CompacterConfig",),
     "deltatune.outputs.lily": ("LilyConfig",),
@@ -92,6 +103,7 @@ _NAMES = {
     ),
     "deltatune.prompts.text": ("initialize_kv_prefix_from_text",),
     "deltatune.registry": ("METHODS", "register_method"),
+    "deltatune.storage.weights": ("load_peft_weights",),
     "deltatune.tasks": (
         *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModelForCausalLM", "PeftModelForFeatureExtraction"),
         *("PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),

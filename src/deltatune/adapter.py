@@ -132,7 +132,8 @@ class Adapter(Stored):
     @classmethod
     def fits(cls, layer: LinearMap) -> bool | str:
         """True, or why the method's maths does not allow the layer."""
-        return layer.kind in cls.base_kinds or f"its maths allows {', '.join(sorted(cls.base_kinds))} layers"
+        allowed = ", ".join(sorted(cls.base_kinds))
+        return layer.kind in cls.base_kinds or f"its maths allows {allowed} layers, and this is a {layer.kind} layer"
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:

@@ -141,8 +141,16 @@ def circulant(kernel: Tensor) -> Tensor:
 
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C)."""
-    dtype = torch.promote_types(x.dtype, at_least_single(kernel))  # half precision has no FFT
+    """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C).
+
+    Half precision has no FFT; the wider copies and spectra are made again for the gradient, instead of being kept.
+    """
+    narrow = x.dtype.itemsize < at_least_single(kernel).itemsize
+    return recomputed(_correlated, x, kernel) if narrow else _correlated(x, kernel)
+
+
+def _correlated(x: Tensor, kernel: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, at_least_single(kernel))
     parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
     if not parts.numel():  # nothing to transform, which not every library for FFT takes
         return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)

@@ -19,7 +19,7 @@ from deltatune.registry import METHODS
 from deltatune.schedule import Schedule
 from deltatune.selection import Selection
 
-LOST_WORTH_SAYING = 0.1  # of the update, in one layer
+LOST_WORTH_SAYING = 0.01  # of the update, in one layer
 
 
 class Tuner(PeerLosses, nn.Module):

@@ -29,10 +29,10 @@ from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
 
+MEGATRON = ("megatron.core", None)  # what PEFT imports by the name in the config; here a name that may stand there
 # Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
     "bias": "none",
-    "megatron_config": None,
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
@@ -66,10 +66,12 @@ class LoraConfig(LayerConfig):
             other variants go together.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
+        megatron_config, megatron_core: Accepted and kept: Megatron's layers are known by their class, so nothing has to
+            be told of them, and no module is imported by the name that a file gives.
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
-    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False)}
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False, True)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
 
     r: int = 8
@@ -113,6 +115,7 @@ class LoraConfig(LayerConfig):
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
+        checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
         self.beside()
         check_variants(self)
         for name, inert in _NOT_BUILT.items():
