@@ -4,7 +4,6 @@ from deltatune.helpers.base_weights import get_base_model_state_dict as get_base
 from deltatune.helpers.base_weights import set_base_model_state_dict as set_base_model_state_dict
 from deltatune.helpers.devices import get_layer_device_map as get_layer_device_map
 from deltatune.helpers.devices import map_cache_to_layer_device_map as map_cache_to_layer_device_map
-from deltatune.helpers.dora import DoraCaching as DoraCaching
 from deltatune.helpers.folders import check_if_peft_model as check_if_peft_model
 from deltatune.helpers.kappa import KappaTuneSelector as KappaTuneSelector
 from deltatune.helpers.kappa import find_kappa_target_modules as find_kappa_target_modules
@@ -29,3 +28,5 @@ from deltatune.helpers.tokens import shift_tokens_right as shift_tokens_right
 from deltatune.helpers.verbs import delete_adapter as delete_adapter
 from deltatune.helpers.verbs import set_adapter as set_adapter
 from deltatune.helpers.verbs import set_requires_grad as set_requires_grad
+from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
+from deltatune.lora.variants.caching import DoraCaching as DoraCaching
