@@ -42,6 +42,16 @@ from deltatune.helpers import update_generate_signature as update_generate_signa
 from deltatune.helpers import update_signature as update_signature
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.lora.arrow_model import create_arrow_model as create_arrow_model
+from deltatune.lora.covariance import preprocess_corda as preprocess_corda
+from deltatune.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from deltatune.lora.explained import get_eva_state_dict as get_eva_state_dict
+from deltatune.lora.gradients import preprocess_loraga as preprocess_loraga
+from deltatune.lora.options import CordaConfig as CordaConfig
+from deltatune.lora.options import EvaConfig as EvaConfig
+from deltatune.lora.options import LoftQConfig as LoftQConfig
+from deltatune.lora.options import LoraGAConfig as LoraGAConfig
+from deltatune.lora.options import LoraRuntimeConfig as LoraRuntimeConfig
+from deltatune.lora.replace import replace_lora_weights_loftq as replace_lora_weights_loftq
 from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
 from deltatune.lora.variants.arrow import ArrowConfig as ArrowConfig
 from deltatune.lora.variants.bdlora import BdLoraConfig as BdLoraConfig

@@ -15,14 +15,20 @@ from deltatune.adapter import LinearMap
 
 
 class Factor(nn.Module):
-    """One trainable tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias."""
+    """One tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias.
 
-    weight: nn.Parameter
+    It trains, unless it is `fixed`: then it is a buffer.
+    """
+
+    weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, *shape: int, bias: int | None = None) -> None:
+    def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+        if fixed:
+            self.register_buffer("weight", torch.empty(shape))
+        else:
+            self.weight = nn.Parameter(torch.empty(shape))
         self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
 
     @property
