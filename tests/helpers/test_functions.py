@@ -358,7 +358,8 @@ def test_without_deepspeed_nothing_is_gathered():
 def test_every_helper_takes_the_arguments_of_the_peers():
     homes = {
         peft.helpers: ("update_signature", "check_if_peft_model", "rescale_adapter_scale", "DoraCaching",
-                       "disable_input_dtype_casting", "KappaTuneSelector", "find_kappa_target_modules"),
+                       "disable_input_dtype_casting", "KappaTuneSelector", "find_kappa_target_modules",
+                       "MontecloraTrainerMixin"),
         peft.functional: ("set_adapter", "delete_adapter", "set_requires_grad", "cast_adapter_dtype"),
         peft: ("prepare_model_for_kbit_training", "cast_mixed_precision_params", "get_base_model_state_dict",
                "set_base_model_state_dict"),

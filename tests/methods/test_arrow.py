@@ -20,9 +20,10 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def saved(folder, seed: int, **options) -> str:
+    base = tiny("llama")
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options})
-    model = get_peft_model(tiny("llama"), config)
+    model = get_peft_model(base, config)
     move(model, 0.3)
     model.save_pretrained(folder / str(seed))
     return str(folder / str(seed))

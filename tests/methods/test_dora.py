@@ -96,8 +96,11 @@ def test_the_lengths_are_constants_in_the_gradient():
     constant = direction.detach().norm(dim=1)
     out = x @ (m[:, None] * direction / constant[:, None]).T + wrapper.base_layer.bias.detach()
     expected = torch.autograd.grad((out - goal).square().sum(), own, retain_graph=True)
-    for one, other in zip(got, expected):
+    read = nn.functional.linear(x, wrapper.stored_weight(["default"]), wrapper.base_layer.bias)
+    by_weight = torch.autograd.grad((read - goal).square().sum(), own)
+    for one, other, third in zip(got, expected, by_weight):
         assert_close(one, other)
+        assert_close(third, other)
     through = x @ (m[:, None] * direction / direction.norm(dim=1)[:, None]).T + wrapper.base_layer.bias.detach()
     not_this = torch.autograd.grad((through - goal).square().sum(), B)[0]
     assert not torch.allclose(got[1], not_this, rtol=1e-3)

@@ -121,6 +121,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"KasaConfig: gamma=nan"):
         LoraConfig(kasa_config={"gamma": float("nan")})
     config = LoraConfig(kasa_config={}, target_modules=["layer"])
+    config.kasa_config = {"beta": 0.5}  # a config is mutable
+    assert config.kasa_config == {"beta": 0.5} and config.validate() is None
+    assert config.kasa_config == KasaConfig(beta=0.5)
     config.kasa_config.beta = "much"
     with pytest.raises(ConfigError, match="beta='much'"):
         get_peft_model(nn.ModuleDict({"layer": nn.Linear(12, 12)}), config)

@@ -132,6 +132,22 @@ def test_training_gives_the_same_losses(arch, changes, tmp_path):
     assert expected[-4] < expected[0]
 
 
+@quiet
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_dora_over_a_base_that_gives_way(init, dropout, tmp_path):
+    """Its lengths are those of W + s (B A - B0 A0), of which dropout thins what trains and what the length changes."""
+    drawn = {"use_dora": True, "init_lora_weights": init, "lora_dropout": dropout, "target_modules": ["q_proj"]}
+    crossing.crosses_over(*configs("lora", "llama", r=4, **drawn), "llama", tmp_path / "files")
+    model = theirs("llama", configs("lora", "llama", r=4, **drawn)[0])
+    folder = saved_by_peft(model, tmp_path / "trained")
+    ours = deltatune.PeftModel.from_pretrained(tiny("llama"), folder, is_trainable=True)
+    torch.manual_seed(2)
+    expected = crossing.losses(model, "llama", 20)
+    torch.manual_seed(2)
+    assert crossing.losses(ours, "llama", 20) == pytest.approx(expected, abs=1e-4)
+
+
 def test_kasas_loss_is_the_one_that_peft_has_for_users_to_add(tmp_path):
     model = theirs("llama", configs("lora", "llama", kasa_config={"beta": 0.1, "gamma": 0.2})[0])
     ours = deltatune.PeftModel.from_pretrained(tiny("llama"), saved_by_peft(model, tmp_path), is_trainable=True)

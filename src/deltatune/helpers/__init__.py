@@ -28,4 +28,5 @@ from deltatune.helpers.tokens import shift_tokens_right as shift_tokens_right
 from deltatune.helpers.verbs import delete_adapter as delete_adapter
 from deltatune.helpers.verbs import set_adapter as set_adapter
 from deltatune.helpers.verbs import set_requires_grad as set_requires_grad
+from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
 from deltatune.lora.variants.caching import DoraCaching as DoraCaching

@@ -23,7 +23,7 @@ from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGACo
 from deltatune.lora.quantised import Quantised
 from deltatune.lora.stacked import NAMES, START_A, START_B, for_peers, unstacked
 from deltatune.lora.starts import Site, Start
-from deltatune.lora.variants import OPTIONS, VIEWS, build_variants, check_variants, variants_of, view
+from deltatune.lora.variants import VIEWS, build_variants, check_variants, variants_of, view
 from deltatune.lora.variants.arrow import ArrowConfig, Router
 from deltatune.lora.variants.bdlora import BdLoraConfig
 from deltatune.lora.variants.dora import Dora
@@ -118,8 +118,6 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        for name, kind in OPTIONS.items():
-            setattr(self, name, kind.of(getattr(self, name), "LoraConfig", name))
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
         options.settle(self)

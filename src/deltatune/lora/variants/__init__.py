@@ -34,7 +34,7 @@ def variants_of(config: Any) -> list[type[Variant]]:
 
 
 def check_variants(config: Any) -> None:
-    """The options of variants, each by itself and beside the others.
+    """The options of variants, each by itself and beside the others; those given as dicts become objects.
 
     Raises:
         ConfigError: A value is wrong, or two fields cannot be set at the same time; it names both.
@@ -43,11 +43,9 @@ def check_variants(config: Any) -> None:
         options = kind.of(getattr(config, name), "LoraConfig", name)
         if options is not None:
             options.validate()
+        setattr(config, name, options)
     for kind in variants_of(config):
         kind.check(config)
-        for other, reason in kind.excludes.items():
-            if getattr(config, other) not in (None, False):
-                raise _apart(kind.field, other, reason, getattr(config, other))
         if kind.starts is not None and config.init_lora_weights not in kind.starts:
             reason = "whose factors are worked out for another shape or weight"
             raise _apart(kind.field, "init_lora_weights", reason, config.init_lora_weights)

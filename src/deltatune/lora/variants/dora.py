@@ -27,13 +27,16 @@ class Dora(Variant):
     summand: ClassVar[bool | str] = "it sets the length of the weight's rows"
     views: ClassVar[tuple[str, ...]] = ("lora_magnitude_vector",)
 
+    broadcast: tuple[int, ...]  # shape in which a number per feature multiplies an output
+
     def __init__(self) -> None:
         super().__init__()
         self.kept = Kept()
 
     def begin(self, lora: LoRA, layer: LinearMap) -> None:
         positions = layer.up_shape(layer.groups)[2:]
-        shape = (1, layer.out_features, *positions) if positions else (layer.out_features,)  # as files have it
+        self.broadcast = (layer.out_features, *positions)
+        shape = (1, *self.broadcast) if positions else self.broadcast  # as files have it
         self.lora_magnitude_vector = Factor(*shape)
         with torch.no_grad():
             lengths = row_lengths(layer.weight, *lora.whole(*lora.factors()))
@@ -51,7 +54,8 @@ class Dora(Variant):
         """z + (g - 1) (z - b) with z = W x + B A x + b and g = m / |W + B A|; g - 1 is small, and rounded little."""
         less_one = self._less_one(at, lora)
         if at.dropped is at.x:
-            out = _Stretched.apply(out, at.layer.scale(torch.ones_like(less_one[0]), less_one))
+            c = less_one.reshape(self.broadcast)
+            out = _Stretched.apply(out, c) if torch.is_grad_enabled() else torch.addcmul(out, out, c.to(out.dtype))
         else:  # what the change of length acts on is thinned too, as in the paper's code
             z = at.layer(at.dropped) + lora.product(at.dropped, at.dropped, at.A, at.B, at.layer)
             out = out + at.layer.scale(z, less_one).to(out.dtype)

@@ -44,7 +44,6 @@ class Variant(nn.Module):
     Class attributes, where an instance may have its own:
         field: The field of LoraConfig that asks for it.
         kinds: Kinds of layers that its maths allows.
-        excludes: Fields of LoraConfig that cannot be set beside it, and why.
         starts: Values of init_lora_weights that it allows; None for all.
         summand: True, or the reason why the output is not that of the layer plus an update.
         mergeable, pointwise, identity_at_birth: As of an adapter.
@@ -53,7 +52,6 @@ class Variant(nn.Module):
 
     field: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
-    excludes: ClassVar[dict[str, str]] = {}
     starts: ClassVar[tuple[Any, ...] | None] = None
     summand: ClassVar[bool | str] = True
     mergeable: bool | str = True
