@@ -129,8 +129,8 @@ class LoraConfig(LayerConfig):
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         starts.check(self.init_lora_weights)
-        options.fill_in(self)
         checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
+        options.fill_in(self)
         self.beside()
         check_variants(self)
         for name, inert in _NOT_BUILT.items():

@@ -33,9 +33,11 @@ def trained_pairs(model: nn.Module) -> Iterator[Pair]:
     seen: set[int] = set()
     for path, layer in adapted_layers(model):
         for adapter in layer.adapters.values():
-            if isinstance(adapter, LoRA) and id(adapter) not in seen and adapter.lora_B.weight.requires_grad:
-                seen.add(id(adapter))
-                A, B = adapter.lora_A.weight, adapter.lora_B.weight
+            if not isinstance(adapter, LoRA) or id(adapter) in seen:
+                continue
+            seen.add(id(adapter))
+            A, B = adapter.lora_A.weight, adapter.lora_B.weight
+            if isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter) and B.requires_grad:
                 yield Pair(path, A, B, adapter.scaling, adapter.embedding)
 
 
