@@ -43,6 +43,36 @@ MUTANTS = [
     ),
     Mutant("lora", "rank-stabilised scale", "math.sqrt(r)", "r"),
     *[
+        Mutant("lora_starts", fault, right, wrong, place)
+        for fault, right, wrong, place in [
+            ("scaling not divided out", "(S / scaling).sqrt()", "S.sqrt()", "lora/starts/start.py"),
+            ("last columns of Q", "Q[:, : site.r]", "Q[:, -site.r :]", "lora/starts/olora.py"),
+            ("largest directions", "U[:, -site.r :]", "U[:, : site.r]", "lora/starts/mica.py"),
+            ("the same half twice", "Q[1::2] / 10", "Q[0::2] / 10", "lora/starts/orthogonal.py"),
+            ("quantises W each time", "site.W - site.scaling * B @ A", "site.W", "lora/starts/loftq.py"),
+            ("levels between, not halfway", "(levels[1:] + levels[:-1]) / 2", "levels[1:]", "lora/quantised.py"),
+            ("rank-stabilised alpha doubled", "factor = sqrt(2)", "factor = 2", "lora/stacked.py"),
+            ("start added in the file", "beside(B, -B0, 1)", "beside(B, B0, 1)", "lora/stacked.py"),
+            ("start added on reading", "-B[:, r:].flatten(1)", "B[:, r:].flatten(1)", "lora/stacked.py"),
+            ("start dropped out too", "h - layer.apply(x, self.start_A)", "h - layer.apply(dropped, self.start_A)", ""),
+            ("start forgotten in the weight", "B0 @ (A - self.start_A)", "0 * B0 @ (A - self.start_A)", ""),
+        ]
+        for place in [place or "methods/lora.py"]
+    ],
+    *[
+        Mutant("lora_data_starts", fault, right, wrong, f"lora/{place}")
+        for fault, right, wrong, place in [
+            ("ipm and kpm exchanged", "slice(0, r) if largest", "slice(0, r) if not largest", "covariance.py"),
+            ("gradients lost", "parameter.grad = gradient", "parameter.grad = None", "gradients.py"),
+            ("sum of gradients", "w.grad / passes[path]", "w.grad / 1", "gradients.py"),
+            ("gamma not rooted", "stable_gamma**0.5", "stable_gamma", "starts/lora_ga.py"),
+            ("least explained first", "argsort(descending=True)", "argsort(descending=False)", "watched.py"),
+            ("mean of the last batch", "apart = self.mean - mean", "apart = 0 * mean", "components.py"),
+            ("alpha as it was", "alpha *= rank / r", "alpha *= 1", "eva.py"),
+        ]
+    ],
+    Mutant("lora_replace", "scaling not divided out", "adapter.scaling)", "1.0)", "lora/replace.py"),
+    *[
         Mutant(variant, fault, right, wrong, place=f"lora/variants/{variant}.py")
         for variant, fault, right, wrong in [
             ("dora", "lengths not detached, weight", "weight.detach(), dim=1", "weight, dim=1"),
