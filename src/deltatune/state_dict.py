@@ -224,7 +224,9 @@ def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str, finite
 
 
 def check_finite(source: str, key: str, given: Tensor) -> None:
-    if not given.is_floating_point() or math.isfinite(given.detach().sum()):  # in one pass; a sum that overflows proves nothing
+    if not given.is_floating_point() or math.isfinite(
+        given.detach().sum()
+    ):  # in one pass; a sum that overflows proves nothing
         return
     if not given.isfinite().all():
         count = int((~given.isfinite()).sum())
