@@ -17,6 +17,9 @@ from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
+from deltatune.fused import graft as fused
+from deltatune.fused.adapters import ParameterAdapters
+from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
@@ -53,7 +56,11 @@ def graft(
     resolved: Any = copy.copy(config)
     saved = find_saved(model, resolved)
     built: dict[int, Adapter] = {}  # by the id of the module that each is for
-    shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    shared = None
+    if not fused.targets_no_layer(resolved, targets.model_type_of(model), method):
+        shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    if resolved.target_parameters is not None:
+        fused.build(model, resolved, name, autocast_adapter_dtype, built)
     for part, options in resolved.beside():
         _build_all(model, part, options, name, autocast_adapter_dtype, built)
         _refuse_copied(model, built, saved)
@@ -66,7 +73,8 @@ def graft(
         for path, module in reversed(list(targets.walk(model))):
             if id(module) not in built:
                 continue
-            wrapper = _wrap(model, path, module, AdaptedLayer, selection, undo)
+            kind = FusedLayer if isinstance(built[id(module)], ParameterAdapters) else AdaptedLayer
+            wrapper = _wrap(model, path, module, kind, selection, undo)
             if name not in wrapper.adapters:
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))

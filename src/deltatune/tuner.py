@@ -256,7 +256,9 @@ def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:
     """Layers that share their weight go on sharing it if it becomes the same for both."""
     by_weight: dict[int, Merged] = {}
     for layer, merged in planned:
+        if merged.weight is None:
+            continue
         stored = getattr(layer.base_layer, layer.as_map().keeps[0])
         other = by_weight.setdefault(id(stored), merged)
-        if other is not merged and torch.equal(other.weight, merged.weight):
+        if other is not merged and other.weight is not None and torch.equal(other.weight, merged.weight):
             merged.weight = other.weight

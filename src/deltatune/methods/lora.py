@@ -31,7 +31,6 @@ _NOT_BUILT: dict[str, Any] = {
     "use_qalora": False,
     "monteclora_config": None,
     "layer_replication": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
@@ -54,6 +53,8 @@ class LoraConfig(LayerConfig):
         lora_bias: B has a bias of its own.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
+        target_parameters: Parameters that hold the weights of experts, by the end of their paths (`experts.down_proj`).
+            Without usual layers of the architecture, or with `target_modules=[]`, they alone are adapted.
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
@@ -85,7 +86,7 @@ class LoraConfig(LayerConfig):
     layer_replication: list | None = None
     runtime_config: Any = None
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | None = None  # type: ignore[misc]  # a ClassVar in configs of other methods
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -89,11 +89,11 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    merged: dict[str, Tensor | None] = {}
+    merged: Mapping[str, Tensor | None] = {}
     if isinstance(module, AdaptedLayer):
         stash, keeps, module = module.stash, module.as_map().keeps, module.base_layer
         if stash is not None:
-            merged = dict(zip(keeps, (stash.weight, stash.bias)))
+            merged = stash.by_name(keeps)
     elif isinstance(module, TrainedCopies):
         module = module.original_module
     for name, parameter in module._parameters.items():
