@@ -54,6 +54,7 @@ def graft(
     method = METHODS[config.peft_type]  # type: ignore[index]
     config.validate()
     resolved: Any = copy.copy(config)
+    fused.convert(model, resolved)
     saved = find_saved(model, resolved)
     built: dict[int, Adapter] = {}  # by the id of the module that each is for
     shared = None

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from deltatune import inject
+from deltatune import checks, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError, MismatchError
+from deltatune.fused import export
 from deltatune.names import check_name
 from deltatune.state_dict import (
+    ROOT,
     Loaded,
     check,
     check_finite,
@@ -50,7 +52,10 @@ class Persistence:
         """File key -> tensor of one adapter; of those that a file may leave out only the given ones (None: all)."""
         self._known([name])
         if name not in self.prompts:
-            return collect(self.base_model.model, name, given=None if format == "peft" else given)
+            model = self.base_model.model
+            checks.one_of("save_pretrained", "format", format, (None, "native", "peft", export.PER_EXPERT))
+            tensors = collect(model, name, given=None if format == "peft" else given)
+            return export.split(model, name, tensors, ROOT) if format == export.PER_EXPERT else tensors
         copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
@@ -84,6 +89,8 @@ class Persistence:
         Args:
             format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it. Of layer
                 methods it also writes the frozen tensors that files otherwise leave out, which PEFT warns of.
+                "per_expert" writes LoRA on experts with a pair of factors for each of their layers, as transformers 4
+                kept them and vLLM loads them (docs/experts.md).
         """
         if not safe_serialization:
             raise ConfigError(

@@ -182,6 +182,8 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in paths)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
+    if getattr(config, "target_parameters", None) is not None:
+        return  # patterns may mean parameters
     for field, values in by_layer(config).items():
         for pattern in values:
             if not any(pattern_value({pattern: True}, path, False) for path in found):

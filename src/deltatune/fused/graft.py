@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from deltatune.adapter import Method
 from deltatune.bases.experts import Experts
 from deltatune.errors import ConfigError, StateError, TargetError
+from deltatune.fused import apart
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.layer import FusedLayer
 from deltatune.fused.lora import ExpertLoRA
@@ -34,7 +36,26 @@ def build(model: nn.Module, config: Any, name: str, autocast: bool, built: dict[
         each = {key: ExpertLoRA.build(Experts(owner, key), config, f"{path}.{key}") for key in names}
         for key, adapter in each.items():
             _place(adapter, owner._parameters[key], autocast)
-        built[id(module)] = ParameterAdapters(each)
+        built[id(module)] = ParameterAdapters(each, interleaved=not vars(owner).get("is_concatenated", True))
+
+
+def convert(model: nn.Module, config: Any) -> None:
+    """Targets of an older transformers, which named layers of single experts, as the parameters that they are now."""
+    if not isinstance(config.target_modules, (set, list)) or not _may_target(config):
+        return
+    held = {path: module for path, module in _modules(model) if apart.GATE_UP in _stacks(module)}
+    inside = tuple(f"{path}." for path in held)
+    paths = [path for path, _ in _modules(model) if not path.startswith(inside)] if held else []
+    apart.convert(config, held, lambda name: any(name_matches([name], path) for path in paths))
+
+
+def _may_target(config: Any) -> bool:
+    """Whether the method can adapt parameters at all."""
+    return any(field.name == "target_parameters" for field in dataclasses.fields(config))
+
+
+def _stacks(module: nn.Module) -> set[str]:
+    return {name for name, value in _held(module).items() if value.ndim == 3}
 
 
 def find(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, list[str]]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
 from deltatune.errors import FormatError, MismatchError
+from deltatune.fused.export import PER_EXPERT, config_values
 from deltatune.notice import warn
 from deltatune.state_dict import derived
 from deltatune.storage.card import model_card
@@ -73,6 +74,8 @@ def _files(model: PeftModel, name: str, format: str | None) -> dict[str, bytes]:
     values = {**_file_dict(model, config), "peft_version": PEER_VERSION}
     if name in model.prompts:
         values |= model.prompts[name].file_config(format)
+    elif format == PER_EXPERT:
+        values = config_values(model.get_base_model(), name, values)
     values = {key: value for key, value in values.items() if value is not ...}
     trained = getattr(config, "modules_to_save", None) or ()
     facts: dict[str, Any] = {"base": fingerprint(model.get_base_model(), trained)}
