@@ -182,6 +182,11 @@ class Adapter(Stored):
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
 
+    @property
+    def core(self) -> Adapter:
+        """The method's own adapter, where this one is more than that."""
+        return self
+
     def settle(self, layer: LinearMap) -> None:
         """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import calls, targets
+from deltatune import biases, calls, targets
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
@@ -66,6 +66,13 @@ def graft(
         _build_all(model, part, options, name, autocast_adapter_dtype, built)
         _refuse_copied(model, built, saved)
     _build_tied(model, built, saved)
+    if (choice := getattr(resolved, "bias", "none")) != "none":
+        biases.build(
+            _outside(model, saved),
+            choice,
+            built,
+            lambda adapter, module, layer: _place(adapter, module, layer, autocast_adapter_dtype),
+        )
     with _undone_on_error() as undo:
         if shared is not None:
             add_shared(model, name, shared)
@@ -128,6 +135,13 @@ def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn
                     field="target_modules",
                     path=path,
                 )
+
+
+def _outside(model: nn.Module, saved: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, LinearMap | None]]:
+    """Path, module and map of what is not trained whole."""
+    for path, module in targets.walk(model):
+        if not _inside(path, saved) and not isinstance(module, TrainedCopies):
+            yield path, module, targets.map_of(module)
 
 
 def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -195,7 +196,8 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str =
 
 
 def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Drop the copies of base embeddings that PEFT puts into a file when an embedding is targeted.
+    """Drop what PEFT puts into a file beside the adapter: copies of embeddings that are targeted, and biases of modules
+    that are trained whole under the names of its wrapper too.
 
     Raises:
         MismatchError: Such a copy is not what the base has, so the adapter was made for another embedding.
@@ -205,8 +207,10 @@ def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source:
     base = {f"{ROOT}{name}": tensor for name, tensor in base_parameters(model)}
     kept = {}
     for key, tensor in tensors.items():
+        if re.sub(r"\.(modules_to_save|original_module)(?=\.bias$)", "", key) in tensors.keys() - {key}:
+            continue
         present = base.get(key.replace(".base_layer.", "."))
-        if ".base_layer." not in key or present is None:
+        if not key.endswith(".base_layer.weight") or present is None:
             kept[key] = tensor
         elif present.shape != tensor.shape or not torch.equal(present.cpu(), tensor.to(present.dtype).cpu()):
             raise MismatchError(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
@@ -20,7 +20,6 @@ from deltatune.patterns import pattern_value
 
 # Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
-    "bias": "none",
     "megatron_config": None,
     "eva_config": None,
     "corda_config": None,
@@ -50,6 +49,7 @@ class LoraConfig(LayerConfig):
         init_lora_weights: True: A uniform (Kaiming), B zero. "gaussian": A ~ N(0, 1/r), B zero. False: both random, so
             that a fresh adapter changes the output.
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
+        bias: "lora_only" trains the biases of the adapted layers too, "all" every one of the model: a copy per adapter.
         lora_bias: B has a bias of its own.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
@@ -101,6 +101,7 @@ class LoraConfig(LayerConfig):
         checks.positive_int("LoraConfig", "r", self.r)
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
+        biases.check("LoraConfig", self.bias, "lora_only")
         checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
         self.beside()
         for name, inert in _NOT_BUILT.items():

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.config import PeftType, config
 from deltatune.factors import largest_sides, random_projection
@@ -49,7 +49,7 @@ class VeraConfig(LayerConfig):
         super().validate()
         checks.positive_int("VeraConfig", "r", self.r)
         checks.probability("VeraConfig", "vera_dropout", self.vera_dropout)
-        checks.one_of("VeraConfig", "bias", self.bias, ("none",))
+        biases.check("VeraConfig", self.bias, "vera_only")
 
 
 class Projections(Stored):
