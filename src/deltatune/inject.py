@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import biases, calls, targets
+from deltatune import biases, calls, replication, targets
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
@@ -51,8 +51,18 @@ def graft(
 
     Everything is built and checked before the first module of the model is replaced.
     """
-    method = METHODS[config.peft_type]  # type: ignore[index]
     config.validate()
+    replicated = replication.replicate(model, getattr(config, "layer_replication", None))
+    try:
+        _graft(model, config, name, selection, autocast_adapter_dtype)
+    except BaseException:
+        if replicated:
+            replication.restore(model)
+        raise
+
+
+def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection, autocast_adapter_dtype: bool) -> None:
+    method = METHODS[config.peft_type]  # type: ignore[index]
     resolved: Any = copy.copy(config)
     fused.convert(model, resolved)
     saved = find_saved(model, resolved)
@@ -328,6 +338,8 @@ def remove(model: nn.Module, name: str) -> None:
             continue
         if empty:
             _replace(model, path, _inner(module))
+    if next(adapted_layers(model), None) is None:
+        replication.restore(model)
 
 
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune import inject
+from deltatune import inject, replication
 from deltatune.adapter import Adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
@@ -189,6 +189,7 @@ class Tuner(nn.Module):
             self.merge_adapter(list(names), safe_merge)
         self._untie()
         inject.strip(self.model, keep=names)
+        replication.unshare(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -196,6 +197,7 @@ class Tuner(nn.Module):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         inject.strip(self.model)
+        replication.restore(self.model)
         return self.model
 
     def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:

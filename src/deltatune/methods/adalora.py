@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, checks
+from deltatune import biases, checks, replication
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.methods.common import LayerConfig, all_linear
@@ -31,7 +31,6 @@ _INHERITED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "layer_replication": None,
     "lora_bias": False,
     "target_parameters": None,
     "use_bdlora": None,
@@ -115,6 +114,7 @@ class AdaLoraConfig(LayerConfig):
         checks.finite_positive(owner, "lora_alpha", self.lora_alpha)
         checks.probability(owner, "lora_dropout", self.lora_dropout)
         biases.check(owner, self.bias, "lora_only")
+        replication.check(owner, self.layer_replication)
         checks.one_of(owner, "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
         if self.total_step is None or self.total_step < 1:
             checks.refuse(owner, "total_step", self.total_step, "the number of optimizer steps of the whole training")

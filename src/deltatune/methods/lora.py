@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, checks
+from deltatune import biases, checks, replication
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
@@ -29,7 +29,6 @@ _NOT_BUILT: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "layer_replication": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
@@ -49,6 +48,8 @@ class LoraConfig(LayerConfig):
         init_lora_weights: True: A uniform (Kaiming), B zero. "gaussian": A ~ N(0, 1/r), B zero. False: both random, so
             that a fresh adapter changes the output.
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
+        layer_replication: [(start, end), ...], runs of layers that make a deeper model. Replicas share their weights,
+            and have adapters of their own.
         bias: "lora_only" trains the biases of the adapted layers too, "all" every one of the model: a copy per adapter.
         lora_bias: B has a bias of its own.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
@@ -102,6 +103,7 @@ class LoraConfig(LayerConfig):
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         biases.check("LoraConfig", self.bias, "lora_only")
+        replication.check("LoraConfig", self.layer_replication)
         checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
         self.beside()
         for name, inert in _NOT_BUILT.items():

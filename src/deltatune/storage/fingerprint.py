@@ -14,6 +14,7 @@ from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
 from deltatune.copies import TrainedCopies
 from deltatune.layer import AdaptedLayer
+from deltatune.replication import Replicas
 from deltatune.shared import SharedModules
 
 SAMPLES = 8  # values taken from each parameter
@@ -80,6 +81,8 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             child = child.base_layer
         elif isinstance(child, TrainedCopies):
             child = child.original_module
+        elif isinstance(child, Replicas):
+            child = child.original
         if child is None or isinstance(child, SharedModules):
             continue
         layer = as_map(child)
@@ -96,6 +99,8 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             merged = stash.by_name(keeps)
     elif isinstance(module, TrainedCopies):
         module = module.original_module
+    elif isinstance(module, Replicas):
+        module = module.original
     for name, parameter in module._parameters.items():
         if parameter is not None:
             kept = merged.get(name)
