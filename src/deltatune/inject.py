@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import biases, calls, replication, targets
+from deltatune import biases, calls, replication, targets, tying
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
@@ -65,6 +65,9 @@ def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection
     method = METHODS[config.peft_type]  # type: ignore[index]
     resolved: Any = copy.copy(config)
     fused.convert(model, resolved)
+    tie = getattr(resolved, "ensure_weight_tying", False)
+    if tie:
+        tying.retarget(model, resolved)
     saved = find_saved(model, resolved)
     built: dict[int, Adapter] = {}  # by the id of the module that each is for
     shared = None
@@ -96,7 +99,7 @@ def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection
             if name not in wrapper.adapters:
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
-        add_copies(model, saved, name, selection, undo)
+        add_copies(model, saved, name, selection, undo, tie)
         calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
 
@@ -209,12 +212,19 @@ def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 
 
 def add_copies(
-    model: nn.Module, saved: dict[str, nn.Module], name: str, selection: Selection, undo: list[Any] | None = None
+    model: nn.Module,
+    saved: dict[str, nn.Module],
+    name: str,
+    selection: Selection,
+    undo: list[Any] | None = None,
+    tie: bool = False,
 ) -> None:
+    """Copies for modules to be trained whole; with `tie` those of modules that share tensors share theirs."""
+    shared: dict[int, Any] = {}
     for path, module in saved.items():
         wrapper = _wrap(model, path, module, TrainedCopies, selection, undo)
         if name not in wrapper.modules_to_save:
-            wrapper.add(name)
+            wrapper.add(name, shared if tie else {})
 
 
 def _build(
@@ -403,7 +413,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn
     for _, copies in trained_copies(model):
         for key, module in copies.modules_to_save.items():
             if name is None or key == name:
-                yield from module.parameters()
+                yield from (p for p in module.parameters() if id(p) not in seen)
+                seen.update(id(p) for p in module.parameters())
 
 
 def train_only(model: nn.Module, names: tuple[str, ...], inference_mode: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, checks, replication
+from deltatune import biases, checks, replication, tying
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
@@ -32,7 +32,6 @@ _NOT_BUILT: dict[str, Any] = {
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
-    "ensure_weight_tying": False,
 }
 
 
@@ -56,6 +55,8 @@ class LoraConfig(LayerConfig):
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
         target_parameters: Parameters that hold the weights of experts, by the end of their paths (`experts.down_proj`).
             Without usual layers of the architecture, or with `target_modules=[]`, they alone are adapted.
+        ensure_weight_tying: What is trained of the input embedding (an adapter, or all of it under `modules_to_save`)
+            is trained of the layers that share its weight too (`deltatune.tying`).
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
@@ -130,6 +131,7 @@ class LoRA(Adapter):
 
     lora_A: Factor
     lora_B: Factor
+    ties = False  # layers that share an embedding's weight follow it
 
     def __init__(
         self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
@@ -159,7 +161,13 @@ class LoRA(Adapter):
                 found=True,
             )
         _check_groups(layer, r, path)
-        return cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias)
+        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias)
+        made.ties = config.ensure_weight_tying
+        return made
+
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        own = config is None or isinstance(config, LoraConfig)
+        return tying.follow(self, layer) if self.ties and own else None
 
     def _start(self, init: bool | str) -> None:
         A, B = self.lora_A.weight, self.lora_B.weight
