@@ -25,7 +25,7 @@ _STARTS = (True, False, None, "gaussian")
 
 
 class TiedLoRA(Adapter):
-    """LoRA of an embedding on a layer that shares its weight: W'^T = W^T + (alpha / r) A^T B^T, with the same A and B."""
+    """LoRA of an embedding on a layer that shares its weight: W'^T = W^T + (alpha / r) A^T B^T, the same A and B."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     views: ClassVar[tuple[str, ...]] = ("scaling", "r", "lora_alpha")
@@ -79,7 +79,7 @@ def retarget(model: nn.Module, config: Any) -> None:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     elif config.trainable_token_indices is None:
         warn(
-            "ensure_weight_tying=True: neither target_modules nor modules_to_save names the embedding or its output layer"
+            "ensure_weight_tying=True: neither target_modules nor modules_to_save names the embedding or a layer tied to it"
         )
 
 
@@ -117,8 +117,8 @@ def _check_options(config: Any, embedding: str) -> None:
     for name, inert in _PLAIN.items():
         if getattr(config, name) != inert:
             raise ConfigError(
-                f"LoraConfig: ensure_weight_tying=True with {name}={getattr(config, name)!r} on {embedding}: the layers "
-                f"that share its weight have no such form; leave one of the two at its default",
+                f"LoraConfig: ensure_weight_tying=True with {name}={getattr(config, name)!r} on {embedding}: the "
+                "layers that share its weight have no such form; leave one of the two at its default",
                 field="ensure_weight_tying",
                 found=getattr(config, name),
             )
