@@ -118,7 +118,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     models["lora"] = build(deltatune, "LoraConfig", {"target_modules": TARGETS})
     ids = torch.randint(0, 1024, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "labels": ids}
-    steps = turns({w: lambda m=m: seconds(lambda: step(m, inputs)) for w, m in models.items()}, rounds)
+    tasks = {"task_ids": torch.zeros(ROWS, dtype=torch.long)} if hasattr(kind, "n_tasks") else {}
+    asked = {which: inputs if which == "lora" else inputs | tasks for which in models}
+    steps = turns({w: lambda w=w: seconds(lambda: step(models[w], asked[w])) for w in models}, rounds)
     injected = turns({w: lambda p=p: injection(p, kind.__name__, given) for w, p in packages.items()}, rounds)
     found = {"lora": ratio(steps, "ours", "lora"), "file": file_share(models["ours"])}
     if known:

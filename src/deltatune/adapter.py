@@ -27,6 +27,7 @@ class LinearMap(Protocol):
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
     parts           modules inside of it that are adapted with it
     turned          it stores its weight as (in, out)
+    dense           its weight is stored as such, frozen and unchanged, so that reading it costs nothing
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
     positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
@@ -41,6 +42,7 @@ class LinearMap(Protocol):
     kernel: int
     groups: int
     turned: bool
+    dense: bool
 
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
@@ -199,6 +201,8 @@ class Adapter(Stored):
 
 class Applied:
     """An adapter applied to a map; `read` answers what it has to know about the call, by name."""
+
+    dense = False
 
     def __init__(self, adapter: Adapter, inner: LinearMap, read: Callable[[str], Any] = lambda name: None) -> None:
         self.adapter, self.inner, self.read = adapter, inner, read

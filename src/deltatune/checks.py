@@ -69,6 +69,19 @@ def at_most(owner: str, field: str, value: int, limit: int, what: str) -> None:
         refuse(owner, field, value, f"at most {limit}, {what}")
 
 
+def divisor(owner: str, field: str, value: int, number: int, what: str, path: str, hint: str = "") -> None:
+    """Refuse what does not divide `number`, a size of the layer at `path`, with the nearest value that does."""
+    if number % value:
+        near = min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - value))
+        raise ConfigError(
+            f"{owner}: {field}={value} does not divide {what}; the nearest value that does is {near}{hint}",
+            field=field,
+            path=path,
+            found=value,
+            expected=near,
+        )
+
+
 def seed(owner: str, field: str, value: Any) -> None:
     if not fits(value, int) or not -(2**63) <= value < 2**64:
         refuse(owner, field, value, "an integer of 64 bits")

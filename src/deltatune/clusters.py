@@ -36,7 +36,7 @@ def _nearest(X: np.ndarray, centers: np.ndarray) -> np.ndarray:
 def _means(X: np.ndarray, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """The mean of each cluster; one that has lost all rows takes over one of those that are farthest from theirs."""
     sums, sizes = np.zeros_like(centers), np.bincount(labels, minlength=len(centers)).astype(X.dtype)
-    np.add.at(sums, labels, X)
+    torch.from_numpy(sums).index_add_(0, torch.from_numpy(labels), torch.from_numpy(X))
     empty = np.flatnonzero(sizes == 0)
     if len(empty):
         distances = ((X - centers[labels]) ** 2).sum(axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))
+
+
+def input_dropout(layer: LinearMap, share: float) -> nn.Module:
+    """Dropout on what a layer reads; none on indices, which an embedding reads."""
+    return nn.Dropout(share) if share and layer.kind != "embedding" else nn.Identity()
 
 
 def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
@@ -98,13 +103,12 @@ def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     That weight, the highest power (terms - 1, but never 2) and the sign, opposite to that of `cayley`, are those of
     OFTv2's code and so of every file.   https://arxiv.org/abs/2506.19847
     """
-    R = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype).expand_as(Q)
+    eye = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     last = terms - 1 if terms <= 2 else max(terms - 1, 3)
-    power = Q
-    for order in range(1, last + 1):
-        R = R + (power if order == last > 1 else 2 * power)
-        power = power @ Q
-    return R
+    powers = Q if last > 1 else 2 * Q
+    for _ in range(last - 1):  # from inside out: (2 + (2 + Q) Q) Q
+        powers = (2 * eye + powers) @ Q
+    return eye + powers
 
 
 def reflect(x: Tensor, u: Tensor) -> Tensor:
@@ -142,8 +146,12 @@ def correlate(x: Tensor, kernel: Tensor) -> Tensor:
     parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
     if not parts.numel():  # nothing to transform, which not every library for FFT takes
         return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)
-    X, C = torch.fft.rfft(parts), torch.fft.rfft(kernel)
-    return torch.fft.irfft(torch.einsum("...nf,mnf->...mf", X, C.conj()), n=kernel.shape[-1]).flatten(-2)
+    X, C = torch.view_as_real(torch.fft.rfft(parts)), torch.view_as_real(torch.fft.rfft(kernel))
+    # X conj(C) in real numbers, for which there is a product of many matrices at once
+    real, imaginary = C.unbind(-1)
+    turned = torch.stack([torch.stack([real, -imaginary]), torch.stack([imaginary, real])])  # (2 of X, 2 of Y, m, n, f)
+    Y = torch.einsum("...nfi,iomnf->...mfo", X, turned)
+    return torch.fft.irfft(torch.view_as_complex(Y.contiguous()), n=kernel.shape[-1]).flatten(-2)
 
 
 def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
@@ -169,6 +177,42 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
+def through_sum(x: Tensor, layer: LinearMap, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
+    """The layer with the weight W + build(*tensors): one product with x where a layer and its update take two.
+
+    The sum is built again for the gradient instead of being kept. None where there is no such way: the layer's weight
+    is packed, adapted already, or in half precision, which would round most of the update away.
+    """
+    fits = layer.kind == "linear" and layer.dense and layer.dtype == x.dtype and x.dtype.itemsize >= 4
+    if not fits or torch.compiler.is_compiling():
+        return None
+    return _ThroughSum.apply(x, layer.weight, layer.bias, build, *tensors)
+
+
+class _ThroughSum(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, build: Any, *tensors: Tensor) -> Tensor:
+        return F.linear(x, weight + build(*tensors), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.build, *tensors = inputs
+        ctx.save_for_backward(x, weight, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *tensors = ctx.saved_tensors
+        with torch.enable_grad():
+            copies = [tensor.detach().requires_grad_() for tensor in tensors]
+            update = ctx.build(*copies)
+        of_x = grads[0] @ (weight + update.detach()) if ctx.needs_input_grad[0] else None
+        rows = grads[0].flatten(0, -2)
+        of_sum = rows.T @ x.flatten(0, -2)
+        of_weight = of_sum if ctx.needs_input_grad[1] else None
+        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias, None, *torch.autograd.grad(update, copies, of_sum)
+
+
 def fewer_by_vector(x: Tensor, layer: LinearMap, count: int) -> bool:
     """Whether `count` numbers for each vector of x are fewer than the entries of a matrix for all of them.
 
@@ -176,17 +220,6 @@ def fewer_by_vector(x: Tensor, layer: LinearMap, count: int) -> bool:
     """
     vectors = x.numel() if layer.kind == "embedding" else x.numel() // layer.in_features
     return layer.kind != "conv" and 0 < vectors * count <= layer.out_features * layer.in_features
-
-
-def largest_sides(layers: Iterable[LinearMap]) -> tuple[int, int]:
-    """Outputs and inputs of the smallest matrix of which every layer's is a corner."""
-    sizes = [(layer.out_features, layer.in_features) for layer in layers]
-    return max(out for out, _ in sizes), max(width for _, width in sizes)
-
-
-def random_projection(*shape: int, generator: torch.Generator) -> Tensor:
-    """Kaiming's uniform start, out of a generator of its own."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
 
 
 def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out: int, in_order: bool = False) -> Tensor:

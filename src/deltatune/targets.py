@@ -227,3 +227,20 @@ def _shortened(paths: set[str], config: Any, model: nn.Module) -> set[str] | Non
     endings = {path.rpartition(".")[2] for path in paths}
     named = {path for path, _ in walk(model) if name_matches(endings, path) and not _excluded(config, path)}
     return (endings if named == paths and len(paths) > 1 else paths) or None
+
+
+def transformer_layers(model: nn.Module) -> set[str] | None:
+    """Paths of the lists of transformer layers of a model."""
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:
+        return None
+    lists = {path: module for path, module in walk(model) if isinstance(module, nn.ModuleList)}
+    found = [
+        path for path, parts in lists.items() if len(parts) and all(_is(p, GradientCheckpointingLayer) for p in parts)
+    ]
+    return {path for path in found if not any(path.startswith(f"{other}.") for other in found)} or None
+
+
+def _is(module: nn.Module, kind: type) -> bool:
+    return isinstance(getattr(module, "base_layer", module), kind)

@@ -79,7 +79,7 @@ def retarget(model: nn.Module, config: Any) -> None:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     elif config.trainable_token_indices is None:
         warn(
-            "ensure_weight_tying=True: neither target_modules nor modules_to_save names the embedding or a layer tied to it"
+            "ensure_weight_tying=True: neither target_modules nor modules_to_save names the embedding"
         )
 
 

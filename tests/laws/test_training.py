@@ -21,7 +21,7 @@ def test_exactly_the_adapter_trains_and_each_of_its_parameters_receives_gradient
     trains = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in trains} == {id(p) for p in own} and len(own) == len({id(p) for p in own})
     model(case.batch(8)).square().mean().backward()
-    for parameter in own:
+    for parameter in (p for p in own if p.numel()):  # an option may leave one empty
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 

@@ -203,3 +203,23 @@ def test_options_are_checked():
         with pytest.raises(ConfigError) as caught:
             FrodConfig(**{field: value})
         assert caught.value.field == field
+
+
+def test_in_single_precision_the_product_with_w_is_left_out():
+    """U diag(l0) V^T is W, so U (S + diag(l)) V^T x is all there is to compute."""
+    exact = adapted()
+    model = copy.deepcopy(exact).float()
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    single = adapted(stack().float()).float()
+    single.load_state_dict(exact.state_dict())
+    assert_close(single(x.float()), exact(x).float(), rtol=1e-4, atol=1e-5)
+    assert_close(model(x.float()), exact(x).float(), rtol=1e-4, atol=1e-5)
+    called = []
+    for module in single.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: called.append(1))
+    single(x.float())
+    assert not called
+    with single.disable_adapter():
+        single(x.float())
+    assert len(called) == 8

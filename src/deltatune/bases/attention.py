@@ -25,6 +25,7 @@ class JointProjection(Linear):
     keeps = ("in_proj_weight", "in_proj_bias")
     only_weight = True
     parts = ("out_proj",)
+    dense: bool = False
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

@@ -20,6 +20,8 @@ _WIDTHS = ("hidden_size", "embed_dim", "d_model", "n_embd", "dim")
 class Block(Linear):
     """Seen by adapters as a linear layer of equal sides whose weight cannot be had."""
 
+    dense: bool = False
+
     kind = "block"
     types = ()
 

@@ -22,6 +22,7 @@ _RUN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class Conv:
     kind = "conv"
     turned: bool = False
+    dense: bool = True
     types = ("Conv1d", "Conv2d", "Conv3d")
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

@@ -15,6 +15,7 @@ class Embedding:
     kind = "embedding"
     kernel = groups = 1
     turned: bool = True
+    dense: bool = True
     types = ("Embedding",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

@@ -25,6 +25,7 @@ class Experts:
     kind = "experts"
     kernel = groups = 1
     only_weight: bool = True
+    dense: bool = True
     parts: tuple[str, ...] = ()
     types = ("parameters of experts",)
 

@@ -15,6 +15,7 @@ class Linear:
     kind = "linear"
     kernel = groups = 1
     turned: bool = False
+    dense: bool = True
     types: tuple[str, ...] = ("Linear",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

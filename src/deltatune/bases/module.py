@@ -18,6 +18,7 @@ class OneWeight:
     kind = "module"
     kernel = groups = 1
     turned: bool = False
+    dense: bool = True
     types = ("norms and other modules with one weight",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

@@ -19,6 +19,8 @@ from deltatune.errors import MergeError
 class PackedLinear(Linear):
     """A linear layer whose `module.weight` is not the matrix."""
 
+    dense: bool = False
+
     def unpack(self, stored: Tensor) -> Tensor:
         """The matrix (out, in) of what the layer keeps."""
         raise NotImplementedError
@@ -53,9 +55,16 @@ class Bitsandbytes4bit(PackedLinear):
         compute = cast(Any, self.module).compute_dtype
         return compute or (stored.dtype if stored.quant_state is None else stored.quant_state.dtype)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad and _laid_out_for_cpu(self.module.weight):  # its kernel for that layout has no gradient
+            return self.apply(x, self.weight, self.bias)
+        return super().__call__(x)
+
     def unpack(self, stored: Any) -> Tensor:
         if stored.quant_state is None:  # codes are made when the layer moves to its device
             return stored.data
+        if _laid_out_for_cpu(stored):
+            return _from_cpu_layout(stored)
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(stored.data, stored.quant_state)
@@ -65,6 +74,20 @@ class Bitsandbytes4bit(PackedLinear):
         options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
         made = type(old)(weight.detach().cpu(), requires_grad=False, quant_storage=old.quant_storage, **options)
         return made.to(old.device)
+
+
+def _laid_out_for_cpu(stored: Any) -> bool:
+    """Whether a call in evaluation mode has rearranged the codes for a CPU with bfloat16 instructions."""
+    return getattr(stored.quant_state, "packing_format_for_cpu", False)
+
+
+def _from_cpu_layout(stored: Any) -> Tensor:
+    """That layout: of 32 rows at a time pairs of columns, 32 bytes of low and high halves; scales (blocks, out)."""
+    state, (out, width) = stored.quant_state, stored.quant_state.shape
+    packed = stored.data.reshape(-1, 32)
+    codes = torch.cat([packed & 15, packed >> 4], dim=1).reshape(out // 32, width // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(out, width)
+    return state.code[codes.long()] * state.absmax.T.float().repeat_interleave(state.blocksize, dim=1)
 
 
 class Bitsandbytes8bit(PackedLinear):

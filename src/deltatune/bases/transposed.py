@@ -16,6 +16,7 @@ class Transposed:
     kind = "linear"
     kernel = groups = 1
     turned: bool = True
+    dense: bool = True
     types = ("Conv1D",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False

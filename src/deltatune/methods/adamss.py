@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.clusters import k_means
 from deltatune.config import PeftType, config
 from deltatune.errors import MismatchError
 from deltatune.factors import shift
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.notice import warn
 from deltatune.schedule import Schedule, Sensitivity, falling
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import cayley
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets as loras
 from deltatune.config import PeftType, config
-from deltatune.errors import ConfigError
 from deltatune.factors import circulant, correlate
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets as loras
 from deltatune.patterns import pattern_value
 
 
@@ -75,16 +74,8 @@ class C3A(Adapter):
     def build(cls, layer: LinearMap, config: C3AConfig, path: str) -> C3A:
         size = pattern_value(config.block_size_pattern or {}, path, config.block_size)
         both = math.gcd(layer.in_features, layer.out_features)
-        if both % size:
-            near = min((n for n in range(1, both + 1) if both % n == 0), key=lambda n: abs(n - size))
-            raise ConfigError(
-                f"C3AConfig: block_size={size} does not divide both sides of {path} ({layer.out_features}, "
-                f"{layer.in_features}); the nearest value that does is {near}, also settable by block_size_pattern",
-                field="block_size",
-                path=path,
-                found=size,
-                expected=near,
-            )
+        sides = f"both sides of {path} ({layer.out_features}, {layer.in_features})"
+        checks.divisor("C3AConfig", "block_size", size, both, sides, path, ", also settable by block_size_pattern")
         return cls(layer, size, config.init_weights)  # type: ignore[arg-type]
 
     def adapt(self, weight: Tensor) -> Tensor:

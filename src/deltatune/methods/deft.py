@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -68,8 +69,8 @@ class DEFT(Adapter):
         super().__init__()
         self.deft_r = r = min(config.r, layer.out_features)
         self.deft_scaling = config.alpha / r if config.alpha else 1.0
-        self.orthonormal, self.indices_in = config.decomposition_method == "qr", layer.kind == "embedding"
-        self.deft_dropout = nn.Dropout(config.deft_dropout) if config.deft_dropout else nn.Identity()
+        self.orthonormal = config.decomposition_method == "qr"
+        self.deft_dropout = input_dropout(layer, config.deft_dropout)
         self.deft_P = nn.Parameter(0.02 * torch.randn(layer.out_features, r))
         self.deft_R = None if config.para else nn.Parameter(self._start(layer, config))
         if config.para:
@@ -113,8 +114,7 @@ class DEFT(Adapter):
             taken = taken - layer.scale(ones, layer.bias.to(N.dtype) @ N)
         if self.deft_R is None:
             return y - layer.mix(taken, Q)
-        x = x if self.indices_in else self.deft_dropout(x)
-        put = self.deft_scaling * layer.apply(x, self.deft_R)
+        put = self.deft_scaling * layer.apply(self.deft_dropout(x), self.deft_R)
         return y + layer.mix((put - taken).to(y.dtype), Q)
 
     def extra_repr(self) -> str:

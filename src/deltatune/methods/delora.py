@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.patterns import pattern_value
 
 SHORTEST = 1e-4  # no vector is divided by less, as in PEFT
@@ -67,8 +68,8 @@ class DeLoRA(Adapter):
 
     def __init__(self, layer: LinearMap, r: int, bound: float, dropout: float, start_at_zero: bool) -> None:
         super().__init__()
-        self.r, self.embedding = r, layer.kind == "embedding"
-        self.delora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.r = r
+        self.delora_dropout = input_dropout(layer, dropout)
         self.delora_A = nn.Parameter(torch.empty(r, layer.in_features))
         self.delora_B = nn.Parameter(torch.zeros(layer.out_features, r))
         self.delora_lambda = nn.Parameter(torch.full((1,), float(bound)))
@@ -105,7 +106,7 @@ class DeLoRA(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
-        x = x if self.embedding else self.delora_dropout(x)  # an embedding reads indices
+        x = self.delora_dropout(x)
         h = layer.scale(layer.apply(x, self.down), self.scaling)
         return y + layer.mix(h, self.delora_B).to(y.dtype)
 

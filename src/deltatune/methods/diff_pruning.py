@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.factors import block_diagonal, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.schedule import Schedule
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import at_least_single, drawn_positions, fewer_by_vector, recomputed
+from deltatune.factors import at_least_single, drawn_positions, fewer_by_vector, recomputed, through_sum
 from deltatune.methods.c3a import usual_targets
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
@@ -62,6 +62,8 @@ class FourierFT(Adapter):
     halves: Tensor
     mirrored: Tensor
     share: Tensor
+    placed: Tensor
+    entries: Tensor
 
     def __init__(self, layer: LinearMap, count: int, scaling: float, seed: int, zeros: bool) -> None:
         super().__init__()
@@ -88,6 +90,14 @@ class FourierFT(Adapter):
         self.register_buffer("mirrored", (2 * columns <= width) != (2 * rows > height), persistent=False)
         alone = (halves[0] == 0) | (2 * halves[0] == height)  # rows without a mirror image
         self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
+        # with half of the columns each entry stands for its mirror image too, but in columns that are their own mirror
+        left, own = 2 * columns <= width, (columns == 0) | (2 * columns == width)
+        flat = torch.where(left, rows, -rows % height) * (width // 2 + 1) + halves[1]
+        again = (-rows % height) * (width // 2 + 1) + halves[1]
+        self.register_buffer("placed", torch.cat([flat, again[own]]), persistent=False)
+        self.register_buffer(
+            "entries", torch.cat([torch.arange(len(rows), device=rows.device), own.nonzero()[:, 0]]), persistent=False
+        )
 
     def derived_tensors(self) -> dict[str, Tensor]:
         return {"fourierft_indices": self.indices}
@@ -102,13 +112,19 @@ class FourierFT(Adapter):
         return spectrum.to(at_least_single(spectrum)) * self.fourierft_scaling  # half precision has no FFT
 
     def delta(self, c: Tensor) -> Tensor:
-        return torch.fft.ifft2(c.new_zeros(self.shape).index_put((self.indices[0], self.indices[1]), c)).real
+        """Re(IDFT(F)) of F with c at its places: the inverse transform of the half of (F + conj(mirrored F)) / 2."""
+        half = c.new_zeros(self.shape[0] * (self.shape[1] // 2 + 1)).index_add(0, self.placed, c[self.entries] / 2)
+        return torch.fft.irfft2(torch.complex(half, torch.zeros_like(half)).view(self.shape[0], -1), s=self.shape)
 
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + self.delta(self.coefficients)
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y, c = layer(x), self.coefficients
+        c = self.coefficients
+        few = fewer_by_vector(x, layer, self.fourierft_n_frequency)
+        if not few and (y := through_sum(x, layer, self.delta, c)) is not None:
+            return y
+        y = layer(x)
         if fewer_by_vector(x, layer, self.fourierft_n_frequency):
             return y + self._change(x, c, layer).to(y.dtype)
         return y + recomputed(lambda x, c: layer.apply(x, self.delta(c)), x, c).to(y.dtype)

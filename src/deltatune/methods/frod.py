@@ -14,7 +14,7 @@ from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.config import PeftType, config
 from deltatune.errors import MismatchError
-from deltatune.factors import sparse_linear
+from deltatune.factors import input_dropout, shift, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.vera import usual_targets as veras_targets
 
@@ -150,8 +150,10 @@ class Frod(Adapter):
     def __init__(self, layer: LinearMap, config: FrodConfig, path: str, basis: Basis) -> None:
         super().__init__()
         self.path, self.fillings, self.vectors_in = path, 0, layer.kind == "linear"
-        self.frod_dropout = nn.Dropout(config.frod_dropout) if config.frod_dropout else nn.Identity()
+        self.dropping = config.frod_dropout > 0
+        self.frod_dropout = input_dropout(layer, config.frod_dropout)
         U, start = coordinates(layer.weight, basis.V)
+        self.replaces_base = _gives_back(layer, U, start, basis.V)
         self.register_buffer("frod_U", U, persistent=False)
         self.register_buffer("start", start, persistent=False)
         self.frod_lambda_l = nn.Parameter(start.clone())
@@ -171,6 +173,7 @@ class Frod(Adapter):
             U, start = coordinates(layer.weight, self.frod_V)
             self.frod_U.copy_(U)
             self.start.copy_(start)
+            self.replaces_base = _gives_back(layer, U, start, self.frod_V)
             self.fillings = self.shared.fillings
 
     @property
@@ -195,14 +198,24 @@ class Frod(Adapter):
         return weight + (self.frod_U @ middle @ self.frod_V.T).to(torch.promote_types(weight.dtype, middle.dtype))
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
+        if self.replaces_base and layer.dense and x.dtype == torch.float32 and not (self.training and self.dropping):
+            h = self._middle(layer.apply(x, self.frod_V.T), layer, self.frod_lambda_l)
+            return (
+                layer.mix(h, self.frod_U) if layer.bias is None else shift(layer.mix(h, self.frod_U), layer.bias, layer)
+            )
         y, z = layer(x), layer.apply(self.frod_dropout(x), self.frod_V.T)
-        h = layer.scale(z, self.frod_lambda_l - self.start)
-        if not self.vectors_in:
-            h = h + layer.mix(z, self.S)
-        elif self.frod_lambda_s_values.numel():
-            rows, columns = self.frod_s_indices
-            h = h + sparse_linear(z, self.frod_lambda_s_values, rows, columns, len(self.start))
+        h = self._middle(z, layer, self.frod_lambda_l - self.start)
         return y + layer.mix(h, self.frod_U).to(y.dtype)
+
+    def _middle(self, z: Tensor, layer: LinearMap, diagonal: Tensor) -> Tensor:
+        """(diag + S) z."""
+        h = layer.scale(z, diagonal)
+        if not self.vectors_in:
+            return h + layer.mix(z, self.S)
+        if not self.frod_lambda_s_values.numel():
+            return h
+        rows, columns = self.frod_s_indices
+        return h + sparse_linear(z, self.frod_lambda_s_values, rows, columns, len(self.start))
 
     def extra_repr(self) -> str:
         return f"entries={len(self.frod_lambda_s_values)}"
@@ -247,6 +260,15 @@ def coordinates(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         scaled = W @ torch.linalg.pinv(V, rtol=1e-6).T
     norms = scaled.norm(dim=0)
     return torch.where(norms > 1e-12, scaled / norms, 0.0).float().contiguous(), norms.float()
+
+
+@torch.no_grad()
+def _gives_back(layer: LinearMap, U: Tensor, start: Tensor, V: Tensor) -> bool:
+    """Whether W is U diag(l0) V^T up to rounding, so that its own product is not needed."""
+    if layer.kind != "linear" or not layer.dense or layer.dtype != torch.float32:
+        return False
+    W = layer.weight.detach().cpu()
+    return bool(((U * start) @ V.cpu().T - W).norm() <= 1e-5 * W.norm())
 
 
 def drawn_off_diagonal(n: int, rate: float, generator: torch.Generator) -> Tensor:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
-from deltatune.errors import ConfigError
-from deltatune.factors import Factor
+from deltatune.factors import Factor, input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -55,13 +54,10 @@ class GraloraConfig(LayerConfig):
         biases.check("GraloraConfig", self.bias, "gralora_only")
         if self.hybrid_r < 0:
             checks.refuse("GraloraConfig", "hybrid_r", self.hybrid_r, "an integer of 0 or more")
-        if self.r % self.gralora_k:
-            near = max(self.gralora_k, self.r - self.r % self.gralora_k)
-            raise ConfigError(
-                f"GraloraConfig: r={self.r} does not divide by gralora_k={self.gralora_k}; use r={near}",
-                field="r",
-                found=self.r,
-                expected=near,
+        if rest := self.r % self.gralora_k:
+            near = max(self.gralora_k, self.r - rest)
+            checks.refuse(
+                "GraloraConfig", "r", self.r, f"a multiple of gralora_k={self.gralora_k}, for instance {near}"
             )
 
 
@@ -83,7 +79,7 @@ class GraLoRA(Adapter):
         super().__init__()
         self.r, self.gralora_k, self.hybrid_r, self.alpha, self.kind = r, k, hybrid_r, alpha, layer.kind
         self.scaling = alpha / (r + hybrid_r)
-        self.gralora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.gralora_dropout = input_dropout(layer, dropout)
         A, B = torch.empty(k, r, layer.in_features // k), torch.empty(k, layer.out_features // k, r)
         whole = [(hybrid_r, layer.in_features), (layer.out_features, hybrid_r)] if hybrid_r else []
         general = [Factor(*shape) for shape in whole]
@@ -100,16 +96,8 @@ class GraLoRA(Adapter):
     @classmethod
     def build(cls, layer: LinearMap, config: GraloraConfig, path: str) -> GraLoRA:
         k, out, width = config.gralora_k, layer.out_features, layer.in_features
-        if out % k or width % k:
-            legal = [n for n in range(1, config.r + 1) if math.gcd(out, width, config.r) % n == 0]
-            near = min(legal, key=lambda n: abs(n - k))
-            raise ConfigError(
-                f"GraloraConfig: gralora_k={k} does not divide both sides of {path}, ({out}, {width}); "
-                f"the nearest value that does is {near}",
-                field="gralora_k",
-                found=k,
-                expected=near,
-            )
+        sides = f"r={config.r} and both sides of {path}, ({out}, {width})"
+        checks.divisor("GraloraConfig", "gralora_k", k, math.gcd(out, width, config.r), sides, path)
         return cls(layer, config.r, k, config.hybrid_r, config.alpha, config.gralora_dropout, config.init_weights)
 
     @property
@@ -133,17 +121,14 @@ class GraLoRA(Adapter):
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         if self.kind == "linear":
-            update = self._through_blocks(self._dropped(x))
+            update = self._through_blocks(self.gralora_dropout(x))
         else:
             down, up = self.factors
-            update = layer.mix(layer.apply(self._dropped(x), down), up)
+            update = layer.mix(layer.apply(self.gralora_dropout(x), down), up)
         if self.gralora_A_general is not None and self.gralora_B_general is not None:
-            h = layer.apply(self._dropped(x), self.gralora_A_general.weight)
+            h = layer.apply(self.gralora_dropout(x), self.gralora_A_general.weight)
             update = update + layer.mix(h, self.gralora_B_general.weight)
         return y + (self.scaling * update).to(y.dtype)
-
-    def _dropped(self, x: Any) -> Any:
-        return x if self.kind == "embedding" else self.gralora_dropout(x)  # an embedding reads indices
 
     def _through_blocks(self, x: Tensor) -> Tensor:
         """Of vectors; as two matrices it would cost k times as much."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.patterns import pattern_value
 
 
@@ -65,7 +66,7 @@ class HiRA(Adapter):
     def __init__(self, layer: LinearMap, r: int, dropout: float, init: bool | str | None) -> None:
         super().__init__()
         self.r, self.embedding = r, layer.kind == "embedding"
-        self.hira_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.hira_dropout = input_dropout(layer, dropout)
         down = layer.down_shape(r)
         A, B = torch.randn(down), torch.randn(layer.out_features, r, *[1] * (len(down) - 2))
         if not init:

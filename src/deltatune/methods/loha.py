@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.factors import RowDropout, block_diagonal, tucker
 from deltatune.methods.common import LycorisConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.patterns import pattern_value
 
 

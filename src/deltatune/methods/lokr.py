@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.factors import RowDropout, block_diagonal, scale_of_rows, tucker
 from deltatune.methods.common import LycorisConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.patterns import pattern_value
 
 

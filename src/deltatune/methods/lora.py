@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks, replication, tying
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, block_diagonal, shift
@@ -250,38 +251,6 @@ def _check_groups(layer: LinearMap, r: int, path: str) -> None:
             found=r,
             expected=nearest,
         )
-
-
-_Q_AND_V = ["q_proj", "v_proj"]
-_TARGETS: dict[str, list[str] | str] = {
-    **{name: ["q", "v"] for name in ("t5", "mt5", "umt5")},
-    **{name: ["query", "value"] for name in ("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "camembert")},
-    **dict.fromkeys(("bart", "mbart", "pegasus", "m2m_100", "marian", "blenderbot", "plbart"), _Q_AND_V),
-    **dict.fromkeys(("opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _Q_AND_V),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "whisper"), _Q_AND_V),
-    **{
-        name: ["query_key_value"]
-        for name in ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon")
-    },
-    **{name: ["c_attn"] for name in ("gpt2", "gpt_bigcode")},
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "deberta": ["in_proj"],
-    "distilbert": ["q_lin", "v_lin"],
-    "mpt": ["Wqkv"],
-    "btlm": ["c_proj", "c_attn"],
-    "codegen": ["qkv_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-}
-
-
-def usual_targets(model_type: str) -> Any:
-    """The layers that LoRA and most of its relatives adapt in an architecture, or None."""
-    return _TARGETS.get(model_type)
 
 
 def _train_options(given: dict[str, Any]) -> dict[str, Any]:

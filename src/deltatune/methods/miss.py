@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import scale_of_rows
+from deltatune.factors import input_dropout, scale_of_rows
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -58,7 +58,7 @@ class MiSS(Adapter):
         super().__init__()
         self.miss_r, self.miss_mini_r, self.bat, self.kind = r, width, bat, layer.kind
         self.in_features, self.copies = layer.in_features, layer.out_features // width
-        self.miss_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.miss_dropout = input_dropout(layer, dropout)
         self.miss_block = nn.Parameter(torch.zeros(layer.out_features // r, r, r) if bat else torch.zeros(r, width))
 
     @classmethod

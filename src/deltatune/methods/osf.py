@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import every_projection
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import with_projected_gradient
@@ -134,22 +135,6 @@ class LowSubspace(Adapter):
         return y + (now - start).to(y.dtype)  # equal at the start, to the bit
 
 
-_IN_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
-_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"), _IN_LLAMA),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _IN_LLAMA),
-    **{name: ["c_attn", "c_proj"] for name in ("gpt2", "gpt_bigcode")},
-    **{name: ["query_key_value", "dense_4h_to_h"] for name in ("bloom", "gpt_neox", "falcon")},
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
-}
-
-
-def usual_targets(model_type: str) -> Any:
-    """Every projection of an architecture's blocks; of one that is not known every linear layer."""
-    return _TARGETS.get(model_type, "all-linear")
-
-
 METHOD = Method(
-    PeftType.OSF, OSFConfig, LowSubspace, key_prefix="osf_", default_targets=usual_targets, learning_rate=1e-4
+    PeftType.OSF, OSFConfig, LowSubspace, key_prefix="osf_", default_targets=every_projection, learning_rate=1e-4
 )

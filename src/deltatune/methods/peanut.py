@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune import checks
+from deltatune.activations import ACTIVATIONS
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-# Names are those of transformers' ACT2FN, without importing it.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
-    "gelu_python": F.gelu,
-    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), _gelu_tanh),
-    "hardswish": F.hardswish,
-    "laplace": lambda x: (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))) / 2,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    **dict.fromkeys(("silu", "swish"), F.silu),
-    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
-    "tanh": torch.tanh,
-}
 
 
 @config

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import cayley, cayley_neumann, skew_symmetric
+from deltatune.factors import cayley, cayley_neumann, input_dropout, skew_symmetric
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -115,8 +115,8 @@ class PSOFT(Adapter):
 
     def __init__(self, layer: LinearMap, config: PsoftConfig) -> None:
         super().__init__()
-        self.r, self.indices_in = config.r, layer.kind == "embedding"
-        self.psoft_dropout = nn.Dropout(config.psoft_dropout) if config.psoft_dropout else nn.Identity()
+        self.r = config.r
+        self.psoft_dropout = input_dropout(layer, config.psoft_dropout)
         self.psoft_R = Transformation(config)
         if not config.init_weights:
             self.identity_at_birth = "init_weights=False draws Q"
@@ -151,9 +151,8 @@ class PSOFT(Adapter):
         return weight + (self.B @ self.change @ self.A).to(torch.promote_types(weight.dtype, self.A.dtype))
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x)
-        x = x if self.indices_in else self.psoft_dropout(x)
-        return y + layer.mix(layer.mix(layer.apply(x, self.A), self.change), self.B).to(y.dtype)
+        y, h = layer(x), layer.apply(self.psoft_dropout(x), self.A)
+        return y + layer.mix(layer.mix(h, self.change), self.B).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"r={self.r}"

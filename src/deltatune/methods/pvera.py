@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import biases, checks
-from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import largest_sides, random_projection
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.vera import usual_targets as veras_targets
+from deltatune.projections import Projections
 
 
 @config
@@ -59,22 +60,9 @@ class PveraConfig(LayerConfig):
         biases.check("PveraConfig", self.bias, "pvera_only")
 
 
-class Projections(Stored):
-    """Frozen: A (2 r, in) and B (out, r) for the largest layer; the others use their corners."""
-
-    pvera_A: Tensor
-    pvera_B: Tensor
-
-    def __init__(self, layers: dict[str, LinearMap], config: PveraConfig) -> None:
-        super().__init__()
-        self.keeps_derived = config.save_projection
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        out, width = largest_sides(layers.values())
-        self.register_buffer("pvera_A", random_projection(2 * config.r, width, generator=generator), persistent=False)
-        self.register_buffer("pvera_B", random_projection(out, config.r, generator=generator), persistent=False)
-
-    def derived_tensors(self) -> dict[str, Tensor]:
-        return {"pvera_A": self.pvera_A, "pvera_B": self.pvera_B}
+def projections(layers: dict[str, LinearMap], config: PveraConfig) -> Projections:
+    seed, keep = config.projection_prng_key, config.save_projection
+    return Projections(layers, "pvera", rows=2 * config.r, r=config.r, seed=seed, keep=keep)
 
 
 class Pvera(Adapter):
@@ -88,9 +76,9 @@ class Pvera(Adapter):
 
     def __init__(self, layer: LinearMap, config: PveraConfig) -> None:
         super().__init__()
-        self.r, self.embedding = config.r, layer.kind == "embedding"
+        self.r = config.r
         self.sides = layer.out_features, layer.in_features
-        self.pvera_dropout = nn.Dropout(config.pvera_dropout) if config.pvera_dropout else nn.Identity()
+        self.pvera_dropout = input_dropout(layer, config.pvera_dropout)
         self.sample_at_inference, self.pvera_generator = config.sample_at_inference, None
         if config.generator_seed is not None:
             self.pvera_generator = torch.Generator().manual_seed(config.generator_seed)
@@ -109,11 +97,11 @@ class Pvera(Adapter):
 
     @property
     def pvera_A(self) -> Tensor:
-        return self.shared.pvera_A[:, : self.sides[1]].to(self.pvera_lambda_d.device)
+        return self.shared.corners(self.sides, self.pvera_lambda_d.device)[0]
 
     @property
     def pvera_B(self) -> Tensor:
-        return self.shared.pvera_B[: self.sides[0]].to(self.pvera_lambda_b.device)
+        return self.shared.corners(self.sides, self.pvera_lambda_b.device)[1]
 
     def adapt(self, weight: Tensor) -> Tensor:
         b, d = self.pvera_lambda_b[:, None], self.pvera_lambda_d[: self.r, None]
@@ -121,7 +109,7 @@ class Pvera(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, A, d = layer(x), self.pvera_A, self.pvera_lambda_d
-        x = x if self.embedding else self.pvera_dropout(x)  # an embedding reads indices
+        x = self.pvera_dropout(x)
         z = layer.scale(layer.apply(x, A[: self.r]), d[: self.r])
         if self.training or self.sample_at_inference:
             log_variance = layer.scale(layer.apply(x, A[self.r :]), d[self.r :])
@@ -147,7 +135,7 @@ METHOD = Method(
     Pvera,
     key_prefix="pvera_",
     default_targets=usual_targets,
-    shared=Projections,
+    shared=projections,
     learning_rate=4e-3,
     train_options=all_linear,
 )

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import largest_sides
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
+from deltatune.projections import largest_sides
 
 
 @config
@@ -117,11 +118,11 @@ class RandLora(Adapter):
 
     def __init__(self, layer: LinearMap, config: RandLoraConfig) -> None:
         super().__init__()
-        self.r, self.scaling, self.embedding = config.r, config.randlora_alpha / config.r, layer.kind == "embedding"
+        self.r, self.scaling = config.r, config.randlora_alpha / config.r
         self.wide = layer.in_features > layer.out_features
         self.short, self.long = sorted((layer.in_features, layer.out_features))
         self.bases = math.ceil(self.short / config.r)
-        self.randlora_dropout = nn.Dropout(config.randlora_dropout) if config.randlora_dropout else nn.Identity()
+        self.randlora_dropout = input_dropout(layer, config.randlora_dropout)
         self.randlora_lambda = nn.Parameter(torch.zeros(config.r, self.bases))
         start = 1 / max(self.bases, self.short) if config.init_weights else 1 / self.long
         self.randlora_gamma = nn.Parameter(torch.full((self.bases, self.short), start))
@@ -162,7 +163,7 @@ class RandLora(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (down, up) = layer(x), self.factors
-        x = x if self.embedding else self.randlora_dropout(x)  # an embedding reads indices
+        x = self.randlora_dropout(x)
         return y + (self.scaling * layer.mix(layer.apply(x, down), up)).to(y.dtype)
 
     def extra_repr(self) -> str:

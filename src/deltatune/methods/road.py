@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 _NUMBERS = {"road_1": 1, "road_2": 2, "road_4": 4}  # angles of one pair, and as many scales
 

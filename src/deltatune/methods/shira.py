@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, Applied, LinearMap, Method
+from deltatune.architectures import usual_targets as loras
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError, StateError
 from deltatune.factors import drawn_positions, recomputed, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets as loras
 
 UNSEEDED = 67280421310721  # what a torch.Generator starts from that nobody seeds, as PEFT's without `random_seed`
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError
-from deltatune.factors import Factor, sparse_linear
+from deltatune.factors import Factor, input_dropout, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -75,12 +75,12 @@ class ChosenEntries(Adapter):
     def __init__(self, layer: LinearMap, indices: Tensor, r: int, alpha: float, dropout: float, zero: bool) -> None:
         super().__init__()
         self.shape = (layer.out_features, layer.in_features)
-        self.vectors_in, self.embedding = layer.kind == "linear", layer.kind == "embedding"
+        self.vectors_in = layer.kind == "linear"
         self.supertuning_rank, self.supertuning_lora_alpha = r, alpha
         self.scaling = alpha / r if r else 0.0
         self.register_buffer("supertuning_indices", indices, persistent=False)  # row by row through (out, in)
         self.supertuning_values = nn.Parameter(torch.zeros(len(indices)) if zero else torch.randn(len(indices)))
-        self.supertuning_lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.supertuning_lora_dropout = input_dropout(layer, dropout)
         self.supertuning_lora_A = Factor(r, layer.in_features) if r else None
         self.supertuning_lora_B = Factor(layer.out_features, r) if r else None
         if not zero:
@@ -123,7 +123,7 @@ class ChosenEntries(Adapter):
         y = y + self._sparse(x, layer).to(y.dtype)
         if self.supertuning_lora_A is None or self.supertuning_lora_B is None:
             return y
-        x = x if self.embedding else self.supertuning_lora_dropout(x)  # an embedding reads indices
+        x = self.supertuning_lora_dropout(x)
         update = layer.mix(layer.apply(x, self.supertuning_lora_A.weight), self.supertuning_lora_B.weight)
         return y + (self.scaling * update).to(y.dtype)
 

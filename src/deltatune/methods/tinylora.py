@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -86,7 +87,7 @@ class TinyLora(Adapter):
         super().__init__()
         self.group, self.u, self.keeps_derived = group, config.u, config.save_projection
         self.embedding = layer.kind == "embedding"
-        self.tinylora_dropout = nn.Dropout(config.tinylora_dropout) if config.tinylora_dropout else nn.Identity()
+        self.tinylora_dropout = input_dropout(layer, config.tinylora_dropout)
         if config.init_weights is not True:
             self.identity_at_birth = f"init_weights={config.init_weights!r} draws v"
         weight = layer.weight.detach().float()
@@ -117,7 +118,7 @@ class TinyLora(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (down, up) = layer(x), self.factors
-        x = x if self.embedding else self.tinylora_dropout(x)  # an embedding reads indices
+        x = self.tinylora_dropout(x)
         return y + layer.mix(layer.apply(x, down), up).to(y.dtype)
 
     def derived_tensors(self) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 
 
 @config
@@ -103,8 +104,8 @@ class UniLora(Adapter):
 
     def __init__(self, layer: LinearMap, config: UniLoraConfig, places: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.r, self.embedding, self.keeps_derived = config.r, layer.kind == "embedding", config.save_indices
-        self.unilora_dropout = nn.Dropout(config.unilora_dropout) if config.unilora_dropout else nn.Identity()
+        self.r, self.keeps_derived = config.r, config.save_indices
+        self.unilora_dropout = input_dropout(layer, config.unilora_dropout)
         A, B = places[0].reshape(config.r, -1), places[1].reshape(-1, config.r)
         self.register_buffer("unilora_indices_A", A.to(torch.int32), persistent=False)
         self.register_buffer("unilora_indices_B", B.to(torch.int32), persistent=False)
@@ -125,7 +126,7 @@ class UniLora(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (A, B) = layer(x), self.factors
-        x = x if self.embedding else self.unilora_dropout(x)  # an embedding reads indices
+        x = self.unilora_dropout(x)
         return y + layer.mix(layer.apply(x, A), B).to(y.dtype)
 
     # Files that hold the places hold the scale of each place too.

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets as loras_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets as loras_targets
 
 NEVER = -1e4  # a logit that is not among the largest, within every floating type
 _PLACES = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}  # as files number the vectors of a bank
@@ -81,8 +82,7 @@ class VBLoRA(Adapter):
     def __init__(self, layer: LinearMap, config: VBLoRAConfig) -> None:
         super().__init__()
         self.r, self.topk, self.only_topk = config.r, config.topk, config.save_only_topk_weights
-        self.embedding = layer.kind == "embedding"
-        self.vblora_dropout = nn.Dropout(config.vblora_dropout) if config.vblora_dropout else nn.Identity()
+        self.vblora_dropout = input_dropout(layer, config.vblora_dropout)
         width, out = layer.in_features // config.vector_length, layer.out_features // config.vector_length
         std = config.init_logits_std
         self.vblora_logits_A = nn.Parameter(std * torch.randn(config.r, width, config.num_vectors))
@@ -124,7 +124,7 @@ class VBLoRA(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
-        x = x if self.embedding else self.vblora_dropout(x)  # an embedding reads indices
+        x = self.vblora_dropout(x)
         return y + layer.mix(layer.apply(x, self.A), self.B).to(y.dtype)
 
     # Instead of logits a file may hold the places of the chosen vectors and all weights but the last: they sum to one.

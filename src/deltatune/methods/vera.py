@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import biases, checks
-from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets as loras_targets
 from deltatune.config import PeftType, config
-from deltatune.factors import largest_sides, random_projection
+from deltatune.factors import input_dropout
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets as loras_targets
+from deltatune.projections import Projections
 
 
 @config
@@ -52,22 +53,9 @@ class VeraConfig(LayerConfig):
         biases.check("VeraConfig", self.bias, "vera_only")
 
 
-class Projections(Stored):
-    """Frozen: A (r, in) and B (out, r) for the largest layer; the others use their corners."""
-
-    vera_A: Tensor
-    vera_B: Tensor
-
-    def __init__(self, layers: dict[str, LinearMap], config: VeraConfig) -> None:
-        super().__init__()
-        self.keeps_derived = config.save_projection
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        out, width = largest_sides(layers.values())
-        self.register_buffer("vera_A", random_projection(config.r, width, generator=generator), persistent=False)
-        self.register_buffer("vera_B", random_projection(out, config.r, generator=generator), persistent=False)
-
-    def derived_tensors(self) -> dict[str, Tensor]:
-        return {"vera_A": self.vera_A, "vera_B": self.vera_B}
+def projections(layers: dict[str, LinearMap], config: VeraConfig) -> Projections:
+    seed, keep = config.projection_prng_key, config.save_projection
+    return Projections(layers, "vera", rows=config.r, r=config.r, seed=seed, keep=keep)
 
 
 class Vera(Adapter):
@@ -78,9 +66,9 @@ class Vera(Adapter):
 
     def __init__(self, layer: LinearMap, config: VeraConfig) -> None:
         super().__init__()
-        self.r, self.embedding = config.r, layer.kind == "embedding"
+        self.r = config.r
         self.sides = layer.out_features, layer.in_features
-        self.vera_dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
+        self.vera_dropout = input_dropout(layer, config.vera_dropout)
         self.vera_lambda_b = nn.Parameter(torch.zeros(layer.out_features))
         self.vera_lambda_d = nn.Parameter(torch.full((config.r,), float(config.d_initial)))
         if not config.init_weights:
@@ -94,11 +82,11 @@ class Vera(Adapter):
 
     @property
     def vera_A(self) -> Tensor:
-        return self.shared.vera_A[:, : self.sides[1]].to(self.vera_lambda_d.device)
+        return self.shared.corners(self.sides, self.vera_lambda_d.device)[0]
 
     @property
     def vera_B(self) -> Tensor:
-        return self.shared.vera_B[: self.sides[0]].to(self.vera_lambda_b.device)
+        return self.shared.corners(self.sides, self.vera_lambda_b.device)[1]
 
     def adapt(self, weight: Tensor) -> Tensor:
         b, d = self.vera_lambda_b[:, None], self.vera_lambda_d[:, None]
@@ -106,8 +94,7 @@ class Vera(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
-        x = x if self.embedding else self.vera_dropout(x)  # an embedding reads indices
-        h = layer.scale(layer.apply(x, self.vera_A), self.vera_lambda_d)
+        h = layer.scale(layer.apply(self.vera_dropout(x), self.vera_A), self.vera_lambda_d)
         return y + layer.scale(layer.mix(h, self.vera_B), self.vera_lambda_b).to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -124,7 +111,7 @@ METHOD = Method(
     Vera,
     key_prefix="vera_",
     default_targets=usual_targets,
-    shared=Projections,
+    shared=projections,
     learning_rate=4e-3,
     train_options=all_linear,
 )

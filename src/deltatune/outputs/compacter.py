@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.config import PeftType, config
-from deltatune.errors import ConfigError
 from deltatune.methods.common import LayerConfig
 from deltatune.outputs.bottleneck import BENT, behind_each_layer, shifted
 
@@ -97,16 +96,7 @@ class Compacter(Adapter):
     @classmethod
     def build(cls, layer: LinearMap, config: CompacterConfig, path: str, shared: Rules) -> Compacter:
         n, width = config.phm_dim, layer.out_features
-        if width % n:
-            legal = [m for m in range(1, width + 1) if width % m == 0]
-            near = min(legal, key=lambda m: abs(m - n))
-            raise ConfigError(
-                f"CompacterConfig: phm_dim={n} does not divide the {width} outputs of {path}; "
-                f"the nearest value that does is {near}",
-                field="phm_dim",
-                found=n,
-                expected=near,
-            )
+        checks.divisor("CompacterConfig", "phm_dim", n, width, f"the {width} outputs of {path}", path)
         return cls(width, n * max(1, int(width / config.reduction_factor / n)), config)
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
+from deltatune.architectures import usual_targets
 from deltatune.calls import Value
 from deltatune.config import PeftType, config
 from deltatune.factors import Factor
 from deltatune.methods.common import LayerConfig, all_linear
-from deltatune.methods.lora import usual_targets
 from deltatune.outputs.places import DECODER_TOKENS, TOKENS, sees_targets
 from deltatune.patterns import name_matches
 from deltatune.targets import ALL_LINEAR

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.architectures import usual_targets
 from deltatune.calls import TASK_IDS, Value
 from deltatune.config import PeftType, config
-from deltatune.errors import ConfigError, DataError
+from deltatune.errors import DataError
 from deltatune.methods.common import LayerConfig
-from deltatune.methods.lora import usual_targets
 
 EPS = 1e-12  # in the sum that mixing weights are divided by, as PEFT's
 
@@ -100,16 +100,8 @@ class Poly(Adapter):
     @classmethod
     def build(cls, layer: LinearMap, config: PolyConfig, path: str) -> Poly:
         common = math.gcd(layer.in_features, layer.out_features)
-        if common % config.n_splits:
-            legal = [n for n in range(1, common + 1) if common % n == 0]
-            near = min(legal, key=lambda n: abs(n - config.n_splits))
-            raise ConfigError(
-                f"PolyConfig: n_splits={config.n_splits} does not divide both sides of {path} "
-                f"({layer.out_features}, {layer.in_features}); the nearest value that does is {near}",
-                field="n_splits",
-                found=config.n_splits,
-                expected=near,
-            )
+        sides = f"both sides of {path} ({layer.out_features}, {layer.in_features})"
+        checks.divisor("PolyConfig", "n_splits", config.n_splits, common, sides, path)
         return cls(layer, config.r, config.n_tasks, config.n_skills, config.n_splits, config.init_weights)
 
     def factors(self, tasks: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from deltatune.errors import ConfigError, StateError
 from deltatune.factors import orthonormal_rows
 from deltatune.methods.common import LayerConfig
 from deltatune.outputs.places import DECODER_PLACES, PLACES, sees_targets
-from deltatune.targets import walk
+from deltatune.targets import transformer_layers
 
 
 @config
@@ -131,23 +131,6 @@ class LoReFT(Adapter):
 
 def _below(number: Tensor, limit: int | None) -> Tensor:
     return number >= 0 if limit is None else (number >= 0) & (number < limit)
-
-
-def transformer_layers(model: nn.Module) -> set[str] | None:
-    """Paths of the lists of transformer layers of a model."""
-    try:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-    except ImportError:
-        return None
-    lists = {path: module for path, module in walk(model) if isinstance(module, nn.ModuleList)}
-    found = [
-        path for path, parts in lists.items() if len(parts) and all(_is(p, GradientCheckpointingLayer) for p in parts)
-    ]
-    return {path for path in found if not any(path.startswith(f"{other}.") for other in found)} or None
-
-
-def _is(module: nn.Module, kind: type) -> bool:
-    return isinstance(getattr(module, "base_layer", module), kind)
 
 
 METHOD = Method(
