@@ -78,9 +78,7 @@ def retarget(model: nn.Module, config: Any) -> None:
         _check_options(config, embedding)
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     elif config.trainable_token_indices is None:
-        warn(
-            "ensure_weight_tying=True: neither target_modules nor modules_to_save names the embedding"
-        )
+        warn("ensure_weight_tying=True: neither target_modules nor modules_to_save names the embedding")
 
 
 def _tied(model: nn.Module) -> tuple[str, list[str]]:

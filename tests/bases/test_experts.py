@@ -9,10 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from deltatune import BottleneckConfig, LoraConfig, PeftModel, get_peft_model
+from deltatune import (
+    BottleneckConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from deltatune.errors import ConfigError, StateError, TargetError
 from deltatune.fused.layer import FusedLayer
 from deltatune.fused.weight import LowRankWeight
+from deltatune.inspect import inspect_adapter
+from deltatune.trace import trace
 from tests.core.moe import ARCHITECTURES, BOTH, READINGS, ids, moe
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -194,6 +204,41 @@ def test_saving_and_loading_gives_the_same_bits(tmp_path):
     assert torch.equal(logits(again), logits(model))
     one = PeftModel.from_pretrained(moe("mixtral"), tmp_path, is_trainable=True)
     assert one.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_inspecting_and_tracing_know_it(tmp_path):
+    model = adapted("mixtral", target_modules=["q_proj"], rank_pattern={r".*\.down_proj": 3})
+    model.save_pretrained(tmp_path)
+    assert inspect_adapter(tmp_path).problems == []
+    stops = {stop.path: stop for stop in trace(model, {"input_ids": ids(), "labels": ids()}).layers}
+    stop = stops["model.layers.1.mlp.experts"]
+    names = [f"each.{name}.lora_{which}.weight" for name in ("gate_up_proj", "down_proj") for which in "AB"]
+    assert [part.name for part in stop.adapters[0].parameters] == names
+    status = model.get_model_status()
+    assert status.num_adapter_layers == 4 and status.requires_grad == {"default": True}
+
+
+def test_generating_with_a_cache_and_with_beams_of_different_adapters():
+    model = adapted("mixtral")
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(input_ids=ids(), use_cache=False, **settings)
+    assert torch.equal(model.generate(input_ids=ids(), **settings), plain)
+    beams = {"num_beams": 2, **settings}
+    mixed = model.generate(input_ids=ids(), adapter_names=["default", "__base__"], **beams)
+    with model.disable_adapter():
+        base = model.generate(input_ids=ids(), **beams)
+    assert torch.equal(mixed[0], model.generate(input_ids=ids(), **beams)[0]) and torch.equal(mixed[1], base[1])
+
+
+def test_a_bare_model_with_adapters_injected():
+    model = moe("mixtral")
+    inject_adapter_in_model(config(init_lora_weights=False), model)
+    tensors = get_peft_model_state_dict(model)
+    other = moe("mixtral")
+    inject_adapter_in_model(config(), other)
+    found = set_peft_model_state_dict(other, tensors)
+    assert not found.missing_keys and not found.unexpected_keys
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_copies_are_whole_and_independent():

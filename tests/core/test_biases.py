@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from deltatune import HRAConfig, LoraConfig, PeftModel, RandLoraConfig, get_peft_model
 from deltatune.biases import TrainedBias, WithBias
 from deltatune.errors import ConfigError
+from deltatune.inspect import inspect_adapter
 from tests.core.tiny import batch, logits, tiny
 
 
@@ -116,8 +117,10 @@ def test_modules_trained_whole_keep_their_own():
     assert trained(model) == ["0", "1"]
 
 
-def test_all_biases_of_a_transformer():
+def test_all_biases_of_a_transformer(tmp_path):
     model = adapted("all", tiny("bert"), target_modules=["query"])
+    model.save_pretrained(tmp_path)
+    assert inspect_adapter(tmp_path).problems == []
     count = sum(value.numel() for name, value in tiny("bert").named_parameters() if name.endswith(".bias"))
     lora = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n)
     assert model.get_nb_trainable_parameters()[0] == count + lora

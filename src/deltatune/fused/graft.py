@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -41,17 +40,12 @@ def build(model: nn.Module, config: Any, name: str, autocast: bool, built: dict[
 
 def convert(model: nn.Module, config: Any) -> None:
     """Targets of an older transformers, which named layers of single experts, as the parameters that they are now."""
-    if not isinstance(config.target_modules, (set, list)) or not _may_target(config):
+    if not isinstance(config.target_modules, (set, list)) or not config.adapts_parameters:
         return
     held = {path: module for path, module in _modules(model) if apart.GATE_UP in _stacks(module)}
     inside = tuple(f"{path}." for path in held)
     paths = [path for path, _ in _modules(model) if not path.startswith(inside)] if held else []
     apart.convert(config, held, lambda name: any(name_matches([name], path) for path in paths))
-
-
-def _may_target(config: Any) -> bool:
-    """Whether the method can adapt parameters at all."""
-    return any(field.name == "target_parameters" for field in dataclasses.fields(config))
 
 
 def _stacks(module: nn.Module) -> set[str]:
@@ -86,8 +80,10 @@ def find(model: nn.Module, config: Any) -> dict[str, tuple[nn.Module, list[str]]
         raise _nothing(model, dead)
     if dead:
         warn(f"target_parameters: {dead} match no parameter of the model")
-    if config.layers_to_transform not in (None, []):
-        warn("layers_to_transform chooses among target_modules alone; target_parameters act in every layer, as in PEFT")
+    excluded = any(name_matches(config.exclude_modules, path) for path in found)
+    if excluded or config.layers_to_transform not in (None, []):
+        field = "exclude_modules" if excluded else "layers_to_transform"
+        warn(f"{field} chooses among target_modules alone; target_parameters act wherever they match, as in PEFT")
     return found
 
 

@@ -63,6 +63,7 @@ class LoraConfig(LayerConfig):
 
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    adapts_parameters: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: int | float = 8
