@@ -2,8 +2,8 @@
 
     python benchmarks/experts.py            prints the table of docs/experts.md
 
-A Mixtral of 2 layers of width 256 with 16 experts and random weights, r = 8 on both parameters, one thread. The packages
-take turns; what counts is the smallest of the times.
+A Mixtral of 2 layers of width 256 with 16 experts and random weights, r = 8 on both parameters, one thread. The
+packages take turns; what counts is the smallest of the times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROUNDS = 7
 
 def bare(reading: str) -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 16, "num_experts_per_tok": 2}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
     model.set_experts_implementation(reading)
