@@ -31,7 +31,12 @@ ROUNDS = 7
 def bare(reading: str) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 16, "num_experts_per_tok": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+    }
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
     model.set_experts_implementation(reading)
     return model

@@ -142,6 +142,16 @@ def test_a_moved_model_comes_back_moved():
     assert {p.dtype for p in model.unload().parameters()} == {torch.float64}
 
 
+def test_a_moved_model_whose_parameters_became_other_objects_comes_back_moved():
+    model = adapted()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert {p.dtype for p in model.unload().parameters()} == {torch.float64}
+
+
 def test_all_adapters_of_a_model_have_the_same_list():
     model = adapted()
     model.add_adapter("same", config(r=3))

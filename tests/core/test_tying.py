@@ -106,6 +106,8 @@ def test_dropout_and_gradients_reach_both_uses():
     model = adapted(lora_dropout=0.5).train()
     model(**batch("llama")).loss.backward()
     adapter = model.get_input_embeddings().adapters["default"]
+    head, x = model.get_output_embeddings(), torch.randn(3, 16)
+    assert not torch.equal(head(x), head(x)), "the update of the output layer has the dropout too"
     assert adapter.lora_A.weight.grad.abs().min() > 0  # every token is a class of the output
 
 
