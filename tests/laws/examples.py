@@ -179,6 +179,7 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "act_fn": ("tanh", "gelu_new"),
     "sparse_rate": (0.2, 0.0),
     "wavelet_family": ("db2", "sym4", "coif1"),
+    "ensure_weight_tying": (),  # needs two layers of one weight: tests/core/test_tying.py
     "bias": tuple(
         f"{method}_only"
         for method in (
