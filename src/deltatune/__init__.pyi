@@ -27,6 +27,14 @@ from deltatune.functional import get_peft_model_state_dict as get_peft_model_sta
 from deltatune.functional import inject_adapter_in_model as inject_adapter_in_model
 from deltatune.functional import set_peft_model_state_dict as set_peft_model_state_dict
 from deltatune.layer import AdaptedLayer as AdaptedLayer
+from deltatune.lora.arrow_model import create_arrow_model as create_arrow_model
+from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
+from deltatune.lora.variants.arrow import ArrowConfig as ArrowConfig
+from deltatune.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+from deltatune.lora.variants.caching import DoraCaching as DoraCaching
+from deltatune.lora.variants.kasa import KasaConfig as KasaConfig
+from deltatune.lora.variants.monteclora import MontecloraConfig as MontecloraConfig
+from deltatune.lora.variants.velora import VeloraConfig as VeloraConfig
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.adamss import AdamssConfig as AdamssConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig
@@ -104,6 +112,7 @@ from deltatune.status import TunerLayerStatus as TunerLayerStatus
 from deltatune.status import TunerModelStatus as TunerModelStatus
 from deltatune.status import get_layer_status as get_layer_status
 from deltatune.status import get_model_status as get_model_status
+from deltatune.storage.weights import load_peft_weights as load_peft_weights
 from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from deltatune.tasks import PeftModelForCausalLM as PeftModelForCausalLM
 from deltatune.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction

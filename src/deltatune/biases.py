@@ -6,7 +6,8 @@ may have one. Files hold b' under PEFT's keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,9 @@ class WithBias(Adapter):
     def penalty(self) -> Tensor | None:
         return self.adapter.penalty()
 
+    def joins(self, beside: nn.ModuleDict) -> None:
+        self.adapter.joins(beside)
+
     def settle(self, layer: LinearMap) -> None:
         self.adapter.settle(layer)
 
@@ -120,6 +124,12 @@ class WithBias(Adapter):
 
 
 _KEY = "base_layer.bias"  # below a layer that has an adapter too
+
+
+def of_peer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without biases of modules trained whole that PEFT repeats under the names of its wrapper."""
+    wrapped = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
+    return {key: tensor for key, tensor in tensors.items() if wrapped.sub("", key) not in tensors.keys() - {key}}
 
 
 def build(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import biases, calls, replication, targets, tying
+from deltatune import biases, calls, empty, replication, targets, tying
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
@@ -238,7 +238,7 @@ def _build(
         for path, module in found.items()
         if once[id(module)] == path
     }
-    made, shared = method.build(layers, config)
+    made, shared = empty.build(method, layers, config)
     for path, adapter in made.items():
         _place(adapter, found[path], layers[path], autocast)
         if layers[path].only_weight and adapter.mergeable is not True:
@@ -298,7 +298,8 @@ def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) ->
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
     holder = _holder(module)
-    made.to(device=next(itertools.chain(holder.parameters(), holder.buffers())).device, dtype=dtype)
+    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
 
 
 def _wrap(

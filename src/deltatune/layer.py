@@ -81,6 +81,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
         self.adapters[name] = adapter
+        adapter.joins(self.adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.selection.current()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import calls, inject
+from deltatune import calls, empty, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -39,7 +39,7 @@ class PeftModel(Persistence, nn.Module):
         peft_config: Config of the first adapter.
         adapter_name: Its name.
         autocast_adapter_dtype: Keep adapters of a half-precision base in float32.
-        low_cpu_mem_usage: Accepted; adapters are small.
+        low_cpu_mem_usage: The adapter gets no numbers until a file or a state dict fills it.
 
     Raises:
         PeftError: The config does not fit the model, which is left as it was.
@@ -66,7 +66,7 @@ class PeftModel(Persistence, nn.Module):
         self.base_model.grafts = self.prompts
         self.prompt_encoder = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
-        self.add_adapter(adapter_name, peft_config)
+        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         self.training = model.training
 
     # ------------------------------------------------------------------------------------------------------- calling
@@ -194,7 +194,8 @@ class PeftModel(Persistence, nn.Module):
             if METHODS[config.peft_type].graft is not None:
                 self._add_prompt(adapter_name, config)
             else:
-                inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
+                with empty.without_numbers(low_cpu_mem_usage):
+                    inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
             vars(peft_config).update(vars(config))
             self.peft_config[adapter_name] = peft_config
             if adapter_name in self.prompts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +15,21 @@ from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
 from deltatune.fused.apart import renamed
 from deltatune.inject import adapted_layers, trained_copies
+from deltatune.notice import warn
 from deltatune.shared import shared_modules
 
 ROOT = "base_model.model."
 TOP = "base_model."  # before what all layers share
-Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
+
+
+class Loaded(namedtuple("Loaded", ["missing_keys", "unexpected_keys"])):
+    """What loading reports.
+
+    Attributes:
+        verified: Whether the file's values agreed with the digest that was saved with them; None: it has none.
+    """
+
+    verified: bool | None = None
 
 
 @dataclass
@@ -129,7 +138,11 @@ def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root:
 
 
 def check(
-    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, strict: bool = True
+    given: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    source: str,
+    strict: bool = True,
+    finite: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Compare a file's tensors with what a model expects; returns missing and surplus keys.
 
@@ -152,11 +165,22 @@ def check(
             expected=missing,
         )
     for key in sorted(given.keys() & expected.keys()):
-        _check_tensor(key, given[key], expected[key], source)
+        _check_tensor(key, given[key], expected[key], source, finite)
     return missing, surplus
 
 
-def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> None:
+def fitting(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Tensors without those of another shape, which a warning names (`ignore_mismatched_sizes`)."""
+    wrong = {key for key in given.keys() & expected.keys() if given[key].shape != expected[key].shape}
+    if wrong:
+        shapes = [f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}" for key in sorted(wrong)]
+        warn(
+            f"{source}: {len(wrong)} tensors of other shapes are left out, these stay as they are: {'; '.join(shapes)}"
+        )
+    return {key: tensor for key, tensor in given.items() if key not in wrong}
+
+
+def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str, finite: bool) -> None:
     if given.shape != expected.shape:
         raise MismatchError(
             f"{source}: {key} has shape {tuple(given.shape)}, the model expects {tuple(expected.shape)}; "
@@ -168,9 +192,10 @@ def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> Non
         )
     if given.is_floating_point() != expected.is_floating_point():
         raise MismatchError(f"{source}: {key} is {given.dtype}, expected {expected.dtype}", path=source, key=key)
-    check_finite(source, key, given)
+    if finite:
+        check_finite(source, key, given)
     if given.is_floating_point() and expected.dtype == torch.float16:
-        largest = given.abs().max().item() if given.numel() else 0.0
+        largest = given[given.isfinite()].abs().max().item() if given.isfinite().any() else 0.0
         if largest > torch.finfo(torch.float16).max:
             raise MismatchError(f"{source}: {key} reaches {largest:g}, too large for float16", path=source, key=key)
 
@@ -195,27 +220,9 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str =
             layer.adapters[name].settle(layer.as_map())  # type: ignore[operator]
 
 
-def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Drop what PEFT puts into a file beside the adapter: copies of embeddings that are targeted, and biases of modules
-    that are trained whole under the names of its wrapper too.
-
-    Raises:
-        MismatchError: Such a copy is not what the base has, so the adapter was made for another embedding.
-    """
-    from deltatune.storage.fingerprint import base_parameters
-
-    base = {f"{ROOT}{name}": tensor for name, tensor in base_parameters(model)}
-    kept = {}
-    for key, tensor in tensors.items():
-        if re.sub(r"\.(modules_to_save|original_module)(?=\.bias$)", "", key) in tensors.keys() - {key}:
-            continue
-        present = base.get(key.replace(".base_layer.", "."))
-        if not key.endswith(".base_layer.weight") or present is None:
-            kept[key] = tensor
-        elif present.shape != tensor.shape or not torch.equal(present.cpu(), tensor.to(present.dtype).cpu()):
-            raise MismatchError(
-                f"{source}: {key} is an embedding that differs from this base's; load the base it was saved with",
-                path=source,
-                key=key,
-            )
-    return kept
+def replaced(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Tensors of an adapter with other values, which go by the model's own keys (gathered from shards, say)."""
+    if values is None:
+        return {key: tensor.detach() for key, tensor in own.items()}
+    names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: values.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}

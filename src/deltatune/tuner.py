@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import inject, replication
-from deltatune.adapter import Adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
+from deltatune.lora.losses import PeerLosses
 from deltatune.notice import warn
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
@@ -22,7 +22,7 @@ from deltatune.selection import Selection
 LOST_WORTH_SAYING = 0.1  # of the update, in one layer
 
 
-class Tuner(nn.Module):
+class Tuner(PeerLosses, nn.Module):
     """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
 
     model: nn.Module
@@ -34,6 +34,7 @@ class Tuner(nn.Module):
         self.peft_config = configs  # the same dict as the PeftModel's
         self.schedules: dict[str, Schedule] = {}  # of the adapters that have one
         self.grafts: dict[str, Graft] = {}  # the adapters that act outside of single layers; the PeftModel's dict
+        self.loss_given = True  # by the last training pass, and so with the penalty in it
         # Whether a training pass gave no loss that the penalty could have been added to; None once that is settled.
         self.penalty_due: bool | None = False
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
@@ -84,7 +85,7 @@ class Tuner(nn.Module):
         call, total = self.selection.current(), None
         names = {name for name in call.rows or call.names if name}
         kinds = {name: METHODS[self.peft_config[name].peft_type].adapter for name in names}  # type: ignore[index]
-        plain = {name for name, kind in kinds.items() if kind is None or kind.penalty is Adapter.penalty}
+        plain = {name for name, kind in kinds.items() if kind is None or not kind.penalises(self.peft_config[name])}
         terms = []
         for _, layer in inject.adapted_layers(self.model) if names - plain else ():
             for name, adapter in layer.adapters.items():
@@ -105,6 +106,7 @@ class Tuner(nn.Module):
         """The outputs of a training pass with these inputs, the penalty added to their loss."""
         loss: Tensor | None = getattr(outputs, "loss", None)
         as_tuple = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0
+        self.loss_given = bool(isinstance(loss, Tensor) or as_tuple)
         if not isinstance(loss, Tensor) and not as_tuple:
             if self.penalty_due is False:
                 self.penalty_due = self._penalty({}) is not None

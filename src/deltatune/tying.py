@@ -19,8 +19,6 @@ from deltatune.notice import warn
 from deltatune.patterns import name_matches
 from deltatune.targets import walk
 
-# Options under which the change of an embedding is more than B A.
-_PLAIN: dict[str, Any] = {"use_dora": False, "kasa_config": None, "use_bdlora": None, "monteclora_config": None}
 _STARTS = (True, False, None, "gaussian")
 
 
@@ -59,8 +57,21 @@ class TiedLoRA(Adapter):
 
 
 def follow(owner: Any, layer: LinearMap) -> TiedLoRA | None:
-    """What an output layer has of an embedding's LoRA."""
-    return TiedLoRA(owner) if owner.embedding and layer.kind == "linear" else None
+    """What an output layer has of an embedding's LoRA.
+
+    Raises:
+        ConfigError: The embedding's has a variant, which has no such form.
+    """
+    if not owner.embedding or layer.kind != "linear":
+        return None
+    for variant in owner.variants:
+        raise ConfigError(
+            f"LoraConfig: ensure_weight_tying=True, and the embedding has {type(variant).__name__}, which the layers "
+            "that share its weight cannot follow; leave one of the two at its default",
+            field="ensure_weight_tying",
+            found=type(variant).__name__,
+        )
+    return TiedLoRA(owner)
 
 
 def retarget(model: nn.Module, config: Any) -> None:
@@ -112,14 +123,6 @@ def _retargeted(names: Any, embedding: str, followers: list[str]) -> Any:
 
 
 def _check_options(config: Any, embedding: str) -> None:
-    for name, inert in _PLAIN.items():
-        if getattr(config, name) != inert:
-            raise ConfigError(
-                f"LoraConfig: ensure_weight_tying=True with {name}={getattr(config, name)!r} on {embedding}: the "
-                "layers that share its weight have no such form; leave one of the two at its default",
-                field="ensure_weight_tying",
-                found=getattr(config, name),
-            )
     if config.init_lora_weights not in _STARTS:
         raise ConfigError(
             f"LoraConfig: ensure_weight_tying=True with init_lora_weights={config.init_lora_weights!r} on {embedding}; "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from deltatune import PeftModel, get_peft_model
+from deltatune import DoraCaching, LoraConfig, PeftModel, get_peft_model
 from deltatune.bases import as_map
 from deltatune.errors import MergeError, PeftWarning
 from tests.laws.examples import LAYER_METHODS, adapters, config_of, drawn, move
@@ -111,6 +111,25 @@ def test_the_layer_is_the_map_of_its_unpacked_weight(packing, bias, x):
     seen = as_map(layer)
     assert seen.kind == "linear" and seen.weight.shape == (32, 64) and seen.weight.dtype == seen.dtype == torch.float32
     assert_close(seen.apply(x, seen.weight, seen.bias), layer(x), **tolerance(layer, 1e-5))
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"use_qalora": True, "use_dora": True, "lora_bias": True}, {"kasa_config": {}, "r": 4}],
+    ids=str,
+)
+def test_variants_of_lora_adapt_it(options, packing, x):
+    model = get_peft_model(base(packing), LoraConfig(target_modules=["layer"], **options))
+    move(model, 0.1)
+    layer = model.get_base_model().layer
+    weight, plain = layer.as_map(["default"]), layer.as_map()
+    out = model(x)
+    assert_close(out, plain.apply(x, weight.weight, weight.bias), **tolerance(layer.base_layer, 1e-4))
+    out.square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in adapters(model))
+    with torch.no_grad(), DoraCaching():
+        assert torch.equal(model(x), model(x))
 
 
 @pytest.mark.parametrize(

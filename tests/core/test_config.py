@@ -35,7 +35,6 @@ def test_an_unknown_field_is_answered_with_the_nearest(kind, field, nearest):
         ("target_modules", "q_proj|("),
         ("exclude_modules", "*"),
         ("bias", "some"),
-        ("use_dora", True),
         ("use_rslora", "yes"),
         ("modules_to_save", "classifier"),
         ("task_type", "CAUSAL"),
@@ -104,10 +103,9 @@ def test_a_retired_option_that_asks_for_nothing_is_accepted_with_a_warning():
     assert made.task_type is TaskType.SEQ_2_SEQ_LM and "enable_lora" not in made.to_dict()
     with pytest.raises(ConfigError, match="enable_lora"):
         get_peft_config({**config, "enable_lora": [True, False]})
-    with pytest.warns(PeftWarning, match="merge_weights"):
-        LoraConfig(merge_weights=False)
-    with pytest.raises(ConfigError, match="merge_weights"):
-        LoraConfig(merge_weights=True)
+    for value in (False, True):  # whether PEFT 0.2 merged in evaluation, which gives the same outputs
+        with pytest.warns(PeftWarning, match="merge_weights"):
+            LoraConfig(merge_weights=value)
 
 
 def test_the_dict_needs_a_method_that_exists_and_is_built(monkeypatch):

@@ -141,6 +141,7 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "delora_lambda": (1,),
     "size": (4,),
     "phm_dim": (2,),
+    "qalora_group_size": (2,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
@@ -187,7 +188,17 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
             *("waveft", "MiSS", "vblora", "fourier", "vera", "tinylora", "c3a", "deft"),
         )
     ),
+    "use_bdlora": ({"target_modules_bd_a": [LAYER], "nblocks": 2}, {"target_modules_bd_b": [LAYER], "nblocks": 2}),
+    "kasa_config": ({"beta": 0.1},),
+    "velora_config": ({"num_groups": 3},),
 }
+# Options that are also tried together, where a config has them all.
+_TOGETHER: tuple[dict[str, Any], ...] = (
+    {"use_dora": True, "use_rslora": True, "lora_bias": True},
+    {"use_dora": True, "init_lora_weights": False},
+    {"use_dora": True, "use_qalora": True, "kasa_config": {}},
+    {"use_qalora": True, "use_bdlora": {"target_modules_bd_a": [LAYER], "nblocks": 2}},
+)
 
 
 @functools.cache
@@ -221,6 +232,9 @@ def variants(method_name: str) -> dict[str, dict[str, Any]]:
             except PeftError:  # an option that this version accepts only at its default
                 continue
             found[f"{field.name}={value}"] = arguments
+    for options in _TOGETHER:
+        if options.keys() <= {field.name for field in dataclasses.fields(kind)}:
+            found[" and ".join(options)] = {**small(method_name), **options}
     return found
 
 

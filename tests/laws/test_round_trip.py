@@ -44,6 +44,22 @@ def test_a_loaded_adapter_computes_the_same_bits(case: Case, tmp_path):
 
 
 @pytest.mark.parametrize("case", cases())
+def test_loading_without_initialising_gives_the_same_bits(case: Case, tmp_path):
+    model = case.model()
+    x = case.batch()
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(fresh_base(case), tmp_path)
+    quick = PeftModel.from_pretrained(fresh_base(case), tmp_path, low_cpu_mem_usage=True)
+    assert not any(tensor.is_meta for tensor in (*quick.parameters(), *quick.buffers()))
+    assert_close(quick(x), plain(x), rtol=0, atol=0)
+    found, expected = dict(quick.named_parameters()), dict(plain.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(
+        found[name].requires_grad == p.requires_grad and found[name].dtype == p.dtype for name, p in expected.items()
+    )
+
+
+@pytest.mark.parametrize("case", cases())
 def test_the_file_holds_each_trainable_number_once_and_little_else(case: Case, tmp_path):
     model = case.model()
     model.save_pretrained(tmp_path)

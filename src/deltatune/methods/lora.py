@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -15,6 +17,14 @@ from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, block_diagonal, shift
+from deltatune.lora.variants import OPTIONS, VIEWS, build_variants, check_variants, variants_of, view
+from deltatune.lora.variants.arrow import ArrowConfig, Router
+from deltatune.lora.variants.bdlora import BdLoraConfig
+from deltatune.lora.variants.dora import Dora
+from deltatune.lora.variants.kasa import KasaConfig
+from deltatune.lora.variants.monteclora import MontecloraConfig
+from deltatune.lora.variants.variant import Pass, Variant
+from deltatune.lora.variants.velora import VeloraConfig
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
@@ -25,14 +35,6 @@ _NOT_BUILT: dict[str, Any] = {
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
-    "use_dora": False,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
 }
 
 
@@ -52,6 +54,15 @@ class LoraConfig(LayerConfig):
             and have adapters of their own.
         bias: "lora_only" trains the biases of the adapted layers too, "all" every one of the model: a copy per adapter.
         lora_bias: B has a bias of its own.
+        use_dora: Train the length of every row of the weight apart from its direction.
+        use_bdlora: A or B is block-diagonal (`BdLoraConfig`).
+        use_qalora: A reads sums over groups of `qalora_group_size` inputs.
+        kasa_config: Trained singular values, in place of the weight's smallest (`KasaConfig`).
+        monteclora_config: A is sampled in training (`MontecloraConfig`).
+        velora_config: Inputs are kept compressed for the gradient of A (`VeloraConfig`).
+        alora_invocation_tokens: The adapter acts from the last occurrence of these tokens on.
+        arrow_config: A router over other adapters (`ArrowConfig`, `deltatune.create_arrow_model`); it stands alone, the
+            other variants go together.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
         target_parameters: Parameters that hold the weights of experts, by the end of their paths (`experts.down_proj`).
@@ -61,7 +72,7 @@ class LoraConfig(LayerConfig):
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
-    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False)}
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False, True)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     adapts_parameters: ClassVar[bool] = True
 
@@ -82,22 +93,24 @@ class LoraConfig(LayerConfig):
     corda_config: Any = None
     lora_ga_config: Any = None
     use_dora: bool = False
-    velora_config: Any = None
+    velora_config: VeloraConfig | dict | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: MontecloraConfig | dict | None = None
     layer_replication: list | None = None
     runtime_config: Any = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None  # type: ignore[misc]  # a ClassVar in configs of other methods
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        for name, kind in OPTIONS.items():
+            setattr(self, name, kind.of(getattr(self, name), "LoraConfig", name))
         super().__post_init__()
 
     def validate(self) -> None:
@@ -109,6 +122,7 @@ class LoraConfig(LayerConfig):
         replication.check("LoraConfig", self.layer_replication)
         checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
         self.beside()
+        check_variants(self)
         for name, inert in _NOT_BUILT.items():
             if getattr(self, name) != inert:
                 raise ConfigError(
@@ -124,34 +138,67 @@ class LoraConfig(LayerConfig):
 
 
 class LoRA(Adapter):
-    """Trainable: A (r, in) and B (out, r), r (in + out) numbers."""
+    """Trainable: A (r, in) and B (out, r), r (in + out) numbers; with a variant (`deltatune.lora.variants`) others too.
+
+    Attributes:
+        variants: What the config asks for besides, in the order in which it acts.
+        summand: True, or the reason why the output is not that of the layer plus an update.
+    """
 
     views: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
-        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias"),
+        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias"),
+        *VIEWS,
     )
 
     lora_A: Factor
     lora_B: Factor
     ties = False  # layers that share an embedding's weight follow it
+    variants: Sequence[Variant]
+    summand: bool | str = True
 
     def __init__(
-        self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
+        self,
+        layer: LinearMap,
+        r: int,
+        alpha: float,
+        dropout: float,
+        rslora: bool,
+        init: bool | str,
+        bias: bool,
+        varied: Sequence[Variant] = (),
     ) -> None:
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = Factor(*layer.down_shape(r))
-        self.lora_B = Factor(*layer.up_shape(r), bias=layer.out_features if bias else None)
-        self.blocks = r // self.lora_B.matrix.shape[1]  # more than one under a grouped convolution
+        down, up = layer.down_shape(r), layer.up_shape(r)
+        self.blocks = r // up[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
+        self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
+        for variant in self.variants:
+            down, up = variant.down_shape(down), variant.up_shape(up)
+        self.lora_A = Factor(*down)
+        self.lora_B = Factor(*up, bias=layer.out_features if bias else None)
         if init is False:
             self.identity_at_birth = "init_lora_weights=False draws both factors"
         self._start(init)
+        for variant in self.variants:
+            variant.begin(self, layer)
+            self._declare(variant)
 
     @classmethod
-    def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> LoRA:
+    def plan(cls, layers: dict[str, LinearMap], config: LoraConfig) -> LoraConfig:
+        if config.monteclora_config is None:
+            return config
+        config = copy.copy(config)
+        vars(config)["layers"] = len(layers)  # its loss is a mean over them
+        return config
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> Adapter:
+        if config.arrow_config is not None:
+            return Router.build(layer, config, path)
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         init = True if config.init_lora_weights is None else config.init_lora_weights
@@ -163,7 +210,8 @@ class LoRA(Adapter):
                 found=True,
             )
         _check_groups(layer, r, path)
-        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias)
+        varied = build_variants(layer, config, path, r)
+        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias, varied)
         made.ties = config.ensure_weight_tying
         return made
 
@@ -186,16 +234,48 @@ class LoRA(Adapter):
         else:
             nn.init.zeros_(B)
 
+    def _declare(self, variant: Variant) -> None:
+        """What one variant says of itself holds for the whole."""
+        for name in ("identity_at_birth", "mergeable", "pointwise", "summand"):
+            if getattr(variant, name) is not True:
+                setattr(self, name, getattr(variant, name))
+        self.reads = (*self.reads, *variant.reads)
+
     @property
     def A(self) -> Tensor:
-        return self.lora_A.matrix
+        A = self.lora_A.matrix
+        for variant in self.variants:
+            A = variant.drawn(A)
+        for variant in self.variants:
+            A = variant.down(A)
+        return A
 
     @property
     def B(self) -> Tensor:
-        return block_diagonal(self.lora_B.matrix, self.blocks)
+        B = block_diagonal(self.lora_B.matrix, self.blocks)
+        for variant in self.variants:
+            B = variant.up(B)
+        return B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the update that trains, B A, its scale in B."""
+        return self.A, self.scaling * self.B
+
+    def whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R) of all that is added to the weight: also what does not train."""
+        frozen = [pair for pair in (variant.frozen() for variant in self.variants) if pair is not None]
+        if not frozen:
+            return A, B
+        return torch.cat([A, *(down.to(A) for down, _ in frozen)]), torch.cat([B, *(up.to(B) for _, up in frozen)], 1)
 
     def adapt(self, weight: Tensor) -> Tensor:
-        return weight + self.scaling * (self.B @ self.A).to(_wider(weight, self.A))
+        if self.mergeable is not True:
+            return super().adapt(weight)
+        A, B = self.whole(*self.factors())
+        weight = weight + (B @ A).to(_wider(weight, A))
+        for variant in self.variants:
+            weight = variant.adapt(weight)
+        return weight
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         own = self.lora_B.bias
@@ -203,28 +283,55 @@ class LoRA(Adapter):
             return bias
         return self.scaling * own if bias is None else bias + self.scaling * own
 
-    def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x)
-        return y + self.update(x, layer).to(y.dtype)
+    def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
+        y, dropped, A, B = layer(x), self._dropped(x), *self.factors()
+        out = y + self.product(x, dropped, A, B, layer).to(y.dtype)
+        for variant in self.variants:
+            out = variant.output(out, Pass(layer, x, dropped, y, A, B, values), self)
+        return out
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
-        x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
-        update = layer.mix(layer.apply(x, self.A), self.B)
-        if self.lora_B.bias is not None:
-            update = shift(update, self.lora_B.bias, layer)
-        return self.scaling * update
+        return self.product(x, self._dropped(x), *self.factors(), layer)
+
+    def _dropped(self, x: Any) -> Any:
+        return x if self.embedding or not self.training else self.lora_dropout(x)  # an embedding reads indices
+
+    def product(self, x: Any, dropped: Any, A: Tensor, B: Tensor, layer: LinearMap) -> Tensor:
+        """B A x; what does not train beside it is a part of the weight, and sees the input without dropout."""
+        h = None
+        for variant in self.variants:
+            h = variant.project(dropped, A, layer) if h is None else h
+        update = layer.mix(layer.apply(dropped, A) if h is None else h, B)
+        for pair in (variant.frozen() for variant in self.variants):
+            update = update if pair is None else update + layer.mix(layer.apply(x, pair[0]), pair[1])
+        return update if self.lora_B.bias is None else shift(update, self.scaling * self.lora_B.bias, layer)
+
+    @classmethod
+    def penalises(cls, config: LoraConfig) -> bool:
+        return any(kind.penalises for kind in variants_of(config))
+
+    def penalty(self) -> Tensor | None:
+        terms = [term for variant in self.variants if (term := variant.penalty(self)) is not None]
+        return torch.stack(terms).sum() if terms else None
 
     # Files call the factors of an embedding by names of their own, without `.weight`.
 
     def file_tensors(self) -> dict[str, Tensor]:
+        factors = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
         if self.embedding:
-            return {"lora_embedding_A": self.lora_A.weight, "lora_embedding_B": self.lora_B.weight}
-        return super().file_tensors()
+            factors = {"lora_embedding_A": self.lora_A.weight, "lora_embedding_B": self.lora_B.weight}
+        bias = {} if self.lora_B.bias is None else {"lora_B.bias": self.lora_B.bias}
+        own = {name: tensor for variant in self.variants for name, tensor in variant.file_tensors().items()}
+        return {**factors, **bias, **own}
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.file_tensors().items():
-            parameter.data.copy_(tensors[name])
+        with torch.no_grad():
+            for name, tensor in self.file_tensors().items():
+                tensor.copy_(tensors[name])  # counted by torch, for what is kept until it changes
 
     @property
     def lora_embedding_A(self) -> Tensor | None:
@@ -233,6 +340,13 @@ class LoRA(Adapter):
     @property
     def lora_embedding_B(self) -> Tensor | None:
         return self.lora_B.weight if self.embedding else None
+
+    use_dora = property(lambda self: any(isinstance(variant, Dora) for variant in self.variants))
+    lora_magnitude_vector = view("lora_magnitude_vector")
+    lora_diag = view("lora_diag")
+    lora_monteclora_sampler = view("lora_monteclora_sampler")
+    lora_velora_embed = view("lora_velora_embed")
+    qalora_group_size = view("qalora_group_size")
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"

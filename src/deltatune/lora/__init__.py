@@ -1,0 +1,1 @@
+"""What LoRA can be besides B A: `deltatune.methods.lora` is the method itself."""
