@@ -84,6 +84,11 @@ class Stored(nn.Module):
         """Those of them that files hold; perhaps some always, where rounding would decide what is derived."""
         return self.derived_tensors() if self.keeps_derived else {}
 
+    def checked_tensors(self) -> dict[str, Tensor]:
+        """What checksums are taken of: the derived tensors that a file leaves out, or what counts of them."""
+        kept = self.kept_tensors()
+        return {name: tensor for name, tensor in self.derived_tensors().items() if name not in kept}
+
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
         return tensors
@@ -132,7 +137,8 @@ class Adapter(Stored):
     @classmethod
     def fits(cls, layer: LinearMap) -> bool | str:
         """True, or why the method's maths does not allow the layer."""
-        return layer.kind in cls.base_kinds or f"its maths allows {', '.join(sorted(cls.base_kinds))} layers"
+        allowed = ", ".join(sorted(cls.base_kinds))
+        return layer.kind in cls.base_kinds or f"its maths allows {allowed} layers, and this is a {layer.kind} layer"
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
@@ -280,6 +286,9 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        for_peers: Rewrites what goes into a file where other programs would read something else out of it: (config, its
+            values, tensors, keys that have to be kept, whether any program is to read it) -> (values, tensors, values
+            of the config that only we read).
         pairs: The x of tensors x_A (r, ...) and x_B that come in pairs of the config's rank; empty where none do.
         schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
             name, the configs by name and the adapters by path, or None where the options ask for none.
@@ -298,6 +307,7 @@ class Method:
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
     schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
+    for_peers: Callable[..., tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] | None = None
     pairs: str = ""
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from deltatune import empty, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError
+from deltatune.helpers.precision import cast_adapter_dtype as cast_adapter_dtype
+from deltatune.helpers.verbs import delete_adapter as delete_adapter
+from deltatune.helpers.verbs import set_adapter as set_adapter
+from deltatune.helpers.verbs import set_requires_grad as set_requires_grad
 from deltatune.model import PeftModel
 from deltatune.names import check_name
 from deltatune.notice import warn

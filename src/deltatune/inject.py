@@ -353,6 +353,15 @@ def remove(model: nn.Module, name: str) -> None:
         replication.restore(model)
 
 
+def remove_at(model: nn.Module, paths: list[str], name: str) -> None:
+    """Take an adapter off some layers alone."""
+    for path, layer in reversed(list(adapted_layers(model))):
+        if path in paths:
+            layer.adapters.pop(name)
+            if not len(layer.adapters):
+                _replace(model, path, layer.base_layer)
+
+
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
     """Take every wrapper off. Copies of the adapters in `keep` stay in the model in place of their originals."""
     strip_shared(model)

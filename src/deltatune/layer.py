@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
 from deltatune.bases.block import Block, first_tensor, with_first
+from deltatune.bases.packed import PackedLinear
+from deltatune.bases.parallel import ParallelLinear
 from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
@@ -54,7 +56,9 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.adapters = nn.ModuleDict()
         self.selection = selection
         self.stash = None
-        self.is_block = as_map(base_layer) is None  # then layers in it keep the paths they had without it
+        seen = as_map(base_layer)
+        self.is_block = seen is None  # then layers in it keep the paths they had without it
+        self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
         self.training = base_layer.training
 
     def as_map(
@@ -73,7 +77,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         return self._under(layer, names, read)
 
     def _under(self, layer: LinearMap, names: Iterable[str], read: Callable[[str], Any]) -> LinearMap:
-        here: list[Any] = [self.adapters[name] for name in names if name in self.adapters]
+        here: list[Any] = [self.selection.acting(self.adapters[name]) for name in names if name in self.adapters]
         for adapter in [a for a in here if a.mergeable is True] + [a for a in here if a.mergeable is not True]:
             layer = Applied(adapter, layer, read)
         return layer
@@ -84,6 +88,12 @@ class AdaptedLayer(LayerViews, nn.Module):
         adapter.joins(self.adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(args, kwargs)
+        if not self.is_paired or isinstance(output, tuple):
+            return output
+        return self.as_map().paired(output)  # type: ignore[attr-defined]
+
+    def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = self.selection.current()
         if self.is_block:
             return self._block_forward(call, args, kwargs)
@@ -197,7 +207,7 @@ class AdaptedLayer(LayerViews, nn.Module):
                 base, bias = self.as_map(), self.as_map(names).bias
                 plain = weight = base.weight
                 for name in names:
-                    weight = self.adapters[name].adapt(weight)  # type: ignore[operator]
+                    weight = self.selection.acting(self.adapters[name]).adapt(weight)
                 # what no adapter changed is kept as it is, and needs no packing again
                 held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
@@ -229,7 +239,11 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def _put(self, new: Merged) -> None:
         """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
-        weight, bias = self.as_map().keeps
+        assert new.weight is not None
+        base = self.as_map()
+        weight, bias = base.keeps
+        if isinstance(base, PackedLinear):
+            return base.put(new.weight, new.bias)
         setattr(self.base_layer, weight, new.weight)
         if bias in self.base_layer._parameters:
             self.base_layer.register_parameter(bias, new.bias)
@@ -271,7 +285,7 @@ class AdaptedLayer(LayerViews, nn.Module):
 
 @torch.no_grad()
 def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
-    if weight.dtype == held.dtype:
+    if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
         return 0.0
     missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
     return (missed / update).item() if update > 0 else 0.0

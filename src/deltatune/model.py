@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import calls, empty, inject
+from deltatune import calls, empty, inject, recompute
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -67,6 +67,7 @@ class PeftModel(Persistence, nn.Module):
         self.prompt_encoder = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
+        recompute.bind(model, self.base_model.selection, self.prompts)
         self.training = model.training
 
     # ------------------------------------------------------------------------------------------------------- calling

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deltatune import biases, checks, empty, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import MismatchError
+from deltatune.filling import filled_from
 from deltatune.fused import export
 from deltatune.names import check_name
 from deltatune.state_dict import (
@@ -69,7 +70,7 @@ class Persistence:
         self._known([name])
         if name not in self.prompts:
             model = self.base_model.model
-            checks.one_of("save_pretrained", "format", format, (None, "native", "peft", export.PER_EXPERT))
+            checks.one_of("save_pretrained", "format", format, (None, "native", "peft", "lora", export.PER_EXPERT))
             tensors = collect(model, name, given=None if format == "peft" else given)
             return export.split(model, name, tensors, ROOT) if format == export.PER_EXPERT else tensors
         copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
@@ -115,10 +116,13 @@ class Persistence:
             save_embedding_layers: Save the base's embeddings too. "auto": if its vocabulary was changed after loading,
                 as far as the files of the base on this machine tell; the network is not asked.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: Folder of the adapter as it was before training, to save one that
-                was started from the base's own weights (PiSSA, OLoRA, ...) as LoRA on the unchanged base.
-            format: "peft" writes a prefix as PEFT can read it, or raises where PEFT could not express it. Of layer
-                methods it also writes the frozen tensors that files otherwise leave out, which PEFT warns of.
+            path_initial_model_for_weight_conversion: Folder of the LoRA adapter as it was before training, to save one
+                that was started from the base's own weights (PiSSA, OLoRA, ...) as LoRA on the unchanged base, as
+                format="lora" does. The folder is compared with what the adapter knows of it.
+            format: "lora" writes PiSSA, OLoRA, CorDA and LoRA-GA as plain LoRA of twice the rank, which every program
+                reads without the start. "peft" writes a prefix as PEFT can read it, or raises where PEFT could not
+                express it; of layer methods it also writes the frozen tensors that files otherwise leave out, which
+                PEFT warns of.
                 "per_expert" writes LoRA on experts with a pair of factors for each of their layers, as transformers 4
                 kept them and vLLM loads them (docs/experts.md).
             kwargs: `state_dict`: values to use instead of the model's own, under the model's keys. `allow_nonfinite`:
@@ -232,7 +236,7 @@ class Persistence:
         saved.config.inference_mode = not is_trainable
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
         kind: Any = by_task if cls is PeftModel else cls
-        with inject.unchanged_on_error(model):
+        with inject.unchanged_on_error(model), filled_from(saved.source_kind):
             numberless = low_cpu_mem_usage and not allowed.mismatched_sizes
             made = kind(model, saved.config, adapter_name, autocast_adapter_dtype, numberless)
             try:
@@ -276,11 +280,13 @@ class Persistence:
         before = {} if fresh else {k: t.clone() for k, t in self.adapter_tensors(adapter_name).items()}
         if fresh:
             numberless = low_cpu_mem_usage and not allowed.mismatched_sizes
-            self.add_adapter(adapter_name, saved.config, numberless, autocast_adapter_dtype)
+            with filled_from(saved.source_kind):
+                self.add_adapter(adapter_name, saved.config, numberless, autocast_adapter_dtype)
         else:
             storage.warn_other_options(adapter_name, self.peft_config[adapter_name], saved)
         try:
-            left_out = self._load(adapter_name, saved, allowed)
+            with filled_from(saved.source_kind):
+                left_out = self._load(adapter_name, saved, allowed)
         except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from deltatune.errors import StateError
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
+_scales: ContextVar[Mapping[int, float]] = ContextVar("deltatune_scales", default=MappingProxyType({}))
 _counting = threading.Lock()
 
 
@@ -30,12 +31,14 @@ class Call:
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
         values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
+        scale: What the scales of adapters are multiplied by; None: what the block around says (`Selection.scaled`).
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
     values: Mapping[str, Any] = field(default_factory=dict)
+    scale: float | None = None
 
     def rows_of(self, batch: int) -> tuple[str | None, ...]:
         """One name per row of a batch of this size."""
@@ -78,11 +81,11 @@ class Selection:
     choosing: int = field(default=0, repr=False)
 
     def current(self) -> Call:
-        if self.choosing:
-            call: Call | None = _look_up(self)  # type: ignore[assignment, arg-type]
-            if call is not None:
-                return call
-        return Call(self.active) if self.enabled else Call()
+        names = self.active if self.enabled else ()
+        if not self.choosing:
+            return Call(names, scale=1.0)
+        call = _look_up(self) or Call(names)  # type: ignore[arg-type]
+        return replace(call, scale=_scale(self)) if call.scale is None else call  # type: ignore[arg-type]
 
     def names(self) -> tuple[str, ...]:
         return self.current().names
@@ -98,6 +101,27 @@ class Selection:
             self._count(-1)
             _chosen.reset(token)
 
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Within the block, calls of this thread or task see the scales of adapters multiplied."""
+        product = factor * (self.current().scale or 0.0)
+        chosen: Call | None = _look_up(self)  # type: ignore[arg-type]
+        token = _scales.set({**_scales.get(), id(self): product})
+        self._count(1)
+        try:
+            with nullcontext() if chosen is None else self.use(replace(chosen, scale=product)):
+                yield
+        finally:
+            self._count(-1)
+            _scales.reset(token)
+
+    def acting(self, adapter: Any) -> Any:
+        """The adapter, or where this call asks for another scale a twin with that one; both have the same tensors."""
+        scale = self.current().scale if self.choosing else 1.0
+        if scale is None or scale == 1.0 or not has_scale(adapter):
+            return adapter
+        return _rescaled(adapter, scale)  # type: ignore[call-arg]
+
     def _count(self, step: int) -> None:
         with _counting:
             self.choosing += step
@@ -109,6 +133,23 @@ class Selection:
 @torch.compiler.disable
 def _look_up(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
+
+
+@torch.compiler.disable
+def _scale(selection: Selection) -> float:
+    return _scales.get().get(id(selection), 1.0)
+
+
+def has_scale(adapter: Any) -> bool:
+    """Whether one number of an adapter, a view of it, says how strongly all of it acts."""
+    return "scaling" in adapter.views and isinstance(vars(adapter).get("scaling"), (int, float))
+
+
+@torch.compiler.disable
+def _rescaled(adapter: Any, factor: float) -> Any:
+    twin = object.__new__(type(adapter))
+    vars(twin).update(vars(adapter), scaling=adapter.scaling * factor)
+    return twin
 
 
 def by_adapter(

@@ -41,12 +41,14 @@ class Part:
         tensors: What the file holds of it.
         fill: Puts such tensors in place.
         derived: What config and base give again; a file may hold it all the same.
+        checked: What checksums are taken of.
     """
 
     prefix: str | None
     tensors: dict[str, Tensor]
     fill: Callable[[dict[str, Tensor]], None]
     derived: dict[str, Tensor] = field(default_factory=dict)
+    checked: Callable[[], dict[str, Tensor]] = dict
 
     def under(self, root: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of this module under their keys in the file."""
@@ -84,7 +86,7 @@ def _stored(prefix: str | None, stored: Stored) -> Part:
         stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
         stored.load_file_tensors({**stored.file_tensors(), **tensors})
 
-    return Part(prefix, stored.file_tensors(), load, derived)
+    return Part(prefix, stored.file_tensors(), load, derived, stored.checked_tensors)
 
 
 def _filler(copies: TrainedCopies, name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -104,10 +106,10 @@ def collect(model: nn.Module, name: str, root: str = ROOT, given: Collection[str
 
 
 def derived(model: nn.Module, name: str, given: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the tensors that a file leaves out; without those of modules of which some are given."""
+    """Names and values of what a file leaves out and is to be checked; without modules of which some are given."""
     for part in parts(model, name):
         if not part.under(ROOT, part.derived).keys() & set(given):
-            yield from part.derived.items()
+            yield from part.checked().items()
 
 
 def matched(given: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:

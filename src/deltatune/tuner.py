@@ -13,13 +13,15 @@ from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
+from deltatune.lora.stacked import subtracted
 from deltatune.notice import warn
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
 from deltatune.schedule import Schedule
 from deltatune.selection import Selection
+from deltatune.state_dict import collect
 
-LOST_WORTH_SAYING = 0.1  # of the update, in one layer
+LOST_WORTH_SAYING = 0.01  # of the update, in one layer
 
 
 class Tuner(PeerLosses, nn.Module):
@@ -230,6 +232,12 @@ class Tuner(PeerLosses, nn.Module):
                 "the merged embedding and the output layer no longer share their weights: "
                 "config.tie_word_embeddings is False now"
             )
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """Plain LoRA of rank 2r: an adapter's tensors, by key, less those of `adapter_name`, where it began."""
+        return subtracted(output_state_dict, collect(self.model, adapter_name))
 
     # ------------------------------------------------------------------------------------------- like the base model
 

@@ -28,7 +28,7 @@ def test_an_unknown_field_is_answered_with_the_nearest(kind, field, nearest):
         *[("r", value) for value in (0, -4, 2.5, True, "8", None, [8])],
         *[("lora_alpha", value) for value in (0, -1, math.nan, math.inf, "16", None, True)],
         *[("lora_dropout", value) for value in (math.nan, -0.1, 1.0, 1.5, "0.1", None)],
-        *[("init_lora_weights", value) for value in ("pissa", 1, "True")],
+        *[("init_lora_weights", value) for value in ("piza", "pissa_niter_", 1, "True")],
         *[("target_modules", value) for value in (1, [1, 2], {"q": 1}, b"q")],
         *[("rank_pattern", value) for value in ({"q": 0}, {"q": 2.5}, ["q"], {"(": 2})],
         *[("alpha_pattern", value) for value in ({"q": -1}, {"q": math.nan})],

@@ -345,15 +345,6 @@ def test_loading_leaves_the_modes_that_peft_leaves(folder):
     assert all(p.requires_grad for n, p in model.named_parameters() if "third" in n)
 
 
-def test_a_conversion_that_is_not_there_is_refused(tmp_path):
-    try:
-        import deltatune.lora.convert  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
-            adapted().save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=str(tmp_path))
-        assert not (tmp_path / "new").exists()
-
-
 def test_the_revision_of_the_base_is_kept_in_the_config_and_used(base, tmp_path, monkeypatch):
     model = get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"), revision="v3"

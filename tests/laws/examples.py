@@ -146,7 +146,10 @@ _SMALL: dict[str, tuple[Any, ...]] = {
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
-    "init_lora_weights": (False, "gaussian"),
+    "init_lora_weights": (
+        *(False, "gaussian", "orthogonal", "pissa", "pissa_niter_3", "olora", "mica", "eva"),
+        *("loftq", "corda", "lora_ga"),  # where options or data for them are there
+    ),
     "init_weights": (False, "uniform", "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
@@ -200,6 +203,11 @@ _TOGETHER: tuple[dict[str, Any], ...] = (
     {"use_qalora": True, "use_bdlora": {"target_modules_bd_a": [LAYER], "nblocks": 2}},
 )
 
+# Options that mean something only beside others, by the option's name and value.
+_WITH: dict[tuple[str, Any], dict[str, Any]] = {
+    ("init_lora_weights", "loftq"): {"loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
+}
+
 
 @functools.cache
 def small(method_name: str) -> dict[str, Any]:
@@ -226,7 +234,7 @@ def variants(method_name: str) -> dict[str, dict[str, Any]]:
     found = {"default": small(method_name)}
     for field in dataclasses.fields(kind):
         for value in _other_values(kind, field):
-            arguments = {**small(method_name), field.name: value}
+            arguments = {**small(method_name), field.name: value, **_with(field.name, value)}
             try:
                 kind(target_modules=[LAYER], **arguments)
             except PeftError:  # an option that this version accepts only at its default
@@ -236,6 +244,10 @@ def variants(method_name: str) -> dict[str, dict[str, Any]]:
         if options.keys() <= {field.name for field in dataclasses.fields(kind)}:
             found[" and ".join(options)] = {**small(method_name), **options}
     return found
+
+
+def _with(name: str, value: Any) -> dict[str, Any]:
+    return _WITH.get((name, value), {}) if isinstance(value, str) else {}
 
 
 def _other_values(kind: type[PeftConfig], field: dataclasses.Field) -> list[Any]:

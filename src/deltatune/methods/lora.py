@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import biases, checks, replication, tying
-from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, block_diagonal, shift
+from deltatune.filling import Source, source
+from deltatune.lora import options, starts
+from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from deltatune.lora.quantised import Quantised
+from deltatune.lora.stacked import NAMES, START_A, START_B, for_peers, unstacked
+from deltatune.lora.starts import Site, Start
 from deltatune.lora.variants import OPTIONS, VIEWS, build_variants, check_variants, variants_of, view
 from deltatune.lora.variants.arrow import ArrowConfig, Router
 from deltatune.lora.variants.bdlora import BdLoraConfig
@@ -28,14 +34,9 @@ from deltatune.lora.variants.velora import VeloraConfig
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
+from deltatune.storage.derived import in_waves
 
-# Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
-_NOT_BUILT: dict[str, Any] = {
-    "megatron_config": None,
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-}
+MEGATRON = ("megatron.core", None)  # what PEFT imports by the name in the config; here a name that may stand there
 
 
 @config
@@ -47,8 +48,13 @@ class LoraConfig(LayerConfig):
         lora_alpha: The update is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with `use_rslora`
             (https://arxiv.org/abs/2312.03732).
         lora_dropout: Dropout on the input of A, in training.
-        init_lora_weights: True: A uniform (Kaiming), B zero. "gaussian": A ~ N(0, 1/r), B zero. False: both random, so
-            that a fresh adapter changes the output.
+        init_lora_weights: Where A and B begin (`deltatune.lora.starts`, one file each). True: A uniform (Kaiming), B
+            zero. "gaussian": A ~ N(0, 1/r^2), B zero. "orthogonal": neither zero, their product is. "pissa",
+            "pissa_niter_4" (fast), "olora": parts of W. "mica": B from W, fixed. "loftq": what quantising loses. From
+            data (`deltatune.lora.prepare`): "eva", "corda", "lora_ga". False: both random, so that a fresh adapter
+            changes the output.
+        loftq_config: `LoftQConfig` or a dict; `eva_config`, `corda_config`, `lora_ga_config` likewise
+            (`deltatune.lora.options`).
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
         layer_replication: [(start, end), ...], runs of layers that make a deeper model. Replicas share their weights,
             and have adapters of their own.
@@ -69,6 +75,8 @@ class LoraConfig(LayerConfig):
             Without usual layers of the architecture, or with `target_modules=[]`, they alone are adapted.
         ensure_weight_tying: What is trained of the input embedding (an adapter, or all of it under `modules_to_save`)
             is trained of the layers that share its weight too (`deltatune.tying`).
+        megatron_config, megatron_core: Accepted and kept: Megatron's layers are known by their class, so nothing has to
+            be told of them, and no module is imported by the name that a file gives.
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
@@ -88,10 +96,10 @@ class LoraConfig(LayerConfig):
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict | None = None
-    loftq_config: dict = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | dict | None = None
+    corda_config: CordaConfig | dict | None = None
+    lora_ga_config: LoraGAConfig | dict | None = None
     use_dora: bool = False
     velora_config: VeloraConfig | dict | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -99,7 +107,7 @@ class LoraConfig(LayerConfig):
     qalora_group_size: int = 16
     monteclora_config: MontecloraConfig | dict | None = None
     layer_replication: list | None = None
-    runtime_config: Any = None
+    runtime_config: LoraRuntimeConfig | dict | None = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None  # type: ignore[misc]  # a ClassVar in configs of other methods
     use_bdlora: BdLoraConfig | dict | None = None
@@ -111,6 +119,9 @@ class LoraConfig(LayerConfig):
         self.peft_type = PeftType.LORA
         for name, kind in OPTIONS.items():
             setattr(self, name, kind.of(getattr(self, name), "LoraConfig", name))
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        options.settle(self)
         super().__post_init__()
 
     def validate(self) -> None:
@@ -120,18 +131,11 @@ class LoraConfig(LayerConfig):
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
         biases.check("LoraConfig", self.bias, "lora_only")
         replication.check("LoraConfig", self.layer_replication)
-        checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
+        starts.check(self.init_lora_weights)
+        checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
+        options.fill_in(self)
         self.beside()
         check_variants(self)
-        for name, inert in _NOT_BUILT.items():
-            if getattr(self, name) != inert:
-                raise ConfigError(
-                    f"LoraConfig: {name}={getattr(self, name)!r} is not available in this version, "
-                    f"leave it at {inert!r}",
-                    field=name,
-                    found=getattr(self, name),
-                    expected=inert,
-                )
 
     def beside(self) -> list[tuple[Method, LayerConfig]]:
         return trainable_tokens.beside(self.trainable_token_indices)
@@ -143,6 +147,8 @@ class LoRA(Adapter):
     Attributes:
         variants: What the config asks for besides, in the order in which it acts.
         summand: True, or the reason why the output is not that of the layer plus an update.
+        start_A, start_B: Where the factors began, if the base gives way by their product.
+        stand_in: What stands in the place of the layer's weight.
     """
 
     views: ClassVar[tuple[str, ...]] = (
@@ -154,6 +160,9 @@ class LoRA(Adapter):
     lora_A: Factor
     lora_B: Factor
     ties = False  # layers that share an embedding's weight follow it
+    start_A: Tensor | None
+    start_B: Tensor | None
+    stand_in: Quantised | None
     variants: Sequence[Variant]
     summand: bool | str = True
 
@@ -164,27 +173,23 @@ class LoRA(Adapter):
         alpha: float,
         dropout: float,
         rslora: bool,
-        init: bool | str,
+        start: Start,
         bias: bool,
         varied: Sequence[Variant] = (),
     ) -> None:
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
-        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
+        self.scaling = scaling(r, alpha, rslora)
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        down, up = layer.down_shape(r), layer.up_shape(r)
-        self.blocks = r // up[1]  # more than one under a grouped convolution
+        self.blocks = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
         self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
-        for variant in self.variants:
-            down, up = variant.down_shape(down), variant.up_shape(up)
+        down, up = shapes(layer, r, varied)
         self.lora_A = Factor(*down)
-        self.lora_B = Factor(*up, bias=layer.out_features if bias else None)
-        if init is False:
-            self.identity_at_birth = "init_lora_weights=False draws both factors"
-        self._start(init)
+        self.lora_B = Factor(*up, bias=layer.out_features if bias else None, fixed=start.fixed_B)
+        self._begin(start)
         for variant in self.variants:
-            variant.begin(self, layer)
+            variant.begin(self, self._base(layer))
             self._declare(variant)
 
     @classmethod
@@ -201,7 +206,6 @@ class LoRA(Adapter):
             return Router.build(layer, config, path)
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        init = True if config.init_lora_weights is None else config.init_lora_weights
         if config.lora_bias and layer.kind == "embedding":
             raise ConfigError(
                 f"LoraConfig: lora_bias=True is not possible for the embedding {path}: files have no name for it",
@@ -211,7 +215,9 @@ class LoRA(Adapter):
             )
         _check_groups(layer, r, path)
         varied = build_variants(layer, config, path, r)
-        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias, varied)
+        down, up = shapes(layer, r, varied)
+        start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path, down, up))
+        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
         made.ties = config.ensure_weight_tying
         return made
 
@@ -219,20 +225,21 @@ class LoRA(Adapter):
         own = config is None or isinstance(config, LoraConfig)
         return tying.follow(self, layer) if self.ties and own else None
 
-    def _start(self, init: bool | str) -> None:
-        A, B = self.lora_A.weight, self.lora_B.weight
-        if self.embedding and init is True:  # as PEFT: one side of the update is zero, here it is A
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
-            return
-        if init == "gaussian":
-            nn.init.normal_(A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear does
-        if init is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(B)
+    def _begin(self, start: Start) -> None:
+        wide = torch.promote_types(start.A.dtype, torch.float32)
+        A, B = start.A.to(wide).contiguous(), start.B.to(wide).contiguous()
+        self.lora_A.weight.data, self.lora_B.weight.data = (
+            factor.reshape(own.weight.shape) for factor, own in ((A, self.lora_A), (B, self.lora_B))
+        )
+        self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
+        if start.stand_in is not None:
+            self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
+        self.keeps_derived = start.gives_way and not start.again
+        for name, factor in (("start_A", A), ("start_B", B)):
+            self.register_buffer(name, factor.clone() if start.gives_way else None, persistent=self.keeps_derived)
+
+    def _base(self, layer: LinearMap) -> LinearMap:
+        return layer if self.stand_in is None else Applied(self.stand_in, layer)
 
     def _declare(self, variant: Variant) -> None:
         """What one variant says of itself holds for the whole."""
@@ -261,18 +268,34 @@ class LoRA(Adapter):
         """A (r, in) and B (out, r) of the update that trains, B A, its scale in B."""
         return self.A, self.scaling * self.B
 
+    def _frozen(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (A, B) of what is added to the weight by variants and does not train."""
+        yield from (pair for variant in self.variants if (pair := variant.frozen()) is not None)
+
     def whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R) of all that is added to the weight: also what does not train."""
-        frozen = [pair for pair in (variant.frozen() for variant in self.variants) if pair is not None]
+        frozen = list(self._frozen())
+        if self.start_A is not None and self.start_B is not None:
+            frozen.append((self.start_A, -self.scaling * self.start_B))
         if not frozen:
             return A, B
         return torch.cat([A, *(down.to(A) for down, _ in frozen)]), torch.cat([B, *(up.to(B) for _, up in frozen)], 1)
 
+    def change(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A (out, in), less that of the start where the base gives way: zero at birth to the bit, precise near it."""
+        if self.start_A is None or self.start_B is None:
+            return B @ A
+        B0 = self.scaling * self.start_B
+        return (B - B0) @ A + B0 @ (A - self.start_A)
+
     def adapt(self, weight: Tensor) -> Tensor:
         if self.mergeable is not True:
             return super().adapt(weight)
-        A, B = self.whole(*self.factors())
-        weight = weight + (B @ A).to(_wider(weight, A))
+        A, B = self.factors()
+        weight = weight if self.stand_in is None else self.stand_in.adapt(weight)
+        weight = weight + self.change(A, B).to(_wider(weight, A))
+        for down, up in self._frozen():
+            weight = weight + (up @ down).to(weight)
         for variant in self.variants:
             weight = variant.adapt(weight)
         return weight
@@ -284,6 +307,7 @@ class LoRA(Adapter):
         return self.scaling * own if bias is None else bias + self.scaling * own
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
+        layer = self._base(layer)
         y, dropped, A, B = layer(x), self._dropped(x), *self.factors()
         out = y + self.product(x, dropped, A, B, layer).to(y.dtype)
         for variant in self.variants:
@@ -299,12 +323,16 @@ class LoRA(Adapter):
 
     def product(self, x: Any, dropped: Any, A: Tensor, B: Tensor, layer: LinearMap) -> Tensor:
         """B A x; what does not train beside it is a part of the weight, and sees the input without dropout."""
-        h = None
-        for variant in self.variants:
-            h = variant.project(dropped, A, layer) if h is None else h
-        update = layer.mix(layer.apply(dropped, A) if h is None else h, B)
-        for pair in (variant.frozen() for variant in self.variants):
-            update = update if pair is None else update + layer.mix(layer.apply(x, pair[0]), pair[1])
+        projected = next((h for v in self.variants if (h := v.project(dropped, A, layer)) is not None), None)
+        h = layer.apply(dropped, A) if projected is None else projected
+        if self.start_A is None or self.start_B is None:
+            update = layer.mix(h, B)
+        else:  # as in `change`
+            B0, plain = self.scaling * self.start_B, dropped is x and projected is None
+            moved = layer.apply(x, A - self.start_A) if plain else h - layer.apply(x, self.start_A)
+            update = layer.mix(h, B - B0) + layer.mix(moved, B0)
+        for down, up in self._frozen():
+            update = update + layer.mix(layer.apply(x, down), up)
         return update if self.lora_B.bias is None else shift(update, self.scaling * self.lora_B.bias, layer)
 
     @classmethod
@@ -318,15 +346,39 @@ class LoRA(Adapter):
     # Files call the factors of an embedding by names of their own, without `.weight`.
 
     def file_tensors(self) -> dict[str, Tensor]:
-        factors = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
-        if self.embedding:
-            factors = {"lora_embedding_A": self.lora_A.weight, "lora_embedding_B": self.lora_B.weight}
+        names = NAMES[self.embedding]
         bias = {} if self.lora_B.bias is None else {"lora_B.bias": self.lora_B.bias}
         own = {name: tensor for variant in self.variants for name, tensor in variant.file_tensors().items()}
-        return {**factors, **bias, **own}
+        return {names[0]: self.lora_A.weight, names[1]: self.lora_B.weight, **bias, **own, **self.kept_tensors()}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.start_A is None or self.start_B is None:
+            return tensors
+        found = unstacked(tensors, self.r, NAMES[self.embedding])
+        if self.keeps_derived and source() is Source.PEER:  # data have been collected once more for a file of PEFT
+            return {START_A: self.start_A, START_B: self.start_B, **found}
+        if self.keeps_derived and self.embedding and found.get(NAMES[True][0], self.A).shape == self.A.shape:
+            zero = {START_A: torch.zeros_like(self.start_A), START_B: torch.zeros_like(self.start_B)}
+            return {**zero, **found}  # one that came from PEFT, which starts embeddings plainly
+        return found
+
+    def derived_tensors(self) -> dict[str, Tensor]:
+        frozen = {} if self.start_A is None else {START_A: self.start_A, START_B: self.start_B}
+        fixed = {} if isinstance(self.lora_B.weight, nn.Parameter) else {NAMES[self.embedding][1]: self.lora_B.weight}
+        return {**frozen, **fixed}  # type: ignore[dict-item]
 
     def kept_tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
+        derived = self.derived_tensors()
+        kept = {name: derived[name] for name in derived if self.keeps_derived or name not in (START_A, START_B)}
+        return kept | {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
+
+    def checked_tensors(self) -> dict[str, Tensor]:
+        """Of Q and of B0 A0, which is all that counts of its factors, whatever their signs and order."""
+        if self.stand_in is not None:
+            return {"lora_stand_in": in_waves(self.stand_in.weight)}
+        if self.start_A is None or self.start_B is None or self.keeps_derived:
+            return {}
+        return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -350,6 +402,18 @@ class LoRA(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def scaling(r: int, alpha: float, rslora: bool) -> float:
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def shapes(layer: LinearMap, r: int, varied: Sequence[Variant]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the trained A and B, as files keep them."""
+    down, up = layer.down_shape(r), layer.up_shape(r)
+    for variant in varied:
+        down, up = variant.down_shape(down), variant.up_shape(up)
+    return down, up
 
 
 def _wider(weight: Tensor, factor: Tensor) -> torch.dtype:
@@ -382,4 +446,5 @@ METHOD = Method(
     learning_rate=2e-4,
     train_options=_train_options,
     pairs="lora",
+    for_peers=for_peers,
 )

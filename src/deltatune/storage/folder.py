@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
-from deltatune.errors import ConfigError, FormatError, MismatchError, SaveError
+from deltatune.errors import FormatError, MismatchError, SaveError
+from deltatune.filling import Source
 from deltatune.fused.export import PER_EXPERT, config_values
+from deltatune.lora.convert import check_start
 from deltatune.notice import warn
+from deltatune.registry import METHODS
 from deltatune.state_dict import derived, replaced
 from deltatune.storage.card import CARD_NAME, model_card
 from deltatune.storage.derived import checksums
@@ -55,6 +58,10 @@ class Saved:
     embeddings: tuple[str, ...] = ()
     verified: bool | None = None
 
+    @property
+    def source_kind(self) -> Source:
+        return Source.PEER if self.base is None else Source.OWN
+
 
 def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:
     """Write the named adapters; everything is collected before the first file is written."""
@@ -89,13 +96,18 @@ def _files(model: PeftModel, name: str, how: Saving, target: Path) -> dict[str, 
     elif how.format == PER_EXPERT:
         values = config_values(model.get_base_model(), name, values)
     values = {key: value for key, value in values.items() if value is not ...}
-    own = model.adapter_tensors(name, how.format)
+    rewrite = METHODS[config.peft_type].for_peers
+    own = model.adapter_tensors(name, how.format, () if rewrite is None else None)
     embeddings = model.base_embeddings(name, how.embeddings, own)
     tensors = replaced(model, {**own, **embeddings}, how.state_dict)
     for key, tensor in tensors.items():
         _check_savable(key, tensor, how.nonfinite)
     if how.initial is not None:
-        values, tensors = _on_the_unchanged_base(model, name, values, tensors, how.initial)
+        check_start(model, name, how.initial)
+    said: dict[str, Any] = {}
+    if rewrite is not None:
+        plain = how.initial is not None or how.format == "lora"
+        values, tensors, said = rewrite(config, values, tensors, model.adapter_tensors(name), plain)
     changed = sorted({_module_of(key) for key in embeddings})
     trained = [*(getattr(config, "modules_to_save", None) or ()), *changed]
     facts: dict[str, Any] = {"base": fingerprint(model.get_base_model(), trained)}
@@ -103,6 +115,8 @@ def _files(model: PeftModel, name: str, how: Saving, target: Path) -> dict[str, 
         facts["embeddings"] = changed
     if left_out := checksums(derived(model.get_base_model(), name)):
         facts["derived"] = left_out
+    if said:
+        facts["own"] = said
     return _file_pair(values, tensors, {**facts, **_before(target, values, facts, how.weights)}, how.weights)
 
 
@@ -121,20 +135,6 @@ def _check_savable(key: str, tensor: Tensor, nonfinite: bool) -> None:
             "allow_nonfinite=True saves it all the same",
             key=key,
         )
-
-
-def _on_the_unchanged_base(
-    model: PeftModel, name: str, values: dict[str, Any], tensors: dict[str, Tensor], initial: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        from deltatune.lora import convert  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ConfigError(
-            "save_pretrained: path_initial_model_for_weight_conversion is not available in this version; leave it out",
-            field="path_initial_model_for_weight_conversion",
-            found=initial,
-        ) from error
-    return convert.to_plain(model, name, values, tensors, initial)
 
 
 def _before(target: Path, values: dict[str, Any], facts: dict[str, Any], weights: str) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def read(
     values = PeftConfig.from_json_file(file)
     weights, tensors, facts = read_weights(where)
     if facts is not None and isinstance(facts.get("config"), dict):
-        values = _reconciled(values, facts["config"], str(file))
+        values = {**_reconciled(values, facts["config"], str(file)), **facts.get("own", {})}
     if not values.get("peft_type"):
         raise FormatError(f'{file}: \'peft_type\' is missing, for example "peft_type": "LORA"', path=str(file))
     tensors = mapped(tensors, key_mapping)

@@ -91,6 +91,8 @@ def build_variants(layer: LinearMap, config: Any, path: str, r: int) -> list[Var
 def no_sum(config: Any) -> str | None:
     """Why adapters of a config do more than add an update to the output, if they do."""
     reasons = (f"has {kind.field}: {kind.summand}" for kind in variants_of(config) if kind.summand is not True)
+    if config.init_lora_weights == "loftq":
+        return 'has init_lora_weights="loftq": it stands on a quantised base'
     return next(reasons, "has arrow_config: it routes tokens" if config.arrow_config is not None else None)
 
 
