@@ -162,7 +162,7 @@ class LoRA(Adapter):
 
     lora_A: Factor
     lora_B: Factor
-    ties = False  # layers that share an embedding's weight follow it
+    followed: bool = False  # by layers that share an embedding's weight
     start_A: Tensor | None
     start_B: Tensor | None
     stand_in: Quantised | None
@@ -225,12 +225,16 @@ class LoRA(Adapter):
         down, up = shapes(layer, r, varied)
         start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path, down, up))
         made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
-        made.ties = config.ensure_weight_tying
+        made.followed = config.ensure_weight_tying
         return made
+
+    @property
+    def ties(self) -> bool:
+        return self.followed
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         own = config is None or isinstance(config, LoraConfig)
-        return tying.follow(self, layer) if self.ties and own else None
+        return tying.follow(self, layer) if self.followed and own else None
 
     def _begin(self, start: Start) -> None:
         wide = torch.promote_types(start.A.dtype, torch.float32)
