@@ -31,17 +31,129 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("lora", "forgotten scale, forward", "return self.scaling * update", "return update"),
-    Mutant(
-        "lora",
-        "forgotten scale, both ways",
-        "return weight + self.scaling * (self.B @ self.A)",
-        "self.scaling = 1.0; return weight + self.scaling * (self.B @ self.A)",
-    ),
+    Mutant("lora", "forgotten scale, both ways", "return self.A, self.scaling * self.B", "return self.A, 1.0 * self.B"),
+    Mutant("lora", "bias not scaled, forward", "shift(update, self.scaling * self.lora_B", "shift(update, self.lora_B"),
     Mutant("lora", "wrong sign, both ways", "self.lora_B.matrix, self.blocks", "-self.lora_B.matrix, self.blocks"),
     Mutant("lora", "bias forgotten in the weight", "bias + self.scaling * own", "bias"),
-    Mutant("lora", "dropout on indices", "x if self.embedding else self.lora_dropout(x)", "self.lora_dropout(x)"),
+    Mutant(
+        "lora",
+        "dropout on indices",
+        "x if self.embedding or not self.training else self.lora_dropout(x)",
+        "self.lora_dropout(x)",
+    ),
     Mutant("lora", "rank-stabilised scale", "math.sqrt(r)", "r"),
+    *[
+        Mutant("lora_starts", fault, right, wrong, place)
+        for fault, right, wrong, place in [
+            ("scaling not divided out", "(S / scaling).sqrt()", "S.sqrt()", "lora/starts/start.py"),
+            ("last columns of Q", "Q[:, : site.r]", "Q[:, -site.r :]", "lora/starts/olora.py"),
+            ("largest directions", "U[:, -site.r :]", "U[:, : site.r]", "lora/starts/mica.py"),
+            ("the same half twice", "Q[1::2] / 10", "Q[0::2] / 10", "lora/starts/orthogonal.py"),
+            ("quantises W each time", "site.W - site.scaling * B @ A", "site.W", "lora/starts/loftq.py"),
+            ("levels between, not halfway", "(levels[1:] + levels[:-1]) / 2", "levels[1:]", "lora/quantised.py"),
+            ("rank-stabilised alpha doubled", "factor = sqrt(2)", "factor = 2", "lora/stacked.py"),
+            ("start added in the file", "beside(B, -B0, 1)", "beside(B, B0, 1)", "lora/stacked.py"),
+            ("start added on reading", "-B[:, r:].flatten(1)", "B[:, r:].flatten(1)", "lora/stacked.py"),
+            ("start dropped out too", "h - layer.apply(x, self.start_A)", "h - layer.apply(dropped, self.start_A)", ""),
+            ("start forgotten in the weight", "B0 @ (A - self.start_A)", "0 * B0 @ (A - self.start_A)", ""),
+        ]
+        for place in [place or "methods/lora.py"]
+    ],
+    *[
+        Mutant("lora_data_starts", fault, right, wrong, f"lora/{place}")
+        for fault, right, wrong, place in [
+            ("ipm and kpm exchanged", "slice(0, r) if largest", "slice(0, r) if not largest", "covariance.py"),
+            ("gradients lost", "parameter.grad = gradient", "parameter.grad = None", "gradients.py"),
+            ("sum of gradients", "w.grad / passes[path]", "w.grad / 1", "gradients.py"),
+            ("gamma not rooted", "stable_gamma**0.5", "stable_gamma", "starts/lora_ga.py"),
+            ("least explained first", "argsort(descending=True)", "argsort(descending=False)", "watched.py"),
+            ("mean of the last batch", "apart = self.mean - mean", "apart = 0 * mean", "components.py"),
+            ("alpha as it was", "alpha *= rank / r", "alpha *= 1", "eva.py"),
+        ]
+    ],
+    Mutant("lora_replace", "scaling not divided out", "adapter.scaling)", "1.0)", "lora/replace.py"),
+    *[
+        Mutant(variant, fault, right, wrong, place=f"lora/variants/{variant}.py")
+        for variant, fault, right, wrong in [
+            ("dora", "lengths not detached, weight", "weight.detach(), dim=1", "weight, dim=1"),
+            ("dora", "lengths not detached, forward", "@torch.no_grad()\n", ""),
+            ("dora", "cross term once", "2 * (W @ A.T)", "(W @ A.T)"),
+            ("dora", "lengths of the base alone", "*lora.whole(at.A, at.B)) - 1", "0 * at.A, 0 * at.B) - 1"),
+            ("dora", "frozen summands forgotten", "*lora.whole(at.A, at.B)) - 1", "at.A, at.B) - 1"),
+            ("dora", "bias stretched", "bias = lora.adapted_bias(at.layer)", "bias = None"),
+            ("dora", "dropout on the update alone", "z = at.layer(at.dropped) +", "z = at.layer(at.x) +"),
+            ("dora", "m starts at the base's lengths", "*lora.whole(*lora.factors()))", "0 * lora.A, 0 * lora.B)"),
+            ("dora", "gradient of m", "(grads[0] * z)", "(grads[0] * z * (1 + c))"),
+            (
+                "qalora",
+                "mean instead of scaled mean",
+                "A * (self.groups / self.qalora_group_size)",
+                "A / self.qalora_group_size",
+            ),
+            (
+                "qalora",
+                "groups interleaved",
+                "repeat_interleave(self.qalora_group_size, dim=1)",
+                "repeat(1, self.qalora_group_size)",
+            ),
+            (
+                "bdlora",
+                "blocks in the other factor",
+                "return cls(options.nblocks, in_a)",
+                "return cls(options.nblocks, not in_a)",
+            ),
+            ("bdlora", "a layer that nothing names", "if options.match_strict:", "if False:"),
+            ("kasa", "gate forgotten", "return self.lora_diag[:, None] * A", "return A"),
+            ("kasa", "largest values left out", "Vh[-r:].clone()", "Vh[:r].clone()"),
+            ("kasa", "left-out part added", "-U[:, -r:] * S[-r:]", "U[:, -r:] * S[-r:]"),
+            ("kasa", "squared loss of A and B", ".norm()", ".square().sum()"),
+            ("monteclora", "samples in evaluation", "if self.training else A", "if True else A"),
+            ("monteclora", "spread not squared", "self.std_prior.exp().square()", "self.std_prior.exp()"),
+            ("monteclora", "weights' sum for their norm", "w.norm()", "w.sum()"),
+            (
+                "monteclora",
+                "sign of the divergence",
+                "(torch.lgamma(b) - torch.lgamma(a)).sum()",
+                "(torch.lgamma(a) - torch.lgamma(b)).sum()",
+            ),
+            ("monteclora", "sum over layers", "return loss / self.layers", "return loss"),
+            ("velora", "scale forgotten", "ctx.scale * grads[0]", "grads[0]"),
+            ("velora", "vector of any length", "torch.where(length > 0, v / length,", "torch.where(length > 0, v,"),
+            ("velora", "in evaluation too", "self.training and torch.is_grad_enabled()", "torch.is_grad_enabled()"),
+            (
+                "alora",
+                "first occurrence",
+                "torch.where(here, column, -1).amax(dim=1)",
+                "torch.where(here, column, -1).clamp_min(0).amin(dim=1)",
+            ),
+            (
+                "alora",
+                "from the end of the invocation on",
+                "return torch.where(last < 0, NOWHERE, last)",
+                "return torch.where(last < 0, NOWHERE, last + len(wanted))",
+            ),
+            ("alora", "one token late, given", "column >= length - given", "column > length - given"),
+            ("alora", "cache not counted", "return past + column >=", "return column >="),
+            ("alora", "silent behind a cache", "known = isinstance(past, int) and past == 0", "known = True"),
+            ("arrow", "signed scores", ".abs()  # (..., experts)", "  # (..., experts)"),
+            (
+                "arrow",
+                "softmax over all",
+                "(best.values / self.temperature).softmax(dim=-1)",
+                "(scores / self.temperature).softmax(dim=-1).gather(-1, best.indices)",
+            ),
+            ("arrow", "temperature forgotten", "best.values / self.temperature", "best.values"),
+            (
+                "arrow",
+                "scales forgotten",
+                "weights * weights.new_tensor([expert.scaling for expert in experts])",
+                "weights",
+            ),
+            ("arrow", "last singular vector", "eigenvectors[:, -1]", "eigenvectors[:, 0]"),
+            ("arrow", "general knowledge in one factor", "[b - mean_B for b in B]", "[b for b in B]"),
+            ("arrow", "kept while experts train", "self.kept.drop()\n", "pass\n"),
+        ]
+    ],
     Mutant("ia3", "output's vector on the input", "self.l[:, None] * weight", "weight * self.l[:, None].mean()"),
     Mutant("ia3", "bias not scaled", "else bias * self.l", "else bias"),
     Mutant("ia3", "vector not repeated over a kernel", "repeat_interleave(self.kernel)", "repeat(self.kernel)"),
@@ -110,14 +222,14 @@ MUTANTS = [
     Mutant("miss", "bat with D transposed", '"joik,jkl->joil"', '"joik,jlk->joil"'),
     Mutant("delora", "rank forgotten", "self.delora_lambda / self.r / (a * b)", "self.delora_lambda / (a * b)"),
     Mutant(
-        "delora", "norms of rows and columns exchanged", "self.delora_A.norm(dim=1)", "self.delora_A.norm(dim=0).mean()"
+        "delora", "norms of rows and columns exchanged", "self.delora_A.norm(dim=-1)", "self.delora_A.norm(dim=0).mean()"
     ),
     Mutant("delora", "norms of the weight forgotten", "self.delora_A * self.delora_w_norm", "self.delora_A * 1"),
     Mutant(
         "delora",
         "short vectors blown up",
-        "self.delora_B.norm(dim=0).clamp_min(SHORTEST)",
-        "self.delora_B.norm(dim=0).clamp_min(1e-12)",
+        "self.delora_B.norm(dim=-2).clamp_min(SHORTEST)",
+        "self.delora_B.norm(dim=-2).clamp_min(1e-12)",
     ),
     Mutant(
         "delora",
@@ -169,8 +281,14 @@ MUTANTS = [
         "circulant(self.c3a_kernel) / self.width",
         "circulant(self.c3a_kernel)",
     ),
-    Mutant("c3a", "correlation turned into convolution", "X, C.conj())", "X, C)", place="factors.py"),
-    Mutant("fourierft", "imaginary part", ", c)).real", ", c)).imag"),
+    Mutant(
+        "c3a",
+        "correlation turned into convolution",
+        "torch.stack([real, -imaginary]), torch.stack([imaginary, real])",
+        "torch.stack([real, imaginary]), torch.stack([-imaginary, real])",
+        place="factors.py",
+    ),
+    Mutant("fourierft", "half columns not mirrored", "torch.where(left, rows, -rows % height)", "rows"),
     Mutant(
         "fourierft",
         "unseeded places",
@@ -237,7 +355,7 @@ MUTANTS = [
         "index_add(1 if self.reads_tokens else 0",
     ),
     Mutant("beft", "wrong sign of the bias", "bias + d", "bias - d"),
-    Mutant("beft", "missing in the forward pass", "shift(layer(x), self.beft_bias.flatten(), layer)", "layer(x)"),
+    Mutant("beft", "missing in the forward pass", "shift(layer(x), self.beft_bias.flatten(self.rows), layer)", "layer(x)"),
     Mutant("glora", "A added, not multiplied", "adapted + weight * self.glora_A.value", "adapted + self.glora_A.value"),
     Mutant("glora", "bias of the base scaled too", "bias + bias * a", "bias"),
     Mutant("supertuning", "the smallest entries", "largest=largest", "largest=not largest"),
@@ -340,7 +458,6 @@ MUTANTS = [
         place="outputs/lily.py",
     ),
     Mutant("lily", "an A of its own for each layer", "index % config.stride_A == 0", "True", place="outputs/lily.py"),
-    Mutant("c3a", "blocks turned the other way, forward", "X, C.conj()", "X, C", place="factors.py"),
     Mutant(
         "c3a",
         "blocks turned the other way, both",

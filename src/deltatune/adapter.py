@@ -27,7 +27,7 @@ class LinearMap(Protocol):
     only_weight     its output is no linear map of its input, so that adapters act through the adapted weight alone
     parts           modules inside of it that are adapted with it
     turned          it stores its weight as (in, out)
-    dense           its weight is stored as such, frozen and unchanged, so that reading it costs nothing
+    dense           its weight is stored as such and unchanged, and there is no more to calling it than that weight
 
     `in_features` and `out_features` are the sides of `weight`. A convolution's input side counts channels x kernel
     positions (`kernel` of them per channel), an embedding's counts its rows. With several `groups` the matrix is
@@ -84,17 +84,36 @@ class Stored(nn.Module):
         """Those of them that files hold; perhaps some always, where rounding would decide what is derived."""
         return self.derived_tensors() if self.keeps_derived else {}
 
+    def checked_tensors(self) -> dict[str, Tensor]:
+        """What checksums are taken of: the derived tensors that a file leaves out, or what counts of them."""
+        kept = self.kept_tensors()
+        return {name: tensor for name, tensor in self.derived_tensors().items() if name not in kept}
+
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file before they are checked: in our shapes, where another program writes others too."""
         return tensors
 
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether `from_file` changes nothing."""
+        return type(self).from_file is Stored.from_file
+
     def file_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **self.kept_tensors()}
+        return {**_parameters(self), **self.kept_tensors()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors; names and shapes have been checked against `file_tensors`."""
         for name, tensor in self.file_tensors().items():
             tensor.data.copy_(tensors[name])
+
+
+def _parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """`dict(module.named_parameters())`, in a fraction of its time for a few small modules."""
+    found: dict[str, Tensor] = {prefix + name: p for name, p in module._parameters.items() if p is not None}
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= _parameters(child, f"{prefix}{name}.")
+    return found
 
 
 class Adapter(Stored):
@@ -112,6 +131,10 @@ class Adapter(Stored):
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         pointwise: True, or the reason why what it does at a token depends on others of the row.
         reads: What it has to know about a call; `forward` is handed each by name.
+        stacks: Names of attributes in which adapters have to agree to act together on rows of a batch, each on its own
+            (`deltatune.mixed`): then `forward` is called, on a linear layer, with tensors that have one more axis, of
+            rows, before theirs (`rows` is 1), and x (rows, tokens, in). None: one after the other. Not inherited.
+        row_numbers: Attributes that are numbers and may differ between such adapters; (rows, 1, 1) where they do.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
@@ -126,13 +149,17 @@ class Adapter(Stored):
     bounded_r: ClassVar[bool] = True
     pointwise: bool | str = True
     reads: tuple[Value, ...] = ()
+    stacks: tuple[str, ...] | None = None
+    row_numbers: ClassVar[tuple[str, ...]] = ()
+    rows: int = 0
     views: ClassVar[tuple[str, ...]] = ()
     shared: Any = None
 
     @classmethod
     def fits(cls, layer: LinearMap) -> bool | str:
         """True, or why the method's maths does not allow the layer."""
-        return layer.kind in cls.base_kinds or f"its maths allows {', '.join(sorted(cls.base_kinds))} layers"
+        allowed = ", ".join(sorted(cls.base_kinds))
+        return layer.kind in cls.base_kinds or f"its maths allows {allowed} layers, and this is a {layer.kind} layer"
 
     @classmethod
     def build(cls, layer: LinearMap, config: Any, path: str) -> Adapter:
@@ -147,6 +174,11 @@ class Adapter(Stored):
         """The options for `build`, given all layers by their paths: others than the config's where a layer's depend on
         the rest."""
         return config
+
+    @property
+    def ties(self) -> bool:
+        """Whether `tied` may have an answer other than None."""
+        return type(self).tied is not Adapter.tied
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         """The same change for a layer that shares the weight of the one this was built for; None where it has none.
@@ -170,6 +202,10 @@ class Adapter(Stored):
             )
         raise NotImplementedError
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        """Up (out, R) and down (R, in) with W' - W = up @ down; None where R would not be small, or there are none."""
+        return None
+
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 
@@ -180,9 +216,39 @@ class Adapter(Stored):
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
+    # How another adapter of the method takes its place (`deltatune.hotswap`).
+
+    def make_room(self, rank: int | None = None) -> None:
+        """Before compiling: hold what others may have otherwise in tensors, and factors in the shape of this rank."""
+
+    def fit(self, other: Adapter) -> None:
+        """Take the shapes of another adapter, as far as it has room, to be put in its place."""
+
+    def neutral(self) -> bool:
+        """Fresh as it is, make it change nothing; False if it does not know how."""
+        return self.identity_at_birth is True
+
     def penalty(self) -> Tensor | None:
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
+
+    @property
+    def core(self) -> Adapter:
+        """The method's own adapter, where this one is more than that."""
+        return self
+
+    @classmethod
+    def penalises(cls, config: Any) -> bool:
+        """Whether adapters of a config have such a term; where none has, no training step looks for one."""
+        return cls.penalty is not Adapter.penalty
+
+    def joins(self, beside: nn.ModuleDict) -> None:
+        """It is put on a layer, together with the adapters in `beside`, by name, itself among them."""
+
+    @property
+    def settles(self) -> bool:
+        """Whether `settle` does anything."""
+        return type(self).settle is not Adapter.settle
 
     def settle(self, layer: LinearMap) -> None:
         """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""
@@ -267,6 +333,11 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        for_peers: Rewrites what goes into a file where other programs would read something else out of it: (config, its
+            values, tensors, keys that have to be kept, whether any program is to read it) -> (values, tensors, values
+            of the config that only we read).
+        weighted_sum: Adapters of this method as one of it: by layer, terms (weight, adapter or None where it has none
+            there) -> options, of which "part" is (field, paths that it names), and by layer the tensors of its file.
         pairs: The x of tensors x_A (r, ...) and x_B that come in pairs of the config's rank; empty where none do.
         schedule: What happens after every optimizer step: makes a `deltatune.schedule.Schedule` from the adapter's
             name, the configs by name and the adapters by path, or None where the options ask for none.
@@ -285,6 +356,8 @@ class Method:
     train_options: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda given: {})
     run_options: Callable[[dict[str, Any], int], dict[str, Any]] = field(default=lambda given, steps: {})
     schedule: Callable[[str, dict[str, Any], dict[str, Any]], Any] | None = None
+    for_peers: Callable[..., tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] | None = None
+    weighted_sum: Callable[[dict[str, list[tuple[float, Any]]]], tuple[dict[str, Any], dict[str, Any]]] | None = None
     pairs: str = ""
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:

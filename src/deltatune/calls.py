@@ -105,6 +105,8 @@ class Readers:
         found: dict[str, Tensor] = {}
         own = inspect.signature(self.model.forward).parameters
         for value in self.values:
+            if value.given in found:  # by another adapter that reads it
+                continue
             given = kwargs.get(value.given)
             if value.given not in kept and value.given not in own:
                 kwargs.pop(value.given, None)

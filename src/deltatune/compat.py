@@ -49,3 +49,8 @@ class LayerViews:
     def get_delta_weight(self: AdaptedLayer | Any, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the base layer."""
         return self.stored_weight([adapter]) - self.stored_weight([])
+
+    def supports_lora_conversion(self: AdaptedLayer | Any, adapter_name: str = "default") -> bool:
+        from deltatune.combine.changes import obstacle
+
+        return adapter_name in self.adapters and obstacle(self, adapter_name) is None

@@ -133,6 +133,7 @@ class PeftConfig:
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {}
     unsaved: ClassVar[frozenset[str]] = frozenset()
     file_defaults: ClassVar[dict[str, Any]] = {}  # what a file means that does not say
+    alike_in_swap: ClassVar[tuple[str, ...]] = ()  # fields in which an adapter and its successor have to agree
     rank_name: ClassVar[str] = "r"  # the field that no layer may be smaller than
 
     task_type: str | TaskType | None = None
@@ -177,16 +178,31 @@ class PeftConfig:
         return {key: _plain(value) for key, value in values.items() if key not in self.unsaved}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; `auto_mapping_dict` replaces the config's own `auto_mapping` in it."""
         from deltatune.storage.files import write_files
 
-        text = json.dumps(self.to_file_dict(), indent=2, sort_keys=True)
+        mapping = kwargs.get("auto_mapping_dict")
+        values = {**self.to_file_dict(), **({} if mapping is None else {"auto_mapping": mapping})}
+        text = json.dumps(values, indent=2, sort_keys=True)
         write_files(Path(save_directory), {CONFIG_NAME: text.encode()})
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **hub: Any) -> Any:
+        """Put `adapter_config.json` alone into a repository of the hub, as one commit; see `PeftModel.push_to_hub`."""
+        from deltatune.storage.hub import push
+
+        return push(self.save_pretrained, repo_id, commit_message=commit_message or "Upload adapter_config.json", **hub)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read `adapter_config.json` of a local folder, or of a hub repository (`revision`, `token`, ... as kwargs)."""
+        """Read `adapter_config.json` of a local folder, or of a repository of the hub (`revision`, `token`, ...).
+
+        Other keyword arguments, as PEFT's for the model, are passed over.
+
+        Raises:
+            FormatError: There is none, or the hub cannot be reached.
+        """
         from deltatune.storage.locate import locate
 
         file = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
@@ -312,7 +328,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value) if len({type(part) for part in value}) < 2 else sorted(value, key=str)
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -68,6 +68,10 @@ class MergeError(PeftError, ValueError):
     """Merging is impossible or would damage the base."""
 
 
+class ConversionError(MergeError, TypeError):
+    """No LoRA adapter can hold what another method does."""
+
+
 class StateError(PeftError, ValueError, RuntimeError):
     """A call at the wrong moment: merged, already present, nothing trainable."""
 

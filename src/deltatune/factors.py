@@ -15,28 +15,38 @@ from deltatune.adapter import LinearMap
 
 
 class Factor(nn.Module):
-    """One trainable tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias."""
+    """One tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias.
 
-    weight: nn.Parameter
+    It trains, unless it is `fixed`: then it is a buffer.
+    """
+
+    weight: Tensor
     bias: nn.Parameter | None
+    rows: int = 0  # axes before those of one adapter (`deltatune.mixed`)
 
-    def __init__(self, *shape: int, bias: int | None = None) -> None:
+    def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+        if fixed:
+            self.register_buffer("weight", torch.empty(shape))
+        else:
+            self.weight = nn.Parameter(torch.empty(shape))
         self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
 
     @property
     def matrix(self) -> Tensor:
         """The tensor as a matrix: a convolution's kernel positions join its channels."""
-        return self.weight.flatten(1)
+        return self.weight.flatten(1 + self.rows)
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))
 
 
+NO_DROPOUT = nn.Identity()  # one for all layers of all adapters, of which there may be very many
+
+
 def input_dropout(layer: LinearMap, share: float) -> nn.Module:
     """Dropout on what a layer reads; none on indices, which an embedding reads."""
-    return nn.Dropout(share) if share and layer.kind != "embedding" else nn.Identity()
+    return nn.Dropout(share) if share and layer.kind != "embedding" else NO_DROPOUT
 
 
 def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
@@ -141,8 +151,16 @@ def circulant(kernel: Tensor) -> Tensor:
 
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C)."""
-    dtype = torch.promote_types(x.dtype, at_least_single(kernel))  # half precision has no FFT
+    """x C^T over the last axis for C = circulant(kernel), by FFT: y_k = sum_j c_{j-k} x_j is Y = X conj(C).
+
+    Half precision has no FFT; the wider copies and spectra are made again for the gradient, instead of being kept.
+    """
+    narrow = x.dtype.itemsize < at_least_single(kernel).itemsize
+    return recomputed(_correlated, x, kernel) if narrow else _correlated(x, kernel)
+
+
+def _correlated(x: Tensor, kernel: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, at_least_single(kernel))
     parts, kernel = x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])), kernel.to(dtype)
     if not parts.numel():  # nothing to transform, which not every library for FFT takes
         return torch.einsum("...nb,mnb->...mb", parts, kernel).flatten(-2)

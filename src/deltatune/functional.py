@@ -7,15 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune import inject
+from deltatune import empty, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError
+from deltatune.helpers.precision import cast_adapter_dtype as cast_adapter_dtype
+from deltatune.helpers.verbs import delete_adapter as delete_adapter
+from deltatune.helpers.verbs import set_adapter as set_adapter
+from deltatune.helpers.verbs import set_requires_grad as set_requires_grad
 from deltatune.model import PeftModel
 from deltatune.names import check_name
 from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.state_dict import ROOT, Loaded, check, collect, fill, matched, translated
+from deltatune.state_dict import Loaded, check, collect, fill, fitting, matched, replaced, translated
+from deltatune.storage.embeddings import Replacements, saved_embeddings
+from deltatune.storage.keys import adjusted
 
 
 def inject_adapter_in_model(
@@ -27,7 +33,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Graft an adapter onto a model of any kind, in place, without a `PeftModel` around it; returns the model.
 
-    With `state_dict` the adapter's tensors are filled from it at once.
+    With `state_dict` the adapter's tensors are filled from it at once; with `low_cpu_mem_usage` they have no numbers
+    until `set_peft_model_state_dict` gives them some.
     """
     check_name(adapter_name)
     method = METHODS[peft_config.peft_type]  # type: ignore[index]
@@ -39,17 +46,19 @@ def inject_adapter_in_model(
     present = [layer.selection for _, layer in inject.adapted_layers(model)]
     selection = present[0] if present else Selection()
     with inject.unchanged_on_error(model):
-        inject.graft(model, peft_config, adapter_name, selection)
-        if not present:
-            inject.freeze(model)
-            selection.active = (adapter_name,)
-        inject.train_only(model, selection.active, peft_config.inference_mode)
+        with empty.without_numbers(low_cpu_mem_usage):
+            inject.graft(model, peft_config, adapter_name, selection)
         try:
             if state_dict is not None:
                 set_peft_model_state_dict(model, state_dict, adapter_name)
+            if not present:
+                inject.freeze(model)
+                selection.active = (adapter_name,)
         except BaseException:
             inject.remove(model, adapter_name)
             raise
+    trains = adapter_name in selection.active and not peft_config.inference_mode
+    inject.train(model, selection, [adapter_name], trains)
     return model
 
 
@@ -64,13 +73,17 @@ def get_peft_model_state_dict(
 
     Args:
         state_dict: Values to use instead of the model's own, under the model's keys (gathered from shards, say).
+        save_embedding_layers: Also the base's embeddings; "auto": if its vocabulary was changed, as far as the files of
+            the base on this machine tell.
     """
     model = getattr(model, "_orig_mod", model)
     own = _tensors(model, adapter_name)
-    if state_dict is None:
-        return {key: tensor.detach() for key, tensor in own.items()}
-    names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: state_dict.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}
+    wrapped = _peft_model(model)
+    if wrapped is not None:
+        own |= wrapped.base_embeddings(adapter_name, save_embedding_layers, own)
+    elif save_embedding_layers is True:
+        own |= saved_embeddings(model, None, True, own, "")
+    return replaced(model, own, state_dict)
 
 
 def set_peft_model_state_dict(
@@ -86,18 +99,25 @@ def set_peft_model_state_dict(
     """
     model = getattr(model, "_orig_mod", model)
     wrapped = _peft_model(model)
-    given = matched(peft_model_state_dict, _tensors(model, adapter_name, None))
-    given = translated(wrapped.base_model.model if wrapped else model, adapter_name, given, ROOT if wrapped else "")
+    bare, root = (wrapped.base_model.model, wrapped.root_of(adapter_name)) if wrapped else (model, "")
+    known = _tensors(model, adapter_name, None)
+    given = adjusted(bare, matched(peft_model_state_dict, known), known)
+    given = translated(bare, adapter_name, given, root)
     expected = _tensors(model, adapter_name, given)
+    config = wrapped.peft_config[adapter_name] if wrapped else None
+    base = Replacements(bare, config, given, expected, "auto", "state dict", root, refuse=False)
+    given = base.rest
     if ignore_mismatched_sizes:
-        given = {k: v for k, v in given.items() if k not in expected or expected[k].shape == v.shape}
+        given = fitting(given, expected, "state dict")
     missing, surplus = check(given, expected, "state dict", strict=False)
     if missing or surplus:
         warn(f"adapter {adapter_name!r}: missing {missing[:5]}, unexpected {surplus[:5]}")
+    empty.give_room(bare, adapter_name, missing)
     if wrapped:
         wrapped.fill_adapter(adapter_name, given)
     else:
         fill(model, adapter_name, given, root="")
+    base.put()
     return Loaded(missing, surplus)
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltatune import calls, targets
+from deltatune import biases, calls, empty, replication, targets, tying
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
+from deltatune.fused import graft as fused
+from deltatune.fused.adapters import ParameterAdapters
+from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.shared import add_shared, remove_shared, shared_modules, strip_shared
+from deltatune.shared import SHARED, SharedModules, add_shared, remove_shared, strip_shared
+from deltatune.storage.fingerprint import base_parameters
 from deltatune.suggest import nearest
 
 
@@ -33,7 +37,7 @@ def trained_copies(model: nn.Module) -> Iterator[tuple[str, TrainedCopies]]:
     yield from _once(model, TrainedCopies)
 
 
-def _once(model: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
+def _once(model: nn.Module, kind: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     for path, module in targets.walk(model):
         if isinstance(module, kind) and id(module) not in seen:
@@ -48,29 +52,56 @@ def graft(
 
     Everything is built and checked before the first module of the model is replaced.
     """
-    method = METHODS[config.peft_type]  # type: ignore[index]
     config.validate()
+    replicated = replication.replicate(model, getattr(config, "layer_replication", None))
+    try:
+        _graft(model, config, name, selection, autocast_adapter_dtype)
+    except BaseException:
+        if replicated:
+            replication.restore(model)
+        raise
+
+
+def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection, autocast_adapter_dtype: bool) -> None:
+    method = METHODS[config.peft_type]  # type: ignore[index]
     resolved: Any = copy.copy(config)
+    fused.convert(model, resolved)
+    tie = getattr(resolved, "ensure_weight_tying", False)
+    if tie:
+        tying.retarget(model, resolved)
     saved = find_saved(model, resolved)
     built: dict[int, Adapter] = {}  # by the id of the module that each is for
-    shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    shared = None
+    if not fused.targets_no_layer(resolved, targets.model_type_of(model), method):
+        shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    if resolved.target_parameters is not None:
+        fused.build(model, resolved, name, autocast_adapter_dtype, built)
     for part, options in resolved.beside():
         _build_all(model, part, options, name, autocast_adapter_dtype, built)
         _refuse_copied(model, built, saved)
     _build_tied(model, built, saved)
+    if (choice := getattr(resolved, "bias", "none")) != "none":
+        biases.build(
+            _outside(model, saved),
+            choice,
+            built,
+            lambda adapter, module, layer: _place(adapter, module, layer, autocast_adapter_dtype),
+        )
     with _undone_on_error() as undo:
         if shared is not None:
             add_shared(model, name, shared)
             undo.append(lambda: remove_shared(model, name))
         # backwards: parts before what they are in; a layer that has another name too is adapted under both
+        wrappers = _wrappers(model, AdaptedLayer)
         for path, module in reversed(list(targets.walk(model))):
             if id(module) not in built:
                 continue
-            wrapper = _wrap(model, path, module, AdaptedLayer, selection, undo)
+            kind = FusedLayer if isinstance(built[id(module)], ParameterAdapters) else AdaptedLayer
+            wrapper = _wrap(model, path, module, kind, wrappers, selection, undo)
             if name not in wrapper.adapters:
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
-        add_copies(model, saved, name, selection, undo)
+        add_copies(model, saved, name, selection, undo, tie)
         calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
 
@@ -103,6 +134,8 @@ def _build_all(
 
 def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
     """Adapters for layers that no one targets, but whose weight is that of one whose adapter they have to follow."""
+    if not any(adapter.ties for adapter in built.values()):
+        return
     owners = _owners(model, built)
     for path, module in targets.walk(model):
         if targets.map_of(module) is None or _inside(path, saved):
@@ -119,6 +152,13 @@ def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn
                     field="target_modules",
                     path=path,
                 )
+
+
+def _outside(model: nn.Module, saved: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, LinearMap | None]]:
+    """Path, module and map of what is not trained whole."""
+    for path, module in targets.walk(model):
+        if not _inside(path, saved) and not isinstance(module, TrainedCopies):
+            yield path, module, targets.map_of(module)
 
 
 def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapter]]:
@@ -176,12 +216,20 @@ def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 
 
 def add_copies(
-    model: nn.Module, saved: dict[str, nn.Module], name: str, selection: Selection, undo: list[Any] | None = None
+    model: nn.Module,
+    saved: dict[str, nn.Module],
+    name: str,
+    selection: Selection,
+    undo: list[Any] | None = None,
+    tie: bool = False,
 ) -> None:
+    """Copies for modules to be trained whole; with `tie` those of modules that share tensors share theirs."""
+    wrappers = _wrappers(model, TrainedCopies) if saved else {}
+    shared: dict[int, Any] = {}
     for path, module in saved.items():
-        wrapper = _wrap(model, path, module, TrainedCopies, selection, undo)
+        wrapper = _wrap(model, path, module, TrainedCopies, wrappers, selection, undo)
         if name not in wrapper.modules_to_save:
-            wrapper.add(name)
+            wrapper.add(name, shared if tie else {})
 
 
 def _build(
@@ -195,7 +243,7 @@ def _build(
         for path, module in found.items()
         if once[id(module)] == path
     }
-    made, shared = method.build(layers, config)
+    made, shared = empty.build(method, layers, config)
     for path, adapter in made.items():
         _place(adapter, found[path], layers[path], autocast)
         if layers[path].only_weight and adapter.mergeable is not True:
@@ -255,11 +303,32 @@ def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) ->
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
     holder = _holder(module)
-    made.to(device=next(itertools.chain(holder.parameters(), holder.buffers())).device, dtype=dtype)
+    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    if not _is_in(made, device, dtype):
+        made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
+
+
+def _is_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `module.to(device, dtype)` would change nothing."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and (tensor.device != device or (tensor.dtype != dtype and tensor.is_floating_point())):
+            return False
+    return all(child is None or _is_in(child, device, dtype) for child in module._modules.values())
+
+
+def _wrappers(model: nn.Module, kind: type) -> dict[int, Any]:
+    """The wrappers of a kind, by the id of what each stands for."""
+    return {id(_inner(wrapper)): wrapper for _, wrapper in _once(model, kind)}
 
 
 def _wrap(
-    model: nn.Module, path: str, module: nn.Module, kind: Any, selection: Selection, undo: list[Any] | None
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    kind: Any,
+    wrappers: dict[int, Any],
+    selection: Selection,
+    undo: list[Any] | None,
 ) -> Any:
     """The wrapper at a path, put there if there is none; a module with several paths gets one wrapper for all."""
     parent, _, child = path.rpartition(".")
@@ -267,8 +336,7 @@ def _wrap(
     present = holder._modules[child]
     if isinstance(present, kind):
         return present
-    others = [other for _, other in _once(model, kind) if _inner(other) is module]
-    wrapper = others[0] if others else kind(module, selection)
+    wrapper = wrappers[id(module)] = wrappers.get(id(module)) or kind(module, selection)
     holder._modules[child] = wrapper
     if undo is not None:
         undo.append(lambda: holder._modules.__setitem__(child, present))
@@ -296,7 +364,7 @@ def remove(model: nn.Module, name: str) -> None:
     calls.forget(model, name)
     for path, module in reversed(list(targets.walk(model))):
         if isinstance(module, AdaptedLayer):
-            module.adapters.pop(name) if name in module.adapters else None
+            module.drop(name)
             empty = not len(module.adapters)
         elif isinstance(module, TrainedCopies):
             module.modules_to_save.pop(name) if name in module.modules_to_save else None
@@ -305,6 +373,17 @@ def remove(model: nn.Module, name: str) -> None:
             continue
         if empty:
             _replace(model, path, _inner(module))
+    if next(adapted_layers(model), None) is None:
+        replication.restore(model)
+
+
+def remove_at(model: nn.Module, paths: list[str], name: str) -> None:
+    """Take an adapter off some layers alone."""
+    for path, layer in reversed(list(adapted_layers(model))):
+        if path in paths:
+            layer.adapters.pop(name)
+            if not len(layer.adapters):
+                _replace(model, path, layer.base_layer)
 
 
 def strip(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
@@ -337,8 +416,8 @@ def _undone_on_error() -> Iterator[list[Any]]:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, no parameter of the model has another `requires_grad` than before."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """If the block fails, no parameter of the bare model has another `requires_grad` than before."""
+    flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
     try:
         yield
     except BaseException:
@@ -356,28 +435,34 @@ def freeze(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The parameters of one adapter, or of all, each once."""
     seen: set[int] = set()  # tied layers share them
-    for _, layer in adapted_layers(model):
-        for key, adapter in layer.adapters.items():
-            if name is None or key == name:
-                yield from (p for p in adapter.parameters() if id(p) not in seen)
-                seen.update(id(p) for p in adapter.parameters())
-    for key, shared in shared_modules(model).items():
-        if name is None or key == name:
-            yield from shared.parameters()
-    for _, copies in trained_copies(model):
-        for key, module in copies.modules_to_save.items():
-            if name is None or key == name:
-                yield from module.parameters()
+    for held in _holders(model):
+        for module in held.values() if name is None else [held[name]] if name in held else ():
+            yield from (p for p in module.parameters() if id(p) not in seen)
+            seen.update(id(p) for p in module.parameters())
 
 
-def train_only(model: nn.Module, names: tuple[str, ...], inference_mode: bool = False) -> None:
-    """Among all adapters, let exactly the named ones train (none in inference mode)."""
-    for _, layer in adapted_layers(model):
-        for key, adapter in layer.adapters.items():
-            adapter.requires_grad_(key in names and not inference_mode)
-    for key, shared in shared_modules(model).items():
-        shared.requires_grad_(key in names and not inference_mode)
-    for _, copies in trained_copies(model):
-        for key, module in copies.modules_to_save.items():
-            module.requires_grad_(key in names and not inference_mode)
+def adapter_tensors(model: nn.Module, name: str) -> list[torch.Tensor]:
+    """All that one adapter keeps in memory, buffers included, each once."""
+    modules = [held[name] for held in _holders(model) if name in held]
+    tensors = itertools.chain(*((*module.parameters(), *module.buffers()) for module in modules))
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def train(model: nn.Module, selection: Selection, names: Collection[str], trains: bool) -> None:
+    """Let the named adapters train or not, whatever the others do."""
+    for held in _holders(model) if names else ():
+        for name in names:
+            if name in held:
+                held[name].requires_grad_(trains)
+    selection.trained = selection.trained.union(names) if trains else selection.trained.difference(names)
+
+
+def _holders(model: nn.Module) -> Iterator[nn.ModuleDict]:
+    """Everything that holds a part of each adapter under its name: layers, trained copies, what layers share."""
+    for _, wrapper in _once(model, (AdaptedLayer, TrainedCopies)):
+        yield wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
+    shared = model._modules.get(SHARED)
+    if isinstance(shared, SharedModules):
+        yield shared

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune import mixed
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
 from deltatune.bases.block import Block, first_tensor, with_first
+from deltatune.bases.packed import PackedLinear
+from deltatune.bases.parallel import ParallelLinear
 from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
-from deltatune.selection import Call, Selection, by_adapter
+from deltatune.selection import Call, Selection
 from deltatune.weight import LazyWeight
 
 
@@ -28,9 +31,13 @@ class Merged:
     """
 
     names: tuple[str, ...]
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
     lost: float = 0.0
+
+    def by_name(self, keeps: tuple[str, str]) -> dict[str, nn.Parameter | None]:
+        """Parameters by their names in a layer that calls its two so."""
+        return dict(zip(keeps, (self.weight, self.bias)))
 
 
 class AdaptedLayer(LayerViews, nn.Module):
@@ -50,7 +57,10 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.adapters = nn.ModuleDict()
         self.selection = selection
         self.stash = None
-        self.is_block = as_map(base_layer) is None  # then layers in it keep the paths they had without it
+        self.plan: mixed.Plan | None = None  # of the last batch whose rows differed
+        seen = as_map(base_layer)
+        self.is_block = seen is None  # then layers in it keep the paths they had without it
+        self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
         self.training = base_layer.training
 
     def as_map(
@@ -69,7 +79,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         return self._under(layer, names, read)
 
     def _under(self, layer: LinearMap, names: Iterable[str], read: Callable[[str], Any]) -> LinearMap:
-        here: list[Any] = [self.adapters[name] for name in names if name in self.adapters]
+        here: list[Any] = [self.selection.acting(self.adapters[name]) for name in names if name in self.adapters]
         for adapter in [a for a in here if a.mergeable is True] + [a for a in here if a.mergeable is not True]:
             layer = Applied(adapter, layer, read)
         return layer
@@ -77,8 +87,22 @@ class AdaptedLayer(LayerViews, nn.Module):
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
         self.adapters[name] = adapter
+        adapter.joins(self.adapters)
+
+    def drop(self, name: str) -> None:
+        """Take an adapter off, if it is here."""
+        if name in self.adapters:
+            del self.adapters[name]
+        if self.plan is not None and name in self.plan.held:
+            self.plan = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(args, kwargs)
+        if not self.is_paired or isinstance(output, tuple):
+            return output
+        return self.as_map().paired(output)  # type: ignore[attr-defined]
+
+    def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = self.selection.current()
         if self.is_block:
             return self._block_forward(call, args, kwargs)
@@ -92,36 +116,48 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""
-        if self.as_map().only_weight:
+        layer = self.as_map((), args, kwargs)
+        if layer.only_weight:
             names = self._one_for_all(call)
             with self.selection.use(Call(names)):  # parts whose weight it reads follow
                 return self.as_map(names, args, kwargs)(x)
 
-        def run(adapter: str | None, index: list[int]) -> Any:
-            names = [adapter] if adapter else []
-            return self.as_map(names, args, kwargs, lambda name: call.value(name, len(x), index))(x[index])
+        return self._by_plan(layer, x, call)
 
-        return by_adapter(self._rows_here(call, len(x)), run, x.device)
+    def _by_plan(self, layer: LinearMap, x: Tensor, call: Call, seen: Tensor | None = None) -> Tensor:
+        shown = x if seen is None else seen
+        try:
+            return mixed.forward(self._plan(call, layer, shown), layer, x, call, seen)
+        except mixed.OutdatedPlan:
+            self.plan = None
+            return mixed.forward(self._plan(call, layer, shown), layer, x, call, seen)
 
-    def _rows_here(self, call: Call, batch: int) -> tuple[str | None, ...]:
-        return tuple(name if name and name in self.adapters else None for name in call.rows_of(batch))
+    def _plan(self, call: Call, layer: LinearMap, x: Tensor) -> mixed.Plan:
+        """Which rows go together; the last plan is kept, since decoding asks for the same in every step."""
+        names, adapters = call.rows_of(len(x)), self.adapters._modules
+        if torch.compiler.is_compiling():
+            return mixed.Plan.of(names, adapters, layer, x.device)
+        plan = self.plan
+        if plan is None or not plan.holds(names, adapters, x.device):
+            plan = mixed.Plan.of(names, adapters, layer, x.device)
+            vars(self)["plan"] = plan
+        return plan
 
     def _block_forward(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The block runs once, as it is; adapters act on what comes out of it."""
-        output = self.base_layer(*args, **kwargs)
-        names = {name for name in call.rows or call.names if name} & set(self.adapters)
-        if not names:
+        return self._after(self.base_layer(*args, **kwargs), call, args, kwargs)
+
+    def _after(self, output: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What adapters make of the output of a block."""
+        if not any(name in self.adapters for name in call.rows or call.names if name):
             return output
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if call.rows is None:
             layer = self._under(Block(self.base_layer, y), call.names, lambda name: call.value(name, len(y)))
             return with_first(output, layer(x))
 
-        def run(adapter: str | None, index: list[int]) -> Tensor:
-            block, names = Block(self.base_layer, y[index]), [adapter] if adapter else []
-            return self._under(block, names, lambda name: call.value(name, len(y), index))(x[index])
-
-        return with_first(output, by_adapter(self._rows_here(call, len(y)), run, y.device))
+        block = Block(self.base_layer, y)
+        return with_first(output, self._by_plan(block, x, call, seen=y))
 
     def _one_for_all(self, call: Call) -> tuple[str, ...]:
         """The adapters whose weight is every row's.
@@ -189,7 +225,7 @@ class AdaptedLayer(LayerViews, nn.Module):
                 base, bias = self.as_map(), self.as_map(names).bias
                 plain = weight = base.weight
                 for name in names:
-                    weight = self.adapters[name].adapt(weight)  # type: ignore[operator]
+                    weight = self.selection.acting(self.adapters[name]).adapt(weight)
                 # what no adapter changed is kept as it is, and needs no packing again
                 held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
@@ -200,7 +236,7 @@ class AdaptedLayer(LayerViews, nn.Module):
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
         assert old_weight is not None
         like_old = old_weight if old_bias is None else old_bias
-        return Merged(names, held, None if bias is None else like(bias, like_old), _lost(base, weight, held))
+        return Merged(names, held, None if bias is None else like(bias, like_old), lost(base, weight, held))
 
     def merge(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
@@ -221,7 +257,11 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def _put(self, new: Merged) -> None:
         """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
-        weight, bias = self.as_map().keeps
+        assert new.weight is not None
+        base = self.as_map()
+        weight, bias = base.keeps
+        if isinstance(base, PackedLinear):
+            return base.put(new.weight, new.bias)
         setattr(self.base_layer, weight, new.weight)
         if bias in self.base_layer._parameters:
             self.base_layer.register_parameter(bias, new.bias)
@@ -229,7 +269,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def _merged_forward(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """As long as adapters are merged they are what acts; a call without adapters runs on the kept weights."""
         call, stash = self.selection.current(), self.stash
-        assert stash is not None
+        assert stash is not None and stash.weight is not None
         if call.rows is not None:
             raise StateError(
                 "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
@@ -262,8 +302,8 @@ class AdaptedLayer(LayerViews, nn.Module):
 
 
 @torch.no_grad()
-def _lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
-    if weight.dtype == held.dtype:
+def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
+    if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
         return 0.0
     missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
     return (missed / update).item() if update > 0 else 0.0

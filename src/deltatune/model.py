@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from deltatune import calls, inject
+from deltatune import calls, empty, inject, recompute
+from deltatune.combine.convert import supports_lora_conversion
+from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.inputs import rows as input_rows
@@ -39,7 +42,7 @@ class PeftModel(Persistence, nn.Module):
         peft_config: Config of the first adapter.
         adapter_name: Its name.
         autocast_adapter_dtype: Keep adapters of a half-precision base in float32.
-        low_cpu_mem_usage: Accepted; adapters are small.
+        low_cpu_mem_usage: The adapter gets no numbers until a file or a state dict fills it.
 
     Raises:
         PeftError: The config does not fit the model, which is left as it was.
@@ -49,6 +52,9 @@ class PeftModel(Persistence, nn.Module):
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
+
+    add_weighted_adapter = add_weighted_adapter
+    supports_lora_conversion = supports_lora_conversion
 
     def __init__(
         self,
@@ -66,7 +72,8 @@ class PeftModel(Persistence, nn.Module):
         self.base_model.grafts = self.prompts
         self.prompt_encoder = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
-        self.add_adapter(adapter_name, peft_config)
+        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
+        recompute.bind(model, self.base_model.selection, self.prompts)
         self.training = model.training
 
     # ------------------------------------------------------------------------------------------------------- calling
@@ -74,7 +81,8 @@ class PeftModel(Persistence, nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            return input_rows.forward(self, adapter_names, args, kwargs)
+            with self._passing(nullcontext()):
+                return input_rows.forward(self, adapter_names, args, kwargs)
         with self._choosing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
@@ -98,20 +106,27 @@ class PeftModel(Persistence, nn.Module):
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            return input_rows.generate(self, adapter_names, args, kwargs)
+            with self._passing(nullcontext()):
+                return input_rows.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
         with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
-    def _choosing(
-        self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None
-    ) -> Any:
+    def _choosing(self, *call: Any) -> Any:
+        return self._passing(self._chosen(*call))
+
+    def _passing(self, choice: Any) -> Any:
+        """A pass under its choice of adapters, which swaps of adapters wait for; a graph has no room for waiting."""
+        return choice if torch.compiler.is_compiling() else self.base_model.selection.gate.passing(choice)
+
+    def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Any:
         """What a call asks for beyond the arguments of the base model, which is taken out of them."""
         call = self.base_model.selection.current()
         if names is not None:
             rows = tuple(None if name in (BASE, None) else name for name in names)
             self._known([name for name in rows if name is not None])
-            call = Call(rows=rows)
+            stacks = WeakKeyDictionary() if call.stacks is None and generation is not None else call.stacks
+            call = Call(rows=rows, stacks=stacks, scale=call.scale)
         call = self.informed(call, kwargs, generation)
         if names is None and not call.values:
             return nullcontext()
@@ -131,6 +146,17 @@ class PeftModel(Persistence, nn.Module):
         settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
         values = [kwargs.get(n, getattr(settings, n, None)) or 1 for n in ("num_beams", "num_return_sequences")]
         return max(values)  # beams already hold the returned sequences
+
+    @contextmanager
+    def fixed_adapters(self) -> Iterator[None]:
+        """Within the block no adapter changes: calls with `adapter_names` keep what they stack from one to the next.
+
+        For loops that decode token by token without `generate`, which does it by itself. What is kept is at most a copy
+        of the adapters of the last batch; training steps and edits of weights belong outside of the block.
+        """
+        selection = self.base_model.selection
+        with selection.use(replace(selection.current(), stacks=WeakKeyDictionary())):
+            yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -190,21 +216,23 @@ class PeftModel(Persistence, nn.Module):
             )
         config = self._prepared(peft_config)
         autocast = self.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
-        with inject.unchanged_on_error(self.base_model.model):
+        first = not self.peft_config
+        with inject.unchanged_on_error(self.base_model.model) if first else nullcontext():
             if METHODS[config.peft_type].graft is not None:
                 self._add_prompt(adapter_name, config)
             else:
-                inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
+                with empty.without_numbers(low_cpu_mem_usage):
+                    inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
             vars(peft_config).update(vars(config))
             self.peft_config[adapter_name] = peft_config
             if adapter_name in self.prompts:
                 self.prompts[adapter_name].adopt(peft_config)
             self._add_schedule(adapter_name)
-            if len(self.peft_config) == 1:
+            if first:
                 inject.freeze(self.base_model.model)
                 self.base_model.selection.active = (adapter_name,)
-            active = self.base_model.selection.active
-            self._train_only(active, all(self.peft_config[name].inference_mode for name in active))
+        trains = adapter_name in self.base_model.selection.active and not peft_config.inference_mode
+        self.base_model.let_train([adapter_name], trains)
 
     def _prepared(self, peft_config: PeftConfig) -> Any:
         """A copy of the config with what is known of the base and the task; the user's changes only on success."""
@@ -234,7 +262,7 @@ class PeftModel(Persistence, nn.Module):
         if kind is None:
             return
         layers = inject.adapted_layers(self.base_model.model)
-        adapters = {path: layer.adapters[name] for path, layer in layers if name in layer.adapters}
+        adapters = {path: layer.adapters[name].core for path, layer in layers if name in layer.adapters}
         try:
             made = kind(name, self.peft_config, adapters)
         except BaseException:
@@ -267,19 +295,26 @@ class PeftModel(Persistence, nn.Module):
             self.prompt_encoder.pop(adapter_name)
         self.base_model.schedules.pop(adapter_name, None)
         del self.peft_config[adapter_name]
-        left = tuple(name for name in self.base_model.selection.active if name != adapter_name)
+        selection = self.base_model.selection
+        selection.trained -= {adapter_name}
+        if adapter_name not in selection.active:
+            return
+        left = tuple(name for name in selection.active if name != adapter_name)
         if not left and self.peft_config:
             left = (next(iter(self.peft_config)),)
             warn(f"the active adapter was deleted; {left[0]!r} is active now")
-        self.base_model.selection.active = left
-        self._train_only(left)
+        selection.active = left
+        self.base_model.let_train(left, True)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several in order, the active ones; they train, all others do not."""
+        """Make one adapter, or several in order, the active ones; they train, those that trained before do not.
+
+        Its cost does not grow with the number of adapters: flags that a program has set by hand on the parameters of
+        others are left as they are (`set_requires_grad` is the verb for them).
+        """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._known(names)
         self.base_model.set_adapter(names, inference_mode)
-        self._train_only(names, inference_mode)
         for path, copies in inject.trained_copies(self.base_model.model):
             rivals = [name for name in names if name in copies.modules_to_save]
             if len(rivals) > 1:
@@ -305,16 +340,7 @@ class PeftModel(Persistence, nn.Module):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._known(names)
-        for name in names:
-            for parameter in inject.adapter_parameters(self.base_model.model, name):
-                parameter.requires_grad_(requires_grad)
-            if name in self.prompt_encoder:
-                self.prompt_encoder[name].requires_grad_(requires_grad)
-
-    def _train_only(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
-        inject.train_only(self.base_model.model, names, inference_mode)
-        for name, encoder in self.prompt_encoder.items():
-            encoder.requires_grad_(name in names and not inference_mode)
+        self.base_model.let_train(names, requires_grad)
 
     def _known(self, names: Iterable[str]) -> None:
         for name in names:

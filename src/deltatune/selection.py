@@ -7,10 +7,10 @@ batch with different adapters) is bound to the thread or task that makes it, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import StateError
+from deltatune.gate import Gate
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
+_scales: ContextVar[Mapping[int, float]] = ContextVar("deltatune_scales", default=MappingProxyType({}))
 _counting = threading.Lock()
 
 
@@ -29,13 +31,17 @@ class Call:
 
     Attributes:
         copies: How often generate() repeats each row for its beams; the encoder has run by then, on the rows as given.
+        stacks: Where `deltatune.mixed` keeps stacked adapters, as long as their plan is in use; None: it does not.
         values: What adapters know about the call beyond their inputs, by name (`deltatune.calls`).
+        scale: What the scales of adapters are multiplied by; None: what the block around says (`Selection.scaled`).
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
+    stacks: MutableMapping[Any, Any] | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
+    scale: float | None = None
 
     def rows_of(self, batch: int) -> tuple[str | None, ...]:
         """One name per row of a batch of this size."""
@@ -49,6 +55,12 @@ class Call:
             field="adapter_names",
             found=len(self.rows),
         )
+
+    def acting(self, adapter: Any) -> Any:
+        """The adapter, or where another scale is asked for a twin with that one; both have the same tensors."""
+        if self.scale is None or self.scale == 1.0 or not has_scale(adapter):
+            return adapter
+        return _rescaled(adapter, self.scale)  # type: ignore[call-arg]
 
     def value(self, name: str, batch: int, index: list[int] | None = None) -> Tensor | None:
         """One entry per row of a batch of this size (of its rows in `index`), or one for all; None: unknown."""
@@ -69,20 +81,24 @@ class Selection:
     Attributes:
         active: Names in order of application; the model's standing choice.
         enabled: False makes every call use the base alone.
+        trained: Names whose parameters were last set to train, so that switching need not look at all the others.
         choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
             compiled model has something to guard on and needs the slow look-up only while such a call is running.
+        gate: What passes and changes of the adapters' values wait at.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
+    trained: frozenset[str] = frozenset()
     choosing: int = field(default=0, repr=False)
+    gate: Gate = field(default_factory=Gate, repr=False)
 
     def current(self) -> Call:
-        if self.choosing:
-            call: Call | None = _look_up(self)  # type: ignore[assignment, arg-type]
-            if call is not None:
-                return call
-        return Call(self.active) if self.enabled else Call()
+        names = self.active if self.enabled else ()
+        if not self.choosing:
+            return Call(names, scale=1.0)
+        call = _look_up(self) or Call(names)  # type: ignore[arg-type]
+        return replace(call, scale=_scale(self)) if call.scale is None else call  # type: ignore[arg-type]
 
     def names(self) -> tuple[str, ...]:
         return self.current().names
@@ -98,17 +114,52 @@ class Selection:
             self._count(-1)
             _chosen.reset(token)
 
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Within the block, calls of this thread or task see the scales of adapters multiplied."""
+        product = factor * (self.current().scale or 0.0)
+        chosen: Call | None = _look_up(self)  # type: ignore[arg-type]
+        token = _scales.set({**_scales.get(), id(self): product})
+        self._count(1)
+        try:
+            with nullcontext() if chosen is None else self.use(replace(chosen, scale=product)):
+                yield
+        finally:
+            self._count(-1)
+            _scales.reset(token)
+
+    def acting(self, adapter: Any) -> Any:
+        """The adapter as the running call asks for it."""
+        return self.current().acting(adapter) if self.choosing else adapter
+
     def _count(self, step: int) -> None:
         with _counting:
             self.choosing += step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "enabled": self.enabled, "choosing": 0}  # copies start outside of any call
+        return {**vars(self), "choosing": 0, "gate": Gate()}  # copies start outside of any call
 
 
 @torch.compiler.disable
 def _look_up(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
+
+
+@torch.compiler.disable
+def _scale(selection: Selection) -> float:
+    return _scales.get().get(id(selection), 1.0)
+
+
+def has_scale(adapter: Any) -> bool:
+    """Whether one number of an adapter, a view of it, says how strongly all of it acts."""
+    return "scaling" in adapter.views and isinstance(vars(adapter).get("scaling"), (int, float))
+
+
+@torch.compiler.disable
+def _rescaled(adapter: Any, factor: float) -> Any:
+    twin = object.__new__(type(adapter))
+    vars(twin).update(vars(adapter), scaling=adapter.scaling * factor)
+    return twin
 
 
 def by_adapter(

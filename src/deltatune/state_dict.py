@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +14,23 @@ from torch import Tensor, nn
 from deltatune.adapter import Stored
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
+from deltatune.fused.apart import renamed
 from deltatune.inject import adapted_layers, trained_copies
+from deltatune.notice import warn
 from deltatune.shared import shared_modules
 
 ROOT = "base_model.model."
 TOP = "base_model."  # before what all layers share
-Loaded = namedtuple("Loaded", ["missing_keys", "unexpected_keys"])
+
+
+class Loaded(namedtuple("Loaded", ["missing_keys", "unexpected_keys"])):
+    """What loading reports.
+
+    Attributes:
+        verified: Whether the file's values agreed with the digest that was saved with them; None: it has none.
+    """
+
+    verified: bool | None = None
 
 
 @dataclass
@@ -30,12 +42,14 @@ class Part:
         tensors: What the file holds of it.
         fill: Puts such tensors in place.
         derived: What config and base give again; a file may hold it all the same.
+        checked: What checksums are taken of.
     """
 
     prefix: str | None
     tensors: dict[str, Tensor]
     fill: Callable[[dict[str, Tensor]], None]
     derived: dict[str, Tensor] = field(default_factory=dict)
+    checked: Callable[[], dict[str, Tensor]] = dict
 
     def under(self, root: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of this module under their keys in the file."""
@@ -70,10 +84,12 @@ def _stored(prefix: str | None, stored: Stored) -> Part:
     derived = {name: tensor for name, tensor in stored.derived_tensors().items() if name not in kept}
 
     def load(tensors: dict[str, Tensor]) -> None:
-        stored.keeps_derived = stored.keeps_derived or bool(derived.keys() & tensors.keys())
-        stored.load_file_tensors({**stored.file_tensors(), **tensors})
+        if derived.keys() & tensors.keys():
+            stored.keeps_derived = True
+            tensors = {**stored.file_tensors(), **tensors}
+        stored.load_file_tensors(tensors)
 
-    return Part(prefix, stored.file_tensors(), load, derived)
+    return Part(prefix, stored.file_tensors(), load, derived, stored.checked_tensors)
 
 
 def _filler(copies: TrainedCopies, name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -86,17 +102,21 @@ def _discard(_: Any) -> None:
 
 def collect(model: nn.Module, name: str, root: str = ROOT, given: Collection[str] | None = ()) -> dict[str, Tensor]:
     """File key -> tensor of one adapter: what its file holds, and the given ones (None: all) of the derived tensors."""
-    found = parts(model, name)
+    return keyed(parts(model, name), name, root, given)
+
+
+def keyed(found: list[Part], name: str, root: str = ROOT, given: Collection[str] | None = ()) -> dict[str, Tensor]:
+    """What `collect` returns, out of parts that are known."""
     if not found:
         raise AdapterNameError(f"no adapter named {name!r} on this model", field="adapter_name", found=name)
     return {key: tensor for part in found for key, tensor in part.found(root, given).items()}
 
 
 def derived(model: nn.Module, name: str, given: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the tensors that a file leaves out; without those of modules of which some are given."""
+    """Names and values of what a file leaves out and is to be checked; without modules of which some are given."""
     for part in parts(model, name):
         if not part.under(ROOT, part.derived).keys() & set(given):
-            yield from part.derived.items()
+            yield from part.checked().items()
 
 
 def matched(given: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
@@ -111,23 +131,48 @@ def _bare(key: str) -> str:
 
 def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
     """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
-    found, top = dict(tensors), root.removesuffix("model.")
+    found, top = renamed(tensors, model), root.removesuffix("model.")
     if (shared := shared_modules(model).get(name)) is not None:
         inner = {key: tensor for key, tensor in found.items() if top != root and key.startswith(root)}
         own = {key.removeprefix(top): tensor for key, tensor in found.items() if key not in inner}
         found = inner | {top + key: tensor for key, tensor in shared.from_file(own).items()}
-    for path, layer in adapted_layers(model):
-        prefix = f"{root}{path}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
-        if own and name in layer.adapters:
-            own = layer.adapters[name].from_file(own)  # type: ignore[operator]
-            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefix)}
-            found |= {prefix + key: tensor for key, tensor in own.items()}
+    if reads_plainly(model, name):
+        return found
+    layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
+    for path, own in _by_layer(found, layers, root).items():
+        read = layers[path].adapters[name].from_file(own)  # type: ignore[operator]
+        if read is not own:
+            for key in own:
+                del found[f"{root}{path}.{key}"]
+            found |= {f"{root}{path}.{key}": tensor for key, tensor in read.items()}
+    return found
+
+
+def reads_plainly(model: nn.Module, name: str) -> bool:
+    """Whether the adapters on layers take a file's tensors as they are; others may change their shape to take them."""
+    here = (layer.adapters[name] for _, layer in adapted_layers(model) if name in layer.adapters)
+    return all(adapter.reads_plainly for adapter in here)
+
+
+def _by_layer(tensors: Mapping[str, Tensor], layers: Collection[str], root: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer under their names in it; of layers in each other the inner one has its own."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, name = key.removeprefix(root), ""
+        while path and path not in layers:
+            path, _, last = path.rpartition(".")
+            name = f"{last}.{name}" if name else last
+        if path and key.startswith(root):
+            found.setdefault(path, {})[name] = tensor
     return found
 
 
 def check(
-    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, strict: bool = True
+    given: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    source: str,
+    strict: bool = True,
+    finite: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Compare a file's tensors with what a model expects; returns missing and surplus keys.
 
@@ -150,11 +195,22 @@ def check(
             expected=missing,
         )
     for key in sorted(given.keys() & expected.keys()):
-        _check_tensor(key, given[key], expected[key], source)
+        _check_tensor(key, given[key], expected[key], source, finite)
     return missing, surplus
 
 
-def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> None:
+def fitting(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Tensors without those of another shape, which a warning names (`ignore_mismatched_sizes`)."""
+    wrong = {key for key in given.keys() & expected.keys() if given[key].shape != expected[key].shape}
+    if wrong:
+        shapes = [f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}" for key in sorted(wrong)]
+        warn(
+            f"{source}: {len(wrong)} tensors of other shapes are left out, these stay as they are: {'; '.join(shapes)}"
+        )
+    return {key: tensor for key, tensor in given.items() if key not in wrong}
+
+
+def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str, finite: bool) -> None:
     if given.shape != expected.shape:
         raise MismatchError(
             f"{source}: {key} has shape {tuple(given.shape)}, the model expects {tuple(expected.shape)}; "
@@ -166,51 +222,43 @@ def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str) -> Non
         )
     if given.is_floating_point() != expected.is_floating_point():
         raise MismatchError(f"{source}: {key} is {given.dtype}, expected {expected.dtype}", path=source, key=key)
-    check_finite(source, key, given)
+    if finite:
+        check_finite(source, key, given)
     if given.is_floating_point() and expected.dtype == torch.float16:
-        largest = given.abs().max().item() if given.numel() else 0.0
+        largest = given[given.isfinite()].abs().max().item() if given.isfinite().any() else 0.0
         if largest > torch.finfo(torch.float16).max:
             raise MismatchError(f"{source}: {key} reaches {largest:g}, too large for float16", path=source, key=key)
 
 
 def check_finite(source: str, key: str, given: Tensor) -> None:
-    if given.is_floating_point() and not given.isfinite().all():
+    if not given.is_floating_point() or math.isfinite(
+        given.detach().sum()
+    ):  # in one pass; a sum that overflows proves nothing
+        return
+    if not given.isfinite().all():
         count = int((~given.isfinite()).sum())
         raise MismatchError(f"{source}: {key} holds {count} values that are not finite", path=source, key=key)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> None:
-    """Put tensors that `check` has passed into an adapter."""
-    for part in parts(model, name):
+def fill(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT, found: list[Part] | None = None
+) -> None:
+    """Put tensors that `check` has passed into an adapter, whose parts may be known already."""
+    for part in parts(model, name) if found is None else found:
         names = {**part.tensors, **part.derived}
         keys = dict(zip(names, part.under(root, names)))
         own = {name: tensors[key] for name, key in keys.items() if key in tensors}
         if own:
             part.fill({**part.tensors, **own})
     for _, layer in adapted_layers(model):
-        if name in layer.adapters:
+        if name in layer.adapters and layer.adapters[name].settles:
             layer.adapters[name].settle(layer.as_map())  # type: ignore[operator]
 
 
-def without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Drop the copies of base embeddings that PEFT puts into a file when an embedding is targeted.
-
-    Raises:
-        MismatchError: Such a copy is not what the base has, so the adapter was made for another embedding.
-    """
-    from deltatune.storage.fingerprint import base_parameters
-
-    base = {f"{ROOT}{name}": tensor for name, tensor in base_parameters(model)}
-    kept = {}
-    for key, tensor in tensors.items():
-        present = base.get(key.replace(".base_layer.", "."))
-        if ".base_layer." not in key or present is None:
-            kept[key] = tensor
-        elif present.shape != tensor.shape or not torch.equal(present.cpu(), tensor.to(present.dtype).cpu()):
-            raise MismatchError(
-                f"{source}: {key} is an embedding that differs from this base's; load the base it was saved with",
-                path=source,
-                key=key,
-            )
-    return kept
+def replaced(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Tensors of an adapter with other values, which go by the model's own keys (gathered from shards, say)."""
+    if values is None:
+        return {key: tensor.detach() for key, tensor in own.items()}
+    names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: values.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}

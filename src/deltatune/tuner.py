@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltatune import inject
-from deltatune.adapter import Adapter
+from deltatune import inject, replication
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.layer import Merged
+from deltatune.lora.losses import PeerLosses
+from deltatune.lora.stacked import subtracted
 from deltatune.notice import warn
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
 from deltatune.schedule import Schedule
 from deltatune.selection import Selection
+from deltatune.state_dict import collect
 
-LOST_WORTH_SAYING = 0.1  # of the update, in one layer
+LOST_WORTH_SAYING = 0.01  # of the update, in one layer
 
 
-class Tuner(nn.Module):
+class Tuner(PeerLosses, nn.Module):
     """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
 
     model: nn.Module
@@ -34,6 +36,7 @@ class Tuner(nn.Module):
         self.peft_config = configs  # the same dict as the PeftModel's
         self.schedules: dict[str, Schedule] = {}  # of the adapters that have one
         self.grafts: dict[str, Graft] = {}  # the adapters that act outside of single layers; the PeftModel's dict
+        self.loss_given = True  # by the last training pass, and so with the penalty in it
         # Whether a training pass gave no loss that the penalty could have been added to; None once that is settled.
         self.penalty_due: bool | None = False
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
@@ -84,12 +87,12 @@ class Tuner(nn.Module):
         call, total = self.selection.current(), None
         names = {name for name in call.rows or call.names if name}
         kinds = {name: METHODS[self.peft_config[name].peft_type].adapter for name in names}  # type: ignore[index]
-        plain = {name for name, kind in kinds.items() if kind is None or kind.penalty is Adapter.penalty}
+        plain = {name for name, kind in kinds.items() if kind is None or not kind.penalises(self.peft_config[name])}
         terms = []
         for _, layer in inject.adapted_layers(self.model) if names - plain else ():
-            for name, adapter in layer.adapters.items():
+            for adapter in [layer.adapters[name] for name in names - plain if name in layer.adapters]:
                 trained = next((p for p in adapter.parameters() if p.requires_grad), None)
-                if name in names - plain and trained is not None:
+                if trained is not None:
                     with torch.autocast(trained.device.type, enabled=False):
                         terms.append(adapter.penalty())  # type: ignore[operator]
         for name in names & self.grafts.keys():
@@ -105,6 +108,7 @@ class Tuner(nn.Module):
         """The outputs of a training pass with these inputs, the penalty added to their loss."""
         loss: Tensor | None = getattr(outputs, "loss", None)
         as_tuple = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0
+        self.loss_given = bool(isinstance(loss, Tensor) or as_tuple)
         if not isinstance(loss, Tensor) and not as_tuple:
             if self.penalty_due is False:
                 self.penalty_due = self._penalty({}) is not None
@@ -189,6 +193,7 @@ class Tuner(nn.Module):
             self.merge_adapter(list(names), safe_merge)
         self._untie()
         inject.strip(self.model, keep=names)
+        replication.unshare(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -196,6 +201,7 @@ class Tuner(nn.Module):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         inject.strip(self.model)
+        replication.restore(self.model)
         return self.model
 
     def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:
@@ -227,6 +233,12 @@ class Tuner(nn.Module):
                 "config.tie_word_embeddings is False now"
             )
 
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """Plain LoRA of rank 2r: an adapter's tensors, by key, less those of `adapter_name`, where it began."""
+        return subtracted(output_state_dict, collect(self.model, adapter_name))
+
     # ------------------------------------------------------------------------------------------- like the base model
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
@@ -234,7 +246,15 @@ class Tuner(nn.Module):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         self.selection.active = names
-        inject.train_only(self.model, names, inference_mode)
+        self.let_train(self.selection.trained - set(names), False)
+        self.let_train(names, not inference_mode)
+
+    def let_train(self, names: Collection[str], trains: bool) -> None:
+        """Let the named adapters train or not, whatever the others do."""
+        inject.train(self.model, self.selection, names, trains)
+        for name in names:
+            if name in self.grafts:
+                self.grafts[name].encoder.requires_grad_(trains)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", None)
@@ -256,7 +276,9 @@ def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:
     """Layers that share their weight go on sharing it if it becomes the same for both."""
     by_weight: dict[int, Merged] = {}
     for layer, merged in planned:
+        if merged.weight is None:
+            continue
         stored = getattr(layer.base_layer, layer.as_map().keeps[0])
         other = by_weight.setdefault(id(stored), merged)
-        if other is not merged and torch.equal(other.weight, merged.weight):
+        if other is not merged and other.weight is not None and torch.equal(other.weight, merged.weight):
             merged.weight = other.weight

@@ -28,14 +28,13 @@ def test_an_unknown_field_is_answered_with_the_nearest(kind, field, nearest):
         *[("r", value) for value in (0, -4, 2.5, True, "8", None, [8])],
         *[("lora_alpha", value) for value in (0, -1, math.nan, math.inf, "16", None, True)],
         *[("lora_dropout", value) for value in (math.nan, -0.1, 1.0, 1.5, "0.1", None)],
-        *[("init_lora_weights", value) for value in ("pissa", 1, "True")],
+        *[("init_lora_weights", value) for value in ("piza", "pissa_niter_", 1, "True")],
         *[("target_modules", value) for value in (1, [1, 2], {"q": 1}, b"q")],
         *[("rank_pattern", value) for value in ({"q": 0}, {"q": 2.5}, ["q"], {"(": 2})],
         *[("alpha_pattern", value) for value in ({"q": -1}, {"q": math.nan})],
         ("target_modules", "q_proj|("),
         ("exclude_modules", "*"),
-        ("bias", "all"),
-        ("use_dora", True),
+        ("bias", "some"),
         ("use_rslora", "yes"),
         ("modules_to_save", "classifier"),
         ("task_type", "CAUSAL"),
@@ -59,7 +58,7 @@ def test_a_wrong_value_is_refused_by_name(field, value):
         ("OFTConfig", {"eps": 0.0}),
         ("OFTConfig", {"module_dropout": 1.0}),
         ("HRAConfig", {"r": 0}),
-        ("HRAConfig", {"bias": "all"}),
+        ("HRAConfig", {"bias": "lora_only"}),
         ("IA3Config", {"feedforward_modules": 3}),
         ("PrefixTuningConfig", {"num_virtual_tokens": 0}),
         ("PrefixTuningConfig", {"layout": "other"}),
@@ -104,10 +103,9 @@ def test_a_retired_option_that_asks_for_nothing_is_accepted_with_a_warning():
     assert made.task_type is TaskType.SEQ_2_SEQ_LM and "enable_lora" not in made.to_dict()
     with pytest.raises(ConfigError, match="enable_lora"):
         get_peft_config({**config, "enable_lora": [True, False]})
-    with pytest.warns(PeftWarning, match="merge_weights"):
-        LoraConfig(merge_weights=False)
-    with pytest.raises(ConfigError, match="merge_weights"):
-        LoraConfig(merge_weights=True)
+    for value in (False, True):  # whether PEFT 0.2 merged in evaluation, which gives the same outputs
+        with pytest.warns(PeftWarning, match="merge_weights"):
+            LoraConfig(merge_weights=value)
 
 
 def test_the_dict_needs_a_method_that_exists_and_is_built(monkeypatch):

@@ -141,11 +141,15 @@ _SMALL: dict[str, tuple[Any, ...]] = {
     "delora_lambda": (1,),
     "size": (4,),
     "phm_dim": (2,),
+    "qalora_group_size": (2,),
 }
 # Values for options that are no switches, by the option's name; all other options are found by their type.
 _FURTHER: dict[str, tuple[Any, ...]] = {
     "feedforward_modules": ([LAYER],),
-    "init_lora_weights": (False, "gaussian"),
+    "init_lora_weights": (
+        *(False, "gaussian", "orthogonal", "pissa", "pissa_niter_3", "olora", "mica", "eva"),
+        *("loftq", "corda", "lora_ga"),  # where options or data for them are there
+    ),
     "init_weights": (False, "uniform", "gaussian", "lycoris", "bat", "mini"),
     "decompose_factor": (2, 4),
     "gralora_k": (1, 4),
@@ -179,6 +183,29 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "act_fn": ("tanh", "gelu_new"),
     "sparse_rate": (0.2, 0.0),
     "wavelet_family": ("db2", "sym4", "coif1"),
+    "ensure_weight_tying": (),  # needs two layers of one weight: tests/core/test_tying.py
+    "bias": tuple(
+        f"{method}_only"
+        for method in (
+            *("lora", "oft", "hra", "glora", "delora", "gralora", "boft", "pvera", "frod", "unilora", "randlora"),
+            *("waveft", "MiSS", "vblora", "fourier", "vera", "tinylora", "c3a", "deft"),
+        )
+    ),
+    "use_bdlora": ({"target_modules_bd_a": [LAYER], "nblocks": 2}, {"target_modules_bd_b": [LAYER], "nblocks": 2}),
+    "kasa_config": ({"beta": 0.1},),
+    "velora_config": ({"num_groups": 3},),
+}
+# Options that are also tried together, where a config has them all.
+_TOGETHER: tuple[dict[str, Any], ...] = (
+    {"use_dora": True, "use_rslora": True, "lora_bias": True},
+    {"use_dora": True, "init_lora_weights": False},
+    {"use_dora": True, "use_qalora": True, "kasa_config": {}},
+    {"use_qalora": True, "use_bdlora": {"target_modules_bd_a": [LAYER], "nblocks": 2}},
+)
+
+# Options that mean something only beside others, by the option's name and value.
+_WITH: dict[tuple[str, Any], dict[str, Any]] = {
+    ("init_lora_weights", "loftq"): {"loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
 }
 
 
@@ -207,13 +234,20 @@ def variants(method_name: str) -> dict[str, dict[str, Any]]:
     found = {"default": small(method_name)}
     for field in dataclasses.fields(kind):
         for value in _other_values(kind, field):
-            arguments = {**small(method_name), field.name: value}
+            arguments = {**small(method_name), field.name: value, **_with(field.name, value)}
             try:
                 kind(target_modules=[LAYER], **arguments)
             except PeftError:  # an option that this version accepts only at its default
                 continue
             found[f"{field.name}={value}"] = arguments
+    for options in _TOGETHER:
+        if options.keys() <= {field.name for field in dataclasses.fields(kind)}:
+            found[" and ".join(options)] = {**small(method_name), **options}
     return found
+
+
+def _with(name: str, value: Any) -> dict[str, Any]:
+    return _WITH.get((name, value), {}) if isinstance(value, str) else {}
 
 
 def _other_values(kind: type[PeftConfig], field: dataclasses.Field) -> list[Any]:
@@ -343,6 +377,8 @@ def _build(name: str, variant: str, base: str) -> tuple[LinearMap, Adapter] | No
     layer, method = map_of(BASES[base]), LAYER_METHODS[name]
     if _adapter(method).fits(layer) is not True:
         return None
+    if variant.startswith("bias=") and layer.bias is None:
+        return None  # there is none to be trained, of which a warning is given
     try:
         made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:

@@ -31,6 +31,20 @@ def test_a_mixed_batch_equals_its_rows_alone(case: Case):
     assert not torch.allclose(mixed, model(x))
 
 
+@pytest.mark.parametrize("case", cases(("linear", "block"), options=False))
+def test_rows_of_many_adapters_equal_each_alone(case: Case):
+    model = case.model()
+    for name in ("b", "c", "d"):
+        model.add_adapter(name, case.config())
+        move(model, name=name)
+    rows = ["b", "d", "__base__", "c", "default", "b", "b", "d"]
+    x = case.batch(len(rows))
+    mixed = model(x, adapter_names=rows)
+    for row, name in enumerate(rows):
+        alone = model(x[row : row + 1], adapter_names=[name])
+        assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("first,second", pairs("rows"))
 def test_rows_may_use_different_methods(first, second):
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from deltatune import LoraConfig, get_peft_model
 from deltatune.errors import ConfigError, MergeError, PeftWarning
+from deltatune.kernels import low_rank
 
 
 def adapted(layer: nn.Module, **options):
@@ -124,7 +125,8 @@ def test_a_pattern_that_names_nothing_is_told():
         adapted(nn.Linear(4, 4), rank_pattern={"elsewhere": 2}, r=2)
 
 
-def test_dropout_acts_on_the_input_of_a_in_training_only():
+def test_dropout_acts_on_the_input_of_a_in_training_only(monkeypatch):
+    monkeypatch.setattr(low_rank, "own_dropout", False)  # torch's numbers, which the equation below draws again
     wrapper, lora = adapted(nn.Linear(6, 4), lora_dropout=0.5, r=2)
     shake(lora)
     x = torch.randn(64, 6, dtype=torch.float64)
@@ -137,6 +139,10 @@ def test_dropout_acts_on_the_input_of_a_in_training_only():
     torch.manual_seed(3)
     dropped = nn.functional.dropout(x, 0.5)
     assert_close(noisy, wrapper.base_layer(x) + lora.scaling * dropped @ lora.A.T @ lora.B.T)
+    monkeypatch.setattr(low_rank, "own_dropout", True)
+    assert not torch.equal(wrapper(x), quiet) and not torch.equal(wrapper(x), wrapper(x))
+    mean = torch.stack([wrapper(x).detach() for _ in range(600)]).mean(0)
+    assert (mean - quiet).abs().max() < 0.2 * (noisy - quiet).abs().max()
 
 
 def test_a_grouped_convolution_keeps_pefts_shapes_and_refuses_to_merge():

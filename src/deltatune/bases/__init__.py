@@ -8,16 +8,23 @@ from torch import nn
 
 from deltatune.adapter import LinearMap
 from deltatune.bases.attention import JointProjection
+from deltatune.bases.bitsandbytes import Bitsandbytes4bit, Bitsandbytes8bit
 from deltatune.bases.conv import Conv
 from deltatune.bases.embedding import Embedding
+from deltatune.bases.fp8 import FP8
+from deltatune.bases.hqq import HQQ
+from deltatune.bases.inc import INC
 from deltatune.bases.linear import Linear
 from deltatune.bases.module import OneWeight
-from deltatune.bases.packed import Bitsandbytes4bit, Bitsandbytes8bit, Opaque, PackedLinear, Torchao
+from deltatune.bases.packed import Opaque, PackedLinear
+from deltatune.bases.parallel import Megatron, TransformerEngine
+from deltatune.bases.torchao import Torchao
 from deltatune.bases.transposed import Transposed
 
 # torchao before Linear: its layers are nn.Linear, whose weight claims the type of the values. Last what fits no other.
 KINDS = (
-    *(Torchao, Linear, Transposed, Embedding, Conv, JointProjection, Bitsandbytes4bit, Bitsandbytes8bit, Opaque),
+    *(Torchao, Linear, Transposed, Embedding, Conv, JointProjection, Megatron, TransformerEngine),
+    *(Bitsandbytes4bit, Bitsandbytes8bit, HQQ, FP8, INC, Opaque),
     OneWeight,
 )
 

@@ -1,4 +1,4 @@
-"""Linear layers that keep their weight packed: quantised by bitsandbytes, torchao, or in another way.
+"""Linear layers that keep their weight packed, by whatever library.
 
 What they have in common is `PackedLinear`: the layer runs with its own kernel, and its values are unpacked only where a
 method needs the matrix itself. A kind of packing says how its values are unpacked and, if they can be, packed again.
@@ -6,8 +6,8 @@ method needs the matrix itself. A kind of packing says how its values are unpack
 
 from __future__ import annotations
 
-import sys
-from typing import Any, cast
+import copy
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,31 @@ from deltatune.bases.linear import Linear
 from deltatune.errors import MergeError
 
 
+class Codes(nn.Parameter):
+    """A layer's codes, and what else belongs to them (scales, zero points), by the attribute that holds it."""
+
+    beside: dict[str, Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codes:  # torch's drops attributes
+        if id(self) not in memo:
+            made = memo[id(self)] = Codes(self.data.clone(), self.requires_grad)
+            made.beside = copy.deepcopy(self.beside, memo)
+        return memo[id(self)]
+
+
 class PackedLinear(Linear):
-    """A linear layer whose `module.weight` is not the matrix."""
+    """A linear layer whose stored weight is not the matrix.
+
+    Attributes:
+        parts_of_codes: Attributes of the module that change with its codes.
+        differentiable: The kernel has a gradient for its input, or says by its output that it has none.
+    """
+
+    parts_of_codes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def differentiable(self) -> bool:
+        return True
 
     dense: bool = False
 
@@ -38,108 +61,58 @@ class PackedLinear(Linear):
     def hold(self, weight: Tensor) -> nn.Parameter:
         return self.pack(weight)
 
-
-class Bitsandbytes4bit(PackedLinear):
-    """`bitsandbytes.nn.Linear4bit`: blocks of 4-bit codes with a scale each.   https://arxiv.org/abs/2305.14314"""
-
-    types = ("Linear4bit",)
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        library = sys.modules.get("bitsandbytes")  # no instance can exist before its library is loaded
-        return library is not None and isinstance(module, library.nn.Linear4bit)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        stored: Any = self.module.weight
-        compute = cast(Any, self.module).compute_dtype
-        return compute or (stored.dtype if stored.quant_state is None else stored.quant_state.dtype)
-
     def __call__(self, x: Tensor) -> Tensor:
-        if x.requires_grad and _laid_out_for_cpu(self.module.weight):  # its kernel for that layout has no gradient
-            return self.apply(x, self.weight, self.bias)
-        return super().__call__(x)
+        """The kernel's output; where it has no gradient for its input, that of the unpacked matrix stands in."""
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.differentiable or not wanted)):
+            y = super().__call__(x)
+        return _WithGradient.apply(y, x, self) if wanted and not y.requires_grad else y
 
-    def unpack(self, stored: Any) -> Tensor:
-        if stored.quant_state is None:  # codes are made when the layer moves to its device
-            return stored.data
-        if _laid_out_for_cpu(stored):
-            return _from_cpu_layout(stored)
-        from bitsandbytes.functional import dequantize_4bit
+    def put(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        """Codes with what belongs to them, and the bias, in place of the layer's own."""
+        for name, value in vars(weight).get("beside", {}).items():
+            setattr(self.module, name, value)
+        setattr(self.module, self.keeps[0], weight)
+        if self.keeps[1] in self.module._parameters:
+            self.module.register_parameter(self.keeps[1], bias)
+        elif bias is not None:  # a buffer, or a tensor that is neither
+            setattr(self.module, self.keeps[1], bias.detach())
 
-        return dequantize_4bit(stored.data, stored.quant_state)
+    def codes(self, data: Tensor, **beside: Any) -> Codes:
+        """New codes for the layer; its own learn what belongs to them, so that they can come back."""
+        old = getattr(self.module, self.keeps[0])
+        if not isinstance(old, Codes):
+            kept = Codes(old.data, requires_grad=False)
+            kept.beside = {name: getattr(self.module, name) for name in self.parts_of_codes}
+            setattr(self.module, self.keeps[0], kept)
+        made = Codes(data, requires_grad=False)
+        made.beside = beside
+        return made
 
-    def pack(self, weight: Tensor) -> nn.Parameter:
-        old: Any = self.module.weight
-        options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
-        made = type(old)(weight.detach().cpu(), requires_grad=False, quant_storage=old.quant_storage, **options)
-        return made.to(old.device)
-
-
-def _laid_out_for_cpu(stored: Any) -> bool:
-    """Whether a call in evaluation mode has rearranged the codes for a CPU with bfloat16 instructions."""
-    return getattr(stored.quant_state, "packing_format_for_cpu", False)
-
-
-def _from_cpu_layout(stored: Any) -> Tensor:
-    """That layout: of 32 rows at a time pairs of columns, 32 bytes of low and high halves; scales (blocks, out)."""
-    state, (out, width) = stored.quant_state, stored.quant_state.shape
-    packed = stored.data.reshape(-1, 32)
-    codes = torch.cat([packed & 15, packed >> 4], dim=1).reshape(out // 32, width // 2, 32, 2)
-    codes = codes.transpose(1, 2).reshape(out, width)
-    return state.code[codes.long()] * state.absmax.T.float().repeat_interleave(state.blocksize, dim=1)
+    def beside(self, stored: Tensor, name: str) -> Any:
+        """What belongs to these codes, which may be those that the layer had before a merge."""
+        return vars(stored).get("beside", {}).get(name, getattr(self.module, name))
 
 
-class Bitsandbytes8bit(PackedLinear):
-    """`bitsandbytes.nn.Linear8bitLt`: 8-bit rows with a scale each.   https://arxiv.org/abs/2208.07339"""
-
-    types = ("Linear8bitLt",)
+class _WithGradient(torch.autograd.Function):
+    """An output as it is, with the gradient for the input that x W^T has; the matrix is unpacked for it each time."""
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
-        library = sys.modules.get("bitsandbytes")
-        return library is not None and isinstance(module, library.nn.Linear8bitLt)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        bias = self.module.bias
-        return torch.float32 if bias is None else bias.dtype
-
-    def unpack(self, stored: Any) -> Tensor:
-        if stored.dtype != torch.int8:
-            return stored.data
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        state: Any = self.module.state
-        scales = stored.SCB if stored.SCB is not None else state.SCB
-        return int8_vectorwise_dequant(stored.data, scales)
-
-    def pack(self, weight: Tensor) -> nn.Parameter:
-        old, state = cast(Any, self.module.weight), cast(Any, self.module.state)
-        if old.SCB is None:  # the layer took codes and scales over at its first call; it will again after `unmerge`
-            old.CB, old.SCB = old.data, state.SCB
-        made = type(old)(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
-        return made.to(old.device)
-
-
-class Torchao(PackedLinear):
-    """`nn.Linear` with a weight of torchao's tensor classes."""
-
-    types = ("Linear of torchao",)
+    def forward(y: Tensor, x: Tensor, layer: PackedLinear) -> Tensor:
+        return y.view_as(y)
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
-        library = sys.modules.get("torchao")
-        if library is None or not isinstance(module, nn.Linear):
-            return False
-        return isinstance(module.weight, library.utils.TorchAOBaseTensor)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.layer, ctx.dtype = inputs[2], inputs[1].dtype
 
-    def unpack(self, stored: Any) -> Tensor:
-        return stored.dequantize()
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        return None, (g @ ctx.layer.weight.to(g.dtype)).to(ctx.dtype), None
 
 
 class Opaque(PackedLinear):
-    """Any other layer that says its features and keeps integer codes: GPTQ, AWQ, HQQ, AQLM, EETQ, ...
+    """Any other layer that says its features and keeps codes: GPTQ, AWQ, AQLM, EETQ, INC, quanto, ...
 
     Its matrix is what it answers to the rows of the identity, so nothing has to be known of how it packs.
     """
@@ -148,13 +121,19 @@ class Opaque(PackedLinear):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        sides = [getattr(module, name, None) for name in ("in_features", "out_features")]
-        if not all(isinstance(side, int) for side in sides) or any(True for _ in module.children()):
+        sides = _sides(module)
+        if sides is None or any(True for _ in module.children()):
             return False
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == (sides[1], sides[0]):
-            return False
+            return isinstance(module, nn.Linear) and type(weight) not in (nn.Parameter, Tensor)  # codes inside of it
         return any(not tensor.is_floating_point() for tensor in _tensors(module))
+
+    def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
+        self.module, self.args, self.kwargs = module, args, kwargs or {}  # type: ignore[assignment]
+        sides = _sides(module)
+        assert sides is not None
+        self.in_features, self.out_features = sides
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,6 +149,15 @@ class Opaque(PackedLinear):
         with torch.no_grad():
             answer = self.module(torch.eye(self.in_features, device=device, dtype=self.dtype))
             return (answer if self.bias is None else answer - self.bias).T
+
+
+def _sides(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs, under the names that libraries have for them."""
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        sides = [getattr(module, name, None) for name in names]
+        if all(isinstance(side, int) for side in sides):
+            return sides[0], sides[1]  # type: ignore[return-value]
+    return None
 
 
 def _tensors(module: nn.Module) -> Any:

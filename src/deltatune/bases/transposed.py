@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.bases.parameter import like
+from deltatune.bases.parameter import like, plainly_called
 
 
 class Transposed:
@@ -31,6 +31,7 @@ class Transposed:
     def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         self.module, self.args, self.kwargs = cast(Any, module), args, kwargs or {}
         self.in_features, self.out_features = self.module.weight.shape
+        self.dense = not args and plainly_called(module)
 
     @property
     def dtype(self) -> torch.dtype:

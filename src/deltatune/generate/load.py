@@ -15,8 +15,8 @@ from deltatune.data.encode import Encoder
 from deltatune.data.labels import Labels
 from deltatune.errors import ConfigError, FormatError
 from deltatune.storage.files import write_files
-from deltatune.storage.locate import locate
-from deltatune.storage.tensors import WEIGHTS_NAME, read_file
+from deltatune.storage.locate import place
+from deltatune.storage.weights import read_weights
 from deltatune.targets import HEAD_NAMES
 from deltatune.train.base import DEMO, load_base
 from deltatune.train.defaults import FULL
@@ -165,7 +165,7 @@ def _labels(folder: Path, settings: TrainSettings, adapter: str | None) -> Label
     if (folder / LABELS).is_file():
         names = tuple(read_json(folder / LABELS)["names"])
         return Labels(names, names)
-    tensors, _ = read_file(locate(adapter, WEIGHTS_NAME))
+    _, tensors, _ = read_weights(place(adapter))
     heads = [
         tensor.shape[0]
         for key, tensor in tensors.items()

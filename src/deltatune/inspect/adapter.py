@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from deltatune.config import CONFIG_NAME, PeftConfig
-from deltatune.errors import IntegrityError
+from deltatune.errors import IntegrityError, UnsafeError
 from deltatune.inspect.problems import find_problems
 from deltatune.prompts.config import PromptLearningConfig
-from deltatune.storage.locate import locate
-from deltatune.storage.tensors import PICKLE_NAME, WEIGHTS_NAME, read_file
+from deltatune.storage.locate import Place, place
+from deltatune.storage.tensors import WEIGHTS_NAME, read_file
+from deltatune.storage.weights import read_weights
 
 ROOT = re.compile(r"^(base_model\.)?(model\.)?")
 
@@ -69,22 +70,16 @@ def inspect_adapter(name_or_path: str | Path) -> AdapterFacts:
     Raises:
         FormatError: It has no config or no whole tensor file. Lesser faults are listed in `problems`.
     """
-    config_file = locate(name_or_path, CONFIG_NAME)
+    where = place(name_or_path)
+    config_file = where.find(CONFIG_NAME)
+    if config_file is None:
+        raise where.missing(CONFIG_NAME)
     problems: list[str] = []
-    if (config_file.parent / PICKLE_NAME).exists():
-        problems.append(f"{PICKLE_NAME} is a pickle, which can run code; deltatune never opens it")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         config = PeftConfig.from_file_dict(PeftConfig.from_json_file(config_file), str(config_file))
     problems += [str(warning.message) for warning in caught]
-    weights = locate(name_or_path, WEIGHTS_NAME)
-    try:
-        tensors, facts = read_file(weights)
-    except IntegrityError as error:
-        from safetensors.torch import load_file
-
-        problems.append(str(error))
-        tensors, facts = load_file(weights), None
+    weights, tensors, facts = _read(where, problems)
     problems += find_problems(config, tensors, facts)
     method = getattr(config.peft_type, "value", None)
     return AdapterFacts(
@@ -102,6 +97,22 @@ def inspect_adapter(name_or_path: str | Path) -> AdapterFacts:
         groups=_groups(tensors),
         problems=problems,
     )
+
+
+def _read(where: Place, problems: list[str]) -> tuple[Path, dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors, with what loading would refuse among the problems where they can be read all the same."""
+    try:
+        return read_weights(where)
+    except (IntegrityError, UnsafeError) as error:
+        newer = where.find(WEIGHTS_NAME)
+        if newer is None:
+            raise
+        problems.append(str(error))
+        if isinstance(error, UnsafeError):
+            return (newer, *read_file(newer))
+        from safetensors.torch import load_file
+
+        return newer, load_file(newer), None
 
 
 def natural(name: str) -> list[Any]:

@@ -15,6 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltatune.adapter import LinearMap
+
+# Draw masks of dropout here. False: let torch draw them, as PEFT does, number for number under the same seed.
+own_dropout = True
+
+
+def fits(x: Tensor, layer: LinearMap, dropout: float = 0.0) -> bool:
+    """Whether it can stand for that layer: one with a plain weight in the precision of x.
+
+    Under the compiler, which fuses by itself, and under autocast, which chooses precisions product by product, the
+    products are left as they are; on other devices too, where none of this has been measured.
+    """
+    if layer.kind != "linear" or not layer.dense or layer.dtype != x.dtype or torch.compiler.is_compiling():
+        return False
+    if dropout and not own_dropout:
+        return False
+    return x.device.type == "cpu" and x.is_floating_point() and not torch.is_autocast_enabled("cpu")
+
 
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dropout: float = 0.0

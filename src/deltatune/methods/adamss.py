@@ -149,6 +149,10 @@ class Subspaces(Adapter):
         up, down, _ = self.factors
         return weight + (up @ down)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        up, down, _ = self.factors
+        return (up, down) if len(down) < min(self.shape) else None
+
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         up, _, constant = self.factors
         return bias if bias is None else bias + up @ constant

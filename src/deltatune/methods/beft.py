@@ -34,6 +34,7 @@ class BiasShift(Adapter):
     """Trainable: d, as long as the layer's output. A layer without bias gets one, which its weights cannot hold."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    stacks = ()
     views: ClassVar[tuple[str, ...]] = ("beft_bias",)
 
     def __init__(self, layer: LinearMap, zero: bool) -> None:
@@ -55,7 +56,7 @@ class BiasShift(Adapter):
         return d if bias is None else bias + d
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        return shift(layer(x), self.beft_bias.flatten(), layer)
+        return shift(layer(x), self.beft_bias.flatten(self.rows), layer)
 
 
 _V_PROJ = (

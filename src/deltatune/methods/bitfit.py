@@ -32,6 +32,7 @@ class BitFit(Adapter):
     """Trainable: d, what the bias has moved by. As a difference, so that several add up."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "module"})
+    stacks = ()
     views: ClassVar[tuple[str, ...]] = ("bitfit_bias",)
 
     def __init__(self, size: int) -> None:

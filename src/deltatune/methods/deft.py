@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -55,7 +55,7 @@ class DeftConfig(LayerConfig):
         if self.alpha is not None:
             checks.finite_positive("DeftConfig", "alpha", self.alpha)
         checks.probability("DeftConfig", "deft_dropout", self.deft_dropout)
-        checks.one_of("DeftConfig", "bias", self.bias, ("none",))
+        biases.check("DeftConfig", self.bias, "deft_only")
 
 
 class DEFT(Adapter):
@@ -105,6 +105,12 @@ class DEFT(Adapter):
         if self.deft_R is not None:
             change = change + self.deft_scaling * self.deft_R
         return weight + Q @ change
+
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        W, wide = layer.weight, torch.promote_types(layer.dtype, self.deft_P.dtype)
+        Q, N = (factor.to(wide) for factor in self.factors(self.deft_P))
+        change = -(N.T @ W.to(wide))
+        return Q, change if self.deft_R is None else change + self.deft_scaling * self.deft_R
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, (Q, N) = layer(x), self.factors(self.deft_P)

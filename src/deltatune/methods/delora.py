@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -50,7 +50,7 @@ class DeloraConfig(LayerConfig):
         checks.positive_int("DeloraConfig", "r", self.r)
         checks.finite_positive("DeloraConfig", "delora_lambda", self.delora_lambda)
         checks.probability("DeloraConfig", "module_dropout", self.module_dropout)
-        checks.one_of("DeloraConfig", "bias", self.bias, ("none",))
+        biases.check("DeloraConfig", self.bias, "delora_only")
 
 
 class DeLoRA(Adapter):
@@ -59,6 +59,7 @@ class DeLoRA(Adapter):
     PEFT's files hold these norms (in). Ours leave them out, since the base weight gives them again.
     """
 
+    stacks = ("r",)
     views: ClassVar[tuple[str, ...]] = (
         *("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
         *("r", "delora_dropout"),
@@ -93,16 +94,19 @@ class DeLoRA(Adapter):
     @property
     def scaling(self) -> Tensor:
         """(r,): what makes of A's rows and B's columns unit vectors times lambda / r."""
-        a, b = self.delora_A.norm(dim=1).clamp_min(SHORTEST), self.delora_B.norm(dim=0).clamp_min(SHORTEST)
+        a, b = self.delora_A.norm(dim=-1).clamp_min(SHORTEST), self.delora_B.norm(dim=-2).clamp_min(SHORTEST)
         return self.delora_lambda / self.r / (a * b)
 
     @property
     def down(self) -> Tensor:
         """(r, in): A for an input weighted by the norms of the columns."""
-        return self.delora_A * self.delora_w_norm
+        return self.delora_A * self.delora_w_norm[..., None, :]
 
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + (self.delora_B * self.scaling) @ self.down
+
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        return self.delora_B * self.scaling, self.down
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)

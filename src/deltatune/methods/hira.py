@@ -107,7 +107,7 @@ class HiRA(Adapter):
         """
         if self.embedding:
             y = layer(x)
-            return (y + y * F.linear(F.embedding(x, self.A.T), self.B)).to(y.dtype)
+            return y + y * F.linear(F.embedding(x, self.A.T).to(y.dtype), self.B.to(y.dtype))
         dropping = self.training and isinstance(self.hira_dropout, nn.Dropout)
         if layer.dtype.itemsize >= 4 and not dropping:
             return super().forward(x, layer)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -40,7 +40,7 @@ class HRAConfig(LayerConfig):
     def validate(self) -> None:
         super().validate()
         checks.positive_int("HRAConfig", "r", self.r)
-        checks.one_of("HRAConfig", "bias", self.bias, ("none",))
+        biases.check("HRAConfig", self.bias, "hra_only")
 
 
 class Reflections(Adapter):
@@ -79,6 +79,13 @@ class Reflections(Adapter):
         for u in self.U.unbind(1):
             weight = reflect(weight, u)
         return weight
+
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        U = self.U
+        Y = U.new_zeros(len(U), 0)  # H_1 ... H_k = I + Y U_k^T
+        for k, u in enumerate(U.unbind(1)):
+            Y = torch.cat([Y, -2 * (u + Y @ (U[:, :k].T @ u))[:, None]], 1)
+        return layer.weight.to(torch.promote_types(layer.dtype, U.dtype)) @ Y, U.T
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         if not self.vectors_in:  # a patch of an image is no vector that could be reflected before the layer

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
+from deltatune.errors import MergeError
 from deltatune.methods.common import LayerConfig
 from deltatune.patterns import name_matches
 
@@ -40,6 +41,7 @@ class IA3(Adapter):
     """Trainable: one vector l, as long as the layer's output, or its input channels in feed-forward layers."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    stacks = ("is_feedforward", "kernel")
     views: ClassVar[tuple[str, ...]] = ("ia3_l", "is_feedforward")
 
     def __init__(self, layer: LinearMap, on_input: bool, ones: bool) -> None:
@@ -59,7 +61,7 @@ class IA3(Adapter):
 
     @property
     def l(self) -> Tensor:  # noqa: E743 - the paper's letter
-        return self.ia3_l.flatten()
+        return self.ia3_l.flatten(self.rows)
 
     def adapt(self, weight: Tensor) -> Tensor:
         if self.is_feedforward:
@@ -104,4 +106,30 @@ def usual_targets(model_type: str) -> Any:
     return found and {"target_modules": set(found[0]), "feedforward_modules": set(found[1])}
 
 
-METHOD = Method(PeftType.IA3, IA3Config, IA3, key_prefix="ia3_", default_targets=usual_targets, learning_rate=8e-3)
+def _weighted_sum(layers: dict[str, list[tuple[float, Any]]]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The weighted sum of the vectors, as in PEFT; an adapter that is not on a layer has ones there."""
+    on_input, tensors = [], {}
+    for path, terms in layers.items():
+        there = [adapter for _, adapter in terms if adapter is not None]
+        if len({adapter.is_feedforward for adapter in there}) > 1:
+            raise MergeError(
+                f"adapters: one scales the input of {path}, another its output, and one vector cannot do both; give "
+                "svd_rank, for a LoRA adapter",
+                field="adapters",
+                path=path,
+            )
+        on_input += [path] if there[0].is_feedforward else []
+        ones = torch.ones_like(there[0].ia3_l)
+        tensors[path] = {"ia3_l": sum(w * (ones if adapter is None else adapter.ia3_l) for w, adapter in terms)}
+    return {"part": ("feedforward_modules", on_input)}, tensors
+
+
+METHOD = Method(
+    PeftType.IA3,
+    IA3Config,
+    IA3,
+    key_prefix="ia3_",
+    default_targets=usual_targets,
+    learning_rate=8e-3,
+    weighted_sum=_weighted_sum,
+)

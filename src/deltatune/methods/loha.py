@@ -111,7 +111,7 @@ class LoHa(Adapter):
         """(W' - W) x. Entry (o, i) of the product is sum_jk (A1[o,j] A2[o,k]) (B1[j,i] B2[k,i])."""
         A1, B1, A2, B2 = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
         if self.embedding:  # of one column only
-            first, second = layer.mix(layer.apply(x, B1), A1), layer.mix(F.embedding(x, B2.T), A2)
+            first, second = layer.mix(layer.apply(x, B1), A1), layer.mix(F.embedding(x, B2.T).to(layer.dtype), A2)
             return self.scaling * first * second
         if not self.through_factors:
             return layer.apply(x, self.update)

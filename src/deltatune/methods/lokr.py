@@ -156,20 +156,24 @@ class LoKr(Adapter):
         """(w1 (x) w2) x = w1 X w2^T, with x written as a matrix X (m, n)."""
         h = x.unflatten(-1, (self.w1[0].shape[1], self.w2[0].shape[1]))
         for factor in self.w2:
-            h = F.linear(h, factor.to(h.dtype))
+            h = _linear(h, factor)
         h = h.mT.contiguous()  # so that it takes the same path with and without gradients
         for factor in self.w1:
-            h = F.linear(h, factor.to(h.dtype))
+            h = _linear(h, factor)
         return h.mT.flatten(-2)
 
     def _of_indices(self, x: Tensor, layer: LinearMap) -> Tensor:
         """Column i of w1 (x) w2 is column i // n of w1 (x) column i % n of w2."""
         n = self.w2[0].shape[1]
         first, second = (
-            reduce(F.linear, factors[1:], F.embedding(index, factors[0].T))
+            reduce(_linear, factors[1:], F.embedding(index, factors[0].T).to(layer.dtype))
             for factors, index in ((self.w1, x // n), (self.w2, x % n))
         )
         return scale_of_rows(x, layer, first.dtype) * (first[..., :, None] * second[..., None, :]).flatten(-2)
+
+
+def _linear(h: Tensor, factor: Tensor) -> Tensor:
+    return F.linear(h, factor.to(h.dtype))
 
 
 def sides(size: int, factor: int) -> tuple[int, int]:

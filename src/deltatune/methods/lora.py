@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
-from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune import biases, checks, replication, tying
+from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
-from deltatune.factors import Factor, block_diagonal, shift
+from deltatune.factors import NO_DROPOUT, Factor, block_diagonal, shift
+from deltatune.filling import Source, source
+from deltatune.kernels import low_rank as fused
+from deltatune.lora import options, starts
+from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from deltatune.lora.quantised import Quantised
+from deltatune.lora.stacked import NAMES, START_A, START_B, for_peers, unstacked
+from deltatune.lora.starts import Site, Start
+from deltatune.lora.variants import VIEWS, build_variants, check_variants, variants_of, view
+from deltatune.lora.variants.arrow import ArrowConfig, Router
+from deltatune.lora.variants.bdlora import BdLoraConfig
+from deltatune.lora.variants.dora import Dora
+from deltatune.lora.variants.kasa import KasaConfig
+from deltatune.lora.variants.monteclora import MontecloraConfig
+from deltatune.lora.variants.variant import Pass, Variant
+from deltatune.lora.variants.velora import VeloraConfig
 from deltatune.methods import trainable_tokens
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.patterns import pattern_value
+from deltatune.room import of_rank, plain, widen
+from deltatune.storage.derived import in_waves
 
-# Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
-_NOT_BUILT: dict[str, Any] = {
-    "bias": "none",
-    "megatron_config": None,
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "use_dora": False,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "monteclora_config": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "ensure_weight_tying": False,
-}
+MEGATRON = ("megatron.core", None)  # what PEFT imports by the name in the config; here a name that may stand there
 
 
 @config
@@ -49,17 +50,42 @@ class LoraConfig(LayerConfig):
         lora_alpha: The update is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with `use_rslora`
             (https://arxiv.org/abs/2312.03732).
         lora_dropout: Dropout on the input of A, in training.
-        init_lora_weights: True: A uniform (Kaiming), B zero. "gaussian": A ~ N(0, 1/r), B zero. False: both random, so
-            that a fresh adapter changes the output.
+        init_lora_weights: Where A and B begin (`deltatune.lora.starts`, one file each). True: A uniform (Kaiming), B
+            zero. "gaussian": A ~ N(0, 1/r^2), B zero. "orthogonal": neither zero, their product is. "pissa",
+            "pissa_niter_4" (fast), "olora": parts of W. "mica": B from W, fixed. "loftq": what quantising loses. From
+            data (`deltatune.lora.prepare`): "eva", "corda", "lora_ga". False: both random, so that a fresh adapter
+            changes the output.
+        loftq_config: `LoftQConfig` or a dict; `eva_config`, `corda_config`, `lora_ga_config` likewise
+            (`deltatune.lora.options`).
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
+        layer_replication: [(start, end), ...], runs of layers that make a deeper model. Replicas share their weights,
+            and have adapters of their own.
+        bias: "lora_only" trains the biases of the adapted layers too, "all" every one of the model: a copy per adapter.
         lora_bias: B has a bias of its own.
+        use_dora: Train the length of every row of the weight apart from its direction.
+        use_bdlora: A or B is block-diagonal (`BdLoraConfig`).
+        use_qalora: A reads sums over groups of `qalora_group_size` inputs.
+        kasa_config: Trained singular values, in place of the weight's smallest (`KasaConfig`).
+        monteclora_config: A is sampled in training (`MontecloraConfig`).
+        velora_config: Inputs are kept compressed for the gradient of A (`VeloraConfig`).
+        alora_invocation_tokens: The adapter acts from the last occurrence of these tokens on.
+        arrow_config: A router over other adapters (`ArrowConfig`, `deltatune.create_arrow_model`); it stands alone, the
+            other variants go together.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
+        target_parameters: Parameters that hold the weights of experts, by the end of their paths (`experts.down_proj`).
+            Without usual layers of the architecture, or with `target_modules=[]`, they alone are adapted.
+        ensure_weight_tying: What is trained of the input embedding (an adapter, or all of it under `modules_to_save`)
+            is trained of the layers that share its weight too (`deltatune.tying`).
+        megatron_config, megatron_core: Accepted and kept: Megatron's layers are known by their class, so nothing has to
+            be told of them, and no module is imported by the name that a file gives.
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
     """
 
-    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False)}
+    alike_in_swap: ClassVar[tuple[str, ...]] = ("lora_dropout", "use_dora", "lora_bias")
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False, True)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    adapts_parameters: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: int | float = 8
@@ -73,27 +99,30 @@ class LoraConfig(LayerConfig):
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict | None = None
-    loftq_config: dict = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | dict | None = None
+    corda_config: CordaConfig | dict | None = None
+    lora_ga_config: LoraGAConfig | dict | None = None
     use_dora: bool = False
-    velora_config: Any = None
+    velora_config: VeloraConfig | dict | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: MontecloraConfig | dict | None = None
     layer_replication: list | None = None
-    runtime_config: Any = None
+    runtime_config: LoraRuntimeConfig | dict | None = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    target_parameters: list[str] | None = None  # type: ignore[misc]  # a ClassVar in configs of other methods
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        options.settle(self)
         super().__post_init__()
 
     def validate(self) -> None:
@@ -101,53 +130,90 @@ class LoraConfig(LayerConfig):
         checks.positive_int("LoraConfig", "r", self.r)
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
-        checks.one_of("LoraConfig", "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
+        biases.check("LoraConfig", self.bias, "lora_only")
+        replication.check("LoraConfig", self.layer_replication)
+        starts.check(self.init_lora_weights)
+        checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
+        options.fill_in(self)
         self.beside()
-        for name, inert in _NOT_BUILT.items():
-            if getattr(self, name) != inert:
-                raise ConfigError(
-                    f"LoraConfig: {name}={getattr(self, name)!r} is not available in this version, "
-                    f"leave it at {inert!r}",
-                    field=name,
-                    found=getattr(self, name),
-                    expected=inert,
-                )
+        check_variants(self)
 
     def beside(self) -> list[tuple[Method, LayerConfig]]:
         return trainable_tokens.beside(self.trainable_token_indices)
 
 
 class LoRA(Adapter):
-    """Trainable: A (r, in) and B (out, r), r (in + out) numbers."""
+    """Trainable: A (r, in) and B (out, r), r (in + out) numbers; with a variant (`deltatune.lora.variants`) others too.
+
+    Attributes:
+        variants: What the config asks for besides, in the order in which it acts.
+        summand: True, or the reason why the output is not that of the layer plus an update.
+        start_A, start_B: Where the factors began, if the base gives way by their product.
+        stand_in: What stands in the place of the layer's weight.
+    """
 
     views: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
-        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias"),
+        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias"),
+        *VIEWS,
     )
+
+    stacks = ("blocks",)
+    row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
 
     lora_A: Factor
     lora_B: Factor
+    followed: bool = False  # by layers that share an embedding's weight
+    start_A: Tensor | None
+    start_B: Tensor | None
+    stand_in: Quantised | None
+    scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
+    room: int | None = None  # the rank that the tensors have, where it may be higher than its own
+    variants: Sequence[Variant]
+    summand: bool | str = True
 
     def __init__(
-        self, layer: LinearMap, r: int, alpha: float, dropout: float, rslora: bool, init: bool | str, bias: bool
+        self,
+        layer: LinearMap,
+        r: int,
+        alpha: float,
+        dropout: float,
+        rslora: bool,
+        start: Start,
+        bias: bool,
+        varied: Sequence[Variant] = (),
     ) -> None:
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
-        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = Factor(*layer.down_shape(r))
-        self.lora_B = Factor(*layer.up_shape(r), bias=layer.out_features if bias else None)
-        self.blocks = r // self.lora_B.matrix.shape[1]  # more than one under a grouped convolution
+        self.scaling = scaling(r, alpha, rslora)
+        self.lora_dropout = nn.Dropout(dropout) if dropout else NO_DROPOUT
+        self.blocks = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
-        if init is False:
-            self.identity_at_birth = "init_lora_weights=False draws both factors"
-        self._start(init)
+        self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
+        if varied or start.gives_way or start.stand_in is not None:
+            self.stacks = None  # there is more to it than B A x
+        down, up = shapes(layer, r, varied)
+        self.lora_A = Factor(*down)
+        self.lora_B = Factor(*up, bias=layer.out_features if bias else None, fixed=start.fixed_B)
+        self._begin(start)
+        for variant in self.variants:
+            variant.begin(self, self._base(layer))
+            self._declare(variant)
 
     @classmethod
-    def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> LoRA:
+    def plan(cls, layers: dict[str, LinearMap], config: LoraConfig) -> LoraConfig:
+        if config.monteclora_config is None:
+            return config
+        config = copy.copy(config)
+        vars(config)["layers"] = len(layers)  # its loss is a mean over them
+        return config
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> Adapter:
+        if config.arrow_config is not None:
+            return Router.build(layer, config, path)
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        init = True if config.init_lora_weights is None else config.init_lora_weights
         if config.lora_bias and layer.kind == "embedding":
             raise ConfigError(
                 f"LoraConfig: lora_bias=True is not possible for the embedding {path}: files have no name for it",
@@ -156,33 +222,102 @@ class LoRA(Adapter):
                 found=True,
             )
         _check_groups(layer, r, path)
-        return cls(layer, r, alpha, config.lora_dropout, config.use_rslora, init, config.lora_bias)
+        varied = build_variants(layer, config, path, r)
+        down, up = shapes(layer, r, varied)
+        start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path, down, up))
+        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
+        made.followed = config.ensure_weight_tying
+        return made
 
-    def _start(self, init: bool | str) -> None:
-        A, B = self.lora_A.weight, self.lora_B.weight
-        if self.embedding and init is True:  # as PEFT: one side of the update is zero, here it is A
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
-            return
-        if init == "gaussian":
-            nn.init.normal_(A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear does
-        if init is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(B)
+    @property
+    def ties(self) -> bool:
+        return self.followed
+
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        own = config is None or isinstance(config, LoraConfig)
+        return tying.follow(self, layer) if self.followed and own else None
+
+    def _begin(self, start: Start) -> None:
+        wide = torch.promote_types(start.A.dtype, torch.float32)
+        A, B = start.A.to(wide).contiguous(), start.B.to(wide).contiguous()
+        self.lora_A.weight.data, self.lora_B.weight.data = (
+            factor.reshape(own.weight.shape) for factor, own in ((A, self.lora_A), (B, self.lora_B))
+        )
+        self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
+        if start.stand_in is not None:
+            self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
+        self.keeps_derived = start.gives_way and not start.again
+        for name, factor in (("start_A", A), ("start_B", B)):
+            self.register_buffer(name, factor.clone() if start.gives_way else None, persistent=self.keeps_derived)
+
+    def _base(self, layer: LinearMap) -> LinearMap:
+        return layer if self.stand_in is None else Applied(self.stand_in, layer)
+
+    def _declare(self, variant: Variant) -> None:
+        """What one variant says of itself holds for the whole."""
+        for name in ("identity_at_birth", "mergeable", "pointwise", "summand"):
+            if getattr(variant, name) is not True:
+                setattr(self, name, getattr(variant, name))
+        self.reads = (*self.reads, *variant.reads)
 
     @property
     def A(self) -> Tensor:
-        return self.lora_A.matrix
+        A = self.lora_A.matrix
+        for variant in self.variants:
+            A = variant.drawn(A)
+        for variant in self.variants:
+            A = variant.down(A)
+        return A
 
     @property
     def B(self) -> Tensor:
-        return block_diagonal(self.lora_B.matrix, self.blocks)
+        B = block_diagonal(self.lora_B.matrix, self.blocks)
+        for variant in self.variants:
+            B = variant.up(B)
+        return B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the update that trains, B A, its scale in B."""
+        return self.A, self.scaling * self.B
+
+    def _frozen(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (A, B) of what is added to the weight by variants and does not train."""
+        yield from (pair for variant in self.variants if (pair := variant.frozen()) is not None)
+
+    def whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R) of all that is added to the weight: also what does not train."""
+        frozen = list(self._frozen())
+        if self.start_A is not None and self.start_B is not None:
+            frozen.append((self.start_A, -self.scaling * self.start_B))
+        if not frozen:
+            return A, B
+        return torch.cat([A, *(down.to(A) for down, _ in frozen)]), torch.cat([B, *(up.to(B) for _, up in frozen)], 1)
+
+    def change(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A (out, in), less that of the start where the base gives way: zero at birth to the bit, precise near it."""
+        if self.start_A is None or self.start_B is None:
+            return B @ A
+        B0 = self.scaling * self.start_B
+        return (B - B0) @ A + B0 @ (A - self.start_A)
 
     def adapt(self, weight: Tensor) -> Tensor:
-        return weight + self.scaling * (self.B @ self.A).to(_wider(weight, self.A))
+        if self.mergeable is not True:
+            return super().adapt(weight)
+        A, B = self.factors()
+        weight = weight if self.stand_in is None else self.stand_in.adapt(weight)
+        weight = weight + self.change(A, B).to(_wider(weight, A))
+        for down, up in self._frozen():
+            weight = weight + (up @ down).to(weight)
+        for variant in self.variants:
+            weight = variant.adapt(weight)
+        return weight
+
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        if self.stand_in is not None or any(type(v).adapt is not Variant.adapt for v in self.variants):
+            return None
+        A, B = self.whole(*self.factors())
+        root = math.sqrt(abs(self.scaling))  # on both sides, as a sum of adapters shares its weights between them
+        return B / root, root * A
 
     def adapt_bias(self, bias: Tensor | None) -> Tensor | None:
         own = self.lora_B.bias
@@ -190,28 +325,117 @@ class LoRA(Adapter):
             return bias
         return self.scaling * own if bias is None else bias + self.scaling * own
 
-    def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x)
-        return y + self.update(x, layer).to(y.dtype)
+    def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
+        if self.stacks is not None:
+            return self._plain(x, layer)
+        layer = self._base(layer)
+        y, dropped, A, B = layer(x), self._dropped(x), *self.factors()
+        out = y + self.product(x, dropped, A, B, layer).to(y.dtype)
+        for variant in self.variants:
+            out = variant.output(out, Pass(layer, x, dropped, y, A, B, values), self)
+        return out
+
+    def _plain(self, x: Any, layer: LinearMap) -> Tensor:
+        """The layer and B A x, whose scale is put on the smallest tensor on the way."""
+        share = self.lora_dropout.p if self.training and isinstance(self.lora_dropout, nn.Dropout) else 0.0
+        if self.lora_B.bias is None and fused.fits(x, layer, share):
+            return fused.low_rank_linear(x, layer.weight, layer.bias, self.A, self.scaling * self.B, share)
+        y, h, bias = layer(x), layer.apply(self._dropped(x), self.A), self.lora_B.bias
+        if bias is None:
+            return y + layer.mix(self.scaling * h, self.B).to(y.dtype)
+        return y + (self.scaling * shift(layer.mix(h, self.B), bias, layer)).to(y.dtype)
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
-        x = x if self.embedding else self.lora_dropout(x)  # an embedding reads indices
-        update = layer.mix(layer.apply(x, self.A), self.B)
-        if self.lora_B.bias is not None:
-            update = shift(update, self.lora_B.bias, layer)
-        return self.scaling * update
+        return self.product(x, self._dropped(x), *self.factors(), layer)
 
-    # Files call the factors of an embedding by names of their own, without `.weight`.
+    def _dropped(self, x: Any) -> Any:
+        return x if self.embedding or not self.training else self.lora_dropout(x)  # an embedding reads indices
+
+    def product(self, x: Any, dropped: Any, A: Tensor, B: Tensor, layer: LinearMap) -> Tensor:
+        """B A x; what does not train beside it is a part of the weight, and sees the input without dropout."""
+        projected = next((h for v in self.variants if (h := v.project(dropped, A, layer)) is not None), None)
+        h = layer.apply(dropped, A) if projected is None else projected
+        if self.start_A is None or self.start_B is None:
+            update = layer.mix(h, B)
+        else:  # as in `change`
+            B0, plain = self.scaling * self.start_B, dropped is x and projected is None
+            moved = layer.apply(x, A - self.start_A) if plain else h - layer.apply(x, self.start_A)
+            update = layer.mix(h, B - B0) + layer.mix(moved, B0)
+        for down, up in self._frozen():
+            update = update + layer.mix(layer.apply(x, down), up)
+        return update if self.lora_B.bias is None else shift(update, self.scaling * self.lora_B.bias, layer)
+
+    @classmethod
+    def penalises(cls, config: LoraConfig) -> bool:
+        return any(kind.penalises for kind in variants_of(config))
+
+    def penalty(self) -> Tensor | None:
+        terms = [term for variant in self.variants if (term := variant.penalty(self)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    # Files call the factors of an embedding by names of their own, without `.weight`, and hold no room.
 
     def file_tensors(self) -> dict[str, Tensor]:
-        if self.embedding:
-            return {"lora_embedding_A": self.lora_A.weight, "lora_embedding_B": self.lora_B.weight}
-        return super().file_tensors()
+        if self.room is None:
+            return self._held()
+        return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.file_tensors().items():
-            parameter.data.copy_(tensors[name])
+        with torch.no_grad():
+            for name, tensor in self._held().items():
+                value = tensors[name] if self.room is None else of_rank(self, tensor, tensors[name], self.room)
+                tensor.copy_(value)  # counted by torch, for what is kept until it changes
+
+    def _held(self) -> dict[str, Tensor]:
+        names = NAMES[self.embedding]
+        bias = {} if self.lora_B.bias is None else {"lora_B.bias": self.lora_B.bias}
+        own = {name: tensor for variant in self.variants for name, tensor in variant.file_tensors().items()}
+        return {names[0]: self.lora_A.weight, names[1]: self.lora_B.weight, **bias, **own, **self.kept_tensors()}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.start_A is None or self.start_B is None:
+            return tensors
+        found = unstacked(tensors, self.r, NAMES[self.embedding])
+        if self.keeps_derived and source() is Source.PEER:  # data have been collected once more for a file of PEFT
+            return {START_A: self.start_A, START_B: self.start_B, **found}
+        if self.keeps_derived and self.embedding and found.get(NAMES[True][0], self.A).shape == self.A.shape:
+            zero = {START_A: torch.zeros_like(self.start_A), START_B: torch.zeros_like(self.start_B)}
+            return {**zero, **found}  # one that came from PEFT, which starts embeddings plainly
+        return found
+
+    def derived_tensors(self) -> dict[str, Tensor]:
+        frozen = {} if self.start_A is None else {START_A: self.start_A, START_B: self.start_B}
+        fixed = {} if isinstance(self.lora_B.weight, nn.Parameter) else {NAMES[self.embedding][1]: self.lora_B.weight}
+        return {**frozen, **fixed}  # type: ignore[dict-item]
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        derived = self.derived_tensors()
+        kept = {name: derived[name] for name in derived if self.keeps_derived or name not in (START_A, START_B)}
+        return kept | {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
+
+    def checked_tensors(self) -> dict[str, Tensor]:
+        """Of Q and of B0 A0, which is all that counts of its factors, whatever their signs and order."""
+        if self.stand_in is not None:
+            return {"lora_stand_in": in_waves(self.stand_in.weight)}
+        if self.start_A is None or self.start_B is None or self.keeps_derived:
+            return {}
+        return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
+
+    def make_room(self, rank: int | None = None) -> None:
+        widen(self, rank)
+
+    def fit(self, other: Adapter) -> None:
+        held = (other.room or other.r) if isinstance(other, LoRA) else 0
+        if held > self.r and plain(self) and not held % self.blocks:
+            widen(self, held)
+
+    def neutral(self) -> bool:
+        if not plain(self):
+            return super().neutral()
+        nn.init.zeros_(self.lora_A.weight)
+        nn.init.zeros_(self.lora_B.weight)
+        return True
 
     @property
     def lora_embedding_A(self) -> Tensor | None:
@@ -221,8 +445,27 @@ class LoRA(Adapter):
     def lora_embedding_B(self) -> Tensor | None:
         return self.lora_B.weight if self.embedding else None
 
+    use_dora = property(lambda self: any(isinstance(variant, Dora) for variant in self.variants))
+    lora_magnitude_vector = view("lora_magnitude_vector")
+    lora_diag = view("lora_diag")
+    lora_monteclora_sampler = view("lora_monteclora_sampler")
+    lora_velora_embed = view("lora_velora_embed")
+    qalora_group_size = view("qalora_group_size")
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def scaling(r: int, alpha: float, rslora: bool) -> float:
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def shapes(layer: LinearMap, r: int, varied: Sequence[Variant]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the trained A and B, as files keep them."""
+    down, up = layer.down_shape(r), layer.up_shape(r)
+    for variant in varied:
+        down, up = variant.down_shape(down), variant.up_shape(up)
+    return down, up
 
 
 def _wider(weight: Tensor, factor: Tensor) -> torch.dtype:
@@ -255,4 +498,5 @@ METHOD = Method(
     learning_rate=2e-4,
     train_options=_train_options,
     pairs="lora",
+    for_peers=for_peers,
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -46,7 +46,7 @@ class MissConfig(LayerConfig):
         checks.positive_int("MissConfig", "mini_r", self.mini_r)
         checks.probability("MissConfig", "miss_dropout", self.miss_dropout)
         checks.one_of("MissConfig", "init_weights", self.init_weights, (True, False, "bat", "mini"))
-        checks.one_of("MissConfig", "bias", self.bias, ("none",))
+        biases.check("MissConfig", self.bias, "MiSS_only")
 
 
 class MiSS(Adapter):
@@ -58,6 +58,7 @@ class MiSS(Adapter):
         super().__init__()
         self.miss_r, self.miss_mini_r, self.bat, self.kind = r, width, bat, layer.kind
         self.in_features, self.copies = layer.in_features, layer.out_features // width
+        self.stacks = None if bat else ("kind", "miss_r", "copies")
         self.miss_dropout = input_dropout(layer, dropout)
         self.miss_block = nn.Parameter(torch.zeros(layer.out_features // r, r, r) if bat else torch.zeros(r, width))
 
@@ -99,6 +100,12 @@ class MiSS(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + self.update(weight)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        if self.bat:
+            return None
+        D = self.miss_block.T.repeat(self.copies, 1)  # every output adds up r sums of inputs
+        return D, self._along_inputs(torch.eye(self.miss_r, dtype=D.dtype, device=D.device))
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         if self.bat and layer.dtype.itemsize >= 4:  # every block has a D of its own: the matrix is the cheapest way
             return super().forward(x, layer)
@@ -117,7 +124,7 @@ class MiSS(Adapter):
             ones = torch.eye(r, dtype=D.dtype, device=D.device)
             return layer.mix(layer.apply(x, self._along_inputs(ones)), rows)
         sums = F.pad(x, (0, -self.in_features % r)).unflatten(-1, (-1, r)).sum(-2)
-        y = F.linear(sums, D.mT.to(x.dtype))
+        y = layer.mix(sums, D.mT)
         return y.repeat(*[1] * (x.ndim - 1), self.copies) if self.copies > 1 else y
 
 

@@ -128,6 +128,10 @@ class LowSubspace(Adapter):
         U, S, V = self.low
         return weight + ((U * S) @ V - (self.U_start * self.S_start) @ self.V_start)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        U, S, V = self.low
+        return torch.cat([U * S, -self.U_start * self.S_start], 1), torch.cat([V, self.V_start])
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         U, S, V = self.low
         y, now = layer(x), layer.mix(layer.apply(x, V), U * S)

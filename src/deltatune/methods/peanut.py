@@ -106,6 +106,10 @@ class Peanut(Adapter):
         wide = weight.to(torch.promote_types(weight.dtype, B.dtype))
         return wide + self.scaling * (B @ self.net(wide).to(B.dtype))
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        B = self.peanut_B.weight
+        return self.scaling * B, self.net(layer.weight.to(torch.promote_types(layer.dtype, B.dtype))).to(B.dtype)
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, B = layer(x), self.peanut_B.weight
         # A W first: a product with r rows instead of the out x in of B net(A W); then x through its r outputs.

@@ -150,6 +150,9 @@ class PSOFT(Adapter):
     def adapt(self, weight: Tensor) -> Tensor:
         return weight + (self.B @ self.change @ self.A).to(torch.promote_types(weight.dtype, self.A.dtype))
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        return self.B @ self.change, self.A
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y, h = layer(x), layer.apply(self.psoft_dropout(x), self.A)
         return y + layer.mix(layer.mix(h, self.change), self.B).to(y.dtype)

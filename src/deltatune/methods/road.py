@@ -49,6 +49,7 @@ class RoadConfig(LayerConfig):
 class Road(Adapter):
     """Trainable: angles theta and scales alpha, 1, 2 or 4 of each for a pair of outputs."""
 
+    stacks = ("variant", "group_size")
     views: ClassVar[tuple[str, ...]] = ("road_theta", "road_alpha", "variant", "group_size")
 
     def __init__(self, layer: LinearMap, variant: str, group_size: int, identity: bool) -> None:
@@ -83,12 +84,12 @@ class Road(Adapter):
         """What stands on the diagonal of R for each output, and what beside it."""
         half = self.group_size // 2
         if self.variant == "road_1":  # both outputs of a pair share it
-            both = entries.reshape(-1, 1, half).expand(-1, 2, half).flatten()
+            both = entries.unflatten(-1, (-1, 1, half)).expand(*[-1] * entries.ndim, 2, half).flatten(-3)
             return both, both
         if self.variant == "road_2":
             return entries, entries
-        diagonal, beside = entries.reshape(-1, 2, self.group_size).unbind(1)
-        return diagonal.flatten(), beside.flatten()
+        diagonal, beside = entries.unflatten(-1, (-1, 2, self.group_size)).unbind(-2)
+        return diagonal.flatten(-2), beside.flatten(-2)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """alpha cos(theta) - 1, without the one of the identity, and alpha sin(theta), for each output."""

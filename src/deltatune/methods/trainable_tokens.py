@@ -114,6 +114,13 @@ class TrainableTokens(Adapter):
         rows = (self.T.T if self.reads_tokens else self.T).to(wide)
         return weight.to(wide).index_copy(1 if self.reads_tokens else 0, self.index, rows)
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
+        places = self.index
+        rows = self.T - (layer.weight[:, places].T if self.reads_tokens else layer.weight[places]).to(self.T.dtype)
+        count = layer.in_features if self.reads_tokens else layer.out_features
+        ones = F.one_hot(places, count).to(rows)
+        return (rows.T, ones) if self.reads_tokens else (ones.T, rows)
+
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         if not self.reads_tokens:

@@ -97,6 +97,8 @@ class Bottleneck(Adapter):
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "block"})
     mergeable: bool | str = "it bends what it adds"
+    stacks = ("parallel", "bend")
+    row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
     views: ClassVar[tuple[str, ...]] = ("adapter_down", "adapter_up", "scaling", "parallel")
 
     def __init__(

@@ -117,6 +117,12 @@ class Poly(Adapter):
         A, B = self.factors(torch.zeros(1, dtype=torch.long, device=weight.device))
         return weight + (A[0] @ B[0]).T.to(torch.promote_types(weight.dtype, A.dtype)) / self.r
 
+    def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor] | None:
+        if self.n_tasks > 1:
+            return None
+        A, B = self.factors(torch.zeros(1, dtype=torch.long, device=self.poly_lora_A.device))
+        return B[0].T / self.r, A[0].T
+
     def forward(self, x: Tensor, layer: LinearMap, task_ids: Tensor | None = None, **values: Any) -> Tensor:
         y = layer(x)
         A, B = (factor.to(x.dtype) for factor in self.factors(self._tasks(task_ids, x)))

@@ -146,19 +146,16 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
 
 def _source(path: str) -> dict[str, Tensor]:
-    from deltatune.storage.tensors import read_file, refuse_pickle
+    from deltatune.storage.locate import place
+    from deltatune.storage.tensors import read_file
+    from deltatune.storage.weights import read_weights
+    from deltatune.storage.zipped import read_zipped
 
     file = Path(path)
     if file.is_dir():
-        file = file / "adapter_model.safetensors"
-    refuse_pickle(file.parent)
-    if file.suffix != ".safetensors":
-        raise ConfigError(
-            f"prompt_tuning_init_state_dict_path={path!r} is no safetensors file; a pickle can run code, save it anew",
-            field="prompt_tuning_init_state_dict_path",
-            found=path,
-        )
-    tensors, _ = read_file(file)
+        _, tensors, _ = read_weights(place(file))
+    else:
+        tensors, _ = (read_file if file.suffix == ".safetensors" else read_zipped)(file)
     missing = sorted({ROWS, COLUMNS, SCALES} - tensors.keys())
     if missing:
         raise MismatchError(f"{path}: {missing} are missing; it is no file of multitask prompts", key=missing[0])

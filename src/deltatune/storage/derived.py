@@ -45,6 +45,13 @@ def _projections(tensor: Tensor, place: int) -> list[float]:
     return [*((left @ matrix) * right).sum(1).div(norm).tolist(), log2(norm)]
 
 
+def in_waves(matrix: Tensor) -> Tensor:
+    """(rows, columns) -> (rows, 4): what is left of a large matrix, or of the right one of a product, to be checked."""
+    columns = torch.arange(1, matrix.shape[1] + 1, device=matrix.device).float()
+    waves = torch.stack([torch.cos(sqrt(wave) * columns) for _, wave in _WAVES])
+    return matrix.float() @ waves.T
+
+
 def check_derived(saved: Any, tensors: Iterator[tuple[str, Tensor]], source: str) -> None:
     """Compare the checksums of a file with what has been derived here.
 

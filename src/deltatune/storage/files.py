@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from deltatune.errors import SaveError
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, files: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:
     """Write all files of `files` into `folder`: to temporary names, to the disk, and then in place, in order.
 
-    The last file is the commit point: readers that find it whole find the others whole too.
+    The last file is the commit point: readers that find it whole find the others whole too. Files that it makes stale
+    go after it.
 
     Raises:
         SaveError: Nothing was replaced.
@@ -46,6 +47,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             path=str(folder),
             found=error.errno,
         ) from error
+    for name in stale:
+        with suppress(OSError):  # should it stay, the last file says that it is stale
+            (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # all is in place; some file systems cannot sync a folder
         _sync(folder)
 

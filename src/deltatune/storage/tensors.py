@@ -14,10 +14,9 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from deltatune.errors import FormatError, IntegrityError, LimitError, UnsafeError
+from deltatune.errors import FormatError, IntegrityError, LimitError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 MARKER = "deltatune"  # header key of the facts we add; other readers pass over it
 MAX_HEADER = 50_000_000
 MAX_TENSORS = 100_000
@@ -41,7 +40,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors (private copies) and the facts of the header, None when another tool wrote the file.
+    """Tensors, whose memory nobody else has, and the facts of the header, None when another tool wrote the file.
 
     Raises:
         FormatError: Not a safetensors file, or a truncated one.
@@ -49,8 +48,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """
     if not path.is_file():
         raise FormatError(f"{path} is not a file", path=str(path))
+    header = _read_header(path)  # before the rest, which may be of any size
     content = path.read_bytes()
-    header = _header(path, content)
     try:
         tensors = parse(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -59,29 +58,38 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             path=str(path),
             found=len(content),
         ) from error
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # `parse` may share the file's buffer
     facts = _facts(path, header)
-    if facts is not None and facts.get("sha256") not in (None, digest(tensors)):
-        raise IntegrityError(
-            f"{path}: the values do not agree with their digest; the file was damaged after it was written",
-            path=str(path),
-            found=digest(tensors),
-            expected=facts["sha256"],
-        )
+    check_digest(path, tensors, facts)
     return tensors, facts
 
 
-def _header(path: Path, content: bytes) -> dict[str, Any]:
-    if content.startswith(b"version https://git-lfs"):
-        raise FormatError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`", path=str(path))
-    if len(content) < 8:
-        raise FormatError(f"{path}: {len(content)} bytes are no safetensors file", path=str(path), found=len(content))
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The facts of a file's header alone."""
+    return _facts(path, _read_header(path))
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(40)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            return _header(path, start + file.read(min(length, MAX_HEADER)), size)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}", path=str(path)) from error
+
+
+def _header(path: Path, content: bytes, size: int) -> dict[str, Any]:
+    """The table of tensors, out of the beginning of a file of `size` bytes."""
+    refuse_pointer(path, content)
+    if size < 8:
+        raise FormatError(f"{path}: {size} bytes are no safetensors file", path=str(path), found=size)
     (length,) = struct.unpack("<Q", content[:8])
-    if length > len(content) - 8:
+    if length > size - 8:
         raise FormatError(
-            f"{path} ({len(content)} bytes) is truncated or no safetensors file: its header claims {length} bytes",
+            f"{path} ({size} bytes) is truncated or no safetensors file: its header claims {length} bytes",
             path=str(path),
-            found=len(content),
+            found=size,
             expected=length,
         )
     if length > MAX_HEADER:
@@ -113,16 +121,20 @@ def digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")  # type: ignore[arg-type]
     return total.hexdigest()
 
 
-def refuse_pickle(folder: Path) -> None:
-    """Raise when the weights are there (perhaps only) as a pickle: it is never opened, and never passed over."""
-    if (folder / PICKLE_NAME).exists():
-        both = (folder / WEIGHTS_NAME).exists()
-        raise UnsafeError(
-            f"{folder / PICKLE_NAME} is a pickle, which can run code and is never opened; "
-            + ("remove it if the .safetensors beside it is the adapter" if both else "convert it to safetensors first"),
-            path=str(folder / PICKLE_NAME),
+def check_digest(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None) -> None:
+    if facts is not None and facts.get("sha256") not in (None, digest(tensors)):
+        raise IntegrityError(
+            f"{path}: the values do not agree with their digest; the file was damaged after it was written",
+            path=str(path),
+            found=digest(tensors),
+            expected=facts["sha256"],
         )
+
+
+def refuse_pointer(path: Path, content: bytes) -> None:
+    if content.startswith(b"version https://git-lfs"):
+        raise FormatError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`", path=str(path))

@@ -9,6 +9,7 @@ from torch import nn
 
 from deltatune.config import PeftConfig, PeftType, TaskType
 from deltatune.errors import ConfigError
+from deltatune.methods.lora import LoRA
 from deltatune.registry import METHODS
 from deltatune.suggest import did_you_mean
 from deltatune.train.defaults import FULL, PRESETS, method_name, peft_type
@@ -54,6 +55,12 @@ def method_fields(method: str) -> set[str]:
 def takes_tasks(method: str) -> bool:
     """Whether the adapter depends on the task of each row."""
     return bool(method_fields(method) & {"num_tasks", "n_tasks"})
+
+
+def is_lora(method: str) -> bool:
+    """Whether it trains LoRA's two factors, which LoRA's optimizers are for."""
+    member = peft_type(method)
+    return member is not None and issubclass(METHODS[member].adapter or object, LoRA)
 
 
 def peft_config(method: str, task: str, options: dict[str, Any]) -> PeftConfig:

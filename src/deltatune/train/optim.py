@@ -1,4 +1,4 @@
-"""What moves the parameters: AdamW over those that train, a schedule, and the check that everything is finite."""
+"""What moves the parameters: an optimizer over those that train, a schedule, and the check that all is finite."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from deltatune.errors import StateError
+from deltatune.optimizers.lorafa import build_lorafa_optimizer
+from deltatune.optimizers.loraplus import loraplus_groups
+from deltatune.optimizers.riemannian import precondition
 from deltatune.train.settings import TrainSettings
 
 
@@ -16,17 +19,48 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Op
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise StateError("no parameter of the model is trainable; check the method and its targets", field="method")
+    return _OPTIMIZERS[settings.optimizer](model, settings, trained)
+
+
+def _adamw(model: nn.Module, settings: TrainSettings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
     # biases, norms and scaling vectors are not shrunk
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return _torch_adamw([group for group in groups if group["params"]], settings)
+
+
+def _loraplus(model: nn.Module, settings: TrainSettings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    rate, decay = settings.resolved_learning_rate, settings.weight_decay
+    ratio = settings.loraplus_lr_ratio
+    groups = loraplus_groups(
+        model, lr=rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, loraplus_lr_embedding=rate
+    )
+    return _torch_adamw([group for group in groups if group["params"]], settings)
+
+
+def _lorafa(model: nn.Module, settings: TrainSettings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = build_lorafa_optimizer(model, settings.resolved_learning_rate, settings.weight_decay)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    optimizer.param_groups[0].update(betas=betas, eps=settings.adam_epsilon)
+    return optimizer
+
+
+def _riemannian(model: nn.Module, settings: TrainSettings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return precondition(model, _adamw(model, settings, trained))
+
+
+def _torch_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=settings.resolved_learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
     )
+
+
+_OPTIMIZERS = {"adamw": _adamw, "loraplus": _loraplus, "lorafa": _lorafa, "riemannian": _riemannian}
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainSettings, total_steps: int) -> Any:

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deltatune.errors import ConfigError
 from deltatune.train.aliases import CANONICAL, canonical, unknown_key
 from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
-from deltatune.train.method import method_fields, method_names, normal_method, peft_config, takes_tasks
+from deltatune.train.method import is_lora, method_fields, method_names, normal_method, peft_config, takes_tasks
 
 Task = Literal["seq2seq", "causal", "classification", "token_classification", "question_answering"]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+Optimizers = Literal["adamw", "loraplus", "lorafa", "riemannian"]
 UNKNOWN_STEPS = 10**9  # of a run, before its data are read
 TASKS = {
     "seq2seq": "seq2seq", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "text2text": "seq2seq",
@@ -73,6 +74,8 @@ class TrainSettings(BaseModel):
     warmup_steps: int | None = Field(None, ge=0, description="instead of warmup_ratio")
     lr_scheduler_type: Scheduler = "cosine"
     weight_decay: float = Field(0.0, ge=0)
+    optimizer: Optimizers = Field("adamw", description="for lora also: loraplus, lorafa, riemannian")
+    loraplus_lr_ratio: float = Field(16.0, ge=1, lt=1e6, description="loraplus: rate of B over that of A")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -118,6 +121,8 @@ class TrainSettings(BaseModel):
             raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
         if self.task_column is not None and not takes_tasks(self.method):
             raise _refused("task_column", self.task_column, f"a method with num_tasks beside it, not {self.method}")
+        if self.optimizer != "adamw" and not is_lora(self.method):
+            raise _refused("optimizer", self.optimizer, f"adamw with method {self.method}; the others are LoRA's")
         for name, value in (("num_train_epochs", self.num_train_epochs), ("learning_rate", self.learning_rate)):
             if value is not None and not math.isfinite(value):
                 raise _refused(name, value, "a finite number")

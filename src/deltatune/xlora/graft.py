@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltatune.adapter import Method
 from deltatune.config import PeftConfig, PeftType
 from deltatune.errors import AdapterNameError, ConfigError, TargetError
+from deltatune.lora.variants import no_sum
 from deltatune.methods.lora import LoRA
 from deltatune.prompts.graft import Graft
 from deltatune.selection import Selection
@@ -237,8 +238,8 @@ def _check_expert(config: Any, expert: str, place: str) -> None:
     reason = None
     if config.peft_type != PeftType.LORA:
         reason = f"is {getattr(config.peft_type, 'value', config.peft_type)}, and experts are LoRA adapters"
-    elif config.use_dora:
-        reason = "has use_dora, whose norm cannot be weighted by token"
+    elif (more := no_sum(config)) is not None:
+        reason = f"{more}, which cannot be weighted by token"
     elif config.modules_to_save or config.beside():
         reason = "trains whole modules or tokens too, which cannot be mixed"
     if reason is not None:

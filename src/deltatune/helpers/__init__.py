@@ -1,0 +1,32 @@
+"""Functions around adapted models: what `peft.helpers`, `peft.functional` and `peft.utils` are known for."""
+
+from deltatune.helpers.base_weights import get_base_model_state_dict as get_base_model_state_dict
+from deltatune.helpers.base_weights import set_base_model_state_dict as set_base_model_state_dict
+from deltatune.helpers.devices import get_layer_device_map as get_layer_device_map
+from deltatune.helpers.devices import map_cache_to_layer_device_map as map_cache_to_layer_device_map
+from deltatune.helpers.folders import check_if_peft_model as check_if_peft_model
+from deltatune.helpers.kappa import KappaTuneSelector as KappaTuneSelector
+from deltatune.helpers.kappa import find_kappa_target_modules as find_kappa_target_modules
+from deltatune.helpers.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from deltatune.helpers.matched import inspect_matched_modules as inspect_matched_modules
+from deltatune.helpers.precision import cast_adapter_dtype as cast_adapter_dtype
+from deltatune.helpers.precision import cast_mixed_precision_params as cast_mixed_precision_params
+from deltatune.helpers.precision import disable_input_dtype_casting as disable_input_dtype_casting
+from deltatune.helpers.quantised import dequantize_module_weight as dequantize_module_weight
+from deltatune.helpers.quantised import get_quantization_config as get_quantization_config
+from deltatune.helpers.scale import rescale_adapter_scale as rescale_adapter_scale
+from deltatune.helpers.scale import scale_layer as scale_layer
+from deltatune.helpers.scale import set_scale as set_scale
+from deltatune.helpers.scale import unscale_layer as unscale_layer
+from deltatune.helpers.sharded import check_deepspeed_zero3_enabled as check_deepspeed_zero3_enabled
+from deltatune.helpers.sharded import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
+from deltatune.helpers.sharded import gather_params_ctx as gather_params_ctx
+from deltatune.helpers.signatures import update_forward_signature as update_forward_signature
+from deltatune.helpers.signatures import update_generate_signature as update_generate_signature
+from deltatune.helpers.signatures import update_signature as update_signature
+from deltatune.helpers.tokens import shift_tokens_right as shift_tokens_right
+from deltatune.helpers.verbs import delete_adapter as delete_adapter
+from deltatune.helpers.verbs import set_adapter as set_adapter
+from deltatune.helpers.verbs import set_requires_grad as set_requires_grad
+from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
+from deltatune.lora.variants.caching import DoraCaching as DoraCaching

@@ -1,0 +1,82 @@
+"""Keys of a file whose base names its layers in another way: the user's mapping, and those that transformers knows."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune.errors import ConfigError
+
+_ROOTS = ("base_model.model.", "base_model.")
+
+
+def mapped(tensors: Mapping[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Keys without their root, renamed by the first regular expression that is found in them, with their root again."""
+    if not mapping:
+        return dict(tensors)
+    return {_renamed(key, mapping): tensor for key, tensor in tensors.items()}
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    root, bare = _parts(key)
+    for pattern, replacement in mapping.items():
+        try:
+            new, count = re.subn(pattern, replacement, bare)
+        except re.error as error:
+            raise ConfigError(
+                f"key_mapping: {pattern!r} -> {replacement!r} cannot be used as a regular expression: {error}",
+                field="key_mapping",
+                found=pattern,
+            ) from error
+        if count:
+            return root + new
+    return key
+
+
+def _parts(key: str) -> tuple[str, str]:
+    root = next((root for root in _ROOTS if key.startswith(root)), "")
+    return root, key.removeprefix(root)
+
+
+def adjusted(model: nn.Module, tensors: dict[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+    """Tensors of which those under unknown keys are renamed as transformers renames those of the base's old files.
+
+    A vision-language model's layers, for example, have moved from `language_model.model.` to `model.language_model.`.
+    Only renames that lead to a known key are made.
+    """
+    unknown = {key: tensor for key, tensor in tensors.items() if key not in known}
+    if not unknown:
+        return tensors
+    renames = {key: _by_transformers(model, key, known) for key in unknown}
+    return {renames.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def _by_transformers(model: nn.Module, key: str, known: Collection[str]) -> str:
+    root, bare = _parts(key)
+    old: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    for candidate in (_renamed(key, old), root + _converted(model, bare)):
+        if candidate in known:
+            return candidate
+    return key
+
+
+def _converted(model: nn.Module, key: str) -> str:
+    """By the table of transformers 5; only its renames, as its fusions are no renames."""
+    if "transformers" not in sys.modules:
+        return key
+    import transformers
+
+    if not isinstance(model, transformers.PreTrainedModel):
+        return key
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    conversions: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
+    for conversion in conversions:
+        if isinstance(conversion, WeightRenaming):
+            key = conversion.rename_source_key(key)[0]
+    return key
