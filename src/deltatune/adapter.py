@@ -136,6 +136,7 @@ class Adapter(Stored):
             rows, before theirs (`rows` is 1), and x (rows, tokens, in). None: one after the other. Not inherited.
         row_numbers: Attributes that are numbers and may differ between such adapters; (rows, 1, 1) where they do.
         views: Attributes that programs read per adapter on a layer, as in `layer.lora_A["default"]`.
+        configured_scaling: The factor of the update that the config asks for, where programs may change it.
         shared: What `Method.shared` has built for all layers together. The model holds it, an adapter refers to it: it
             is none of the adapter's own modules.
     """
@@ -153,6 +154,7 @@ class Adapter(Stored):
     row_numbers: ClassVar[tuple[str, ...]] = ()
     rows: int = 0
     views: ClassVar[tuple[str, ...]] = ()
+    configured_scaling: float | None = None
     shared: Any = None
 
     @classmethod
@@ -253,6 +255,12 @@ class Adapter(Stored):
     def settle(self, layer: LinearMap) -> None:
         """A file has been read, by this adapter and by what it shares: work out again what depends on both and W."""
 
+    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        """Tensors that programs know by one name on the layer, as in `layer.hada_w1_a["default"]`: who holds each."""
+        own = {**self._parameters, **self._buffers}
+        hidden = self._non_persistent_buffers_set
+        return {name: (self, name) for name, tensor in own.items() if tensor is not None and name not in hidden}
+
     def everything(self) -> Iterator[nn.Parameter]:
         """What this adapter computes with: its own parameters and the shared ones."""
         yield from self.parameters()
@@ -333,6 +341,7 @@ class Method:
         learning_rate: What `deltatune train` uses when the user names none; perhaps a function of the options.
         train_options: Options that `deltatune train` sets where the user does not: those given -> those to add.
         run_options: Likewise, with the number of optimizer steps: (those given, steps) -> those to add.
+        entered: Model type -> layers that programs have entered as its defaults, before ours.
         for_peers: Rewrites what goes into a file where other programs would read something else out of it: (config, its
             values, tensors, keys that have to be kept, whether any program is to read it) -> (values, tensors, values
             of the config that only we read).
@@ -359,6 +368,7 @@ class Method:
     for_peers: Callable[..., tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] | None = None
     weighted_sum: Callable[[dict[str, list[tuple[float, Any]]]], tuple[dict[str, Any], dict[str, Any]]] | None = None
     pairs: str = ""
+    entered: dict[str, Any] = field(default_factory=dict)
 
     def build(self, layers: dict[str, LinearMap], config: Any) -> tuple[dict[str, Adapter], Stored | None]:
         """Fresh adapters for layers by path, and what they share."""
@@ -374,6 +384,8 @@ class Method:
 
     def usual_targets(self, model_type: str, config: Any = None) -> Any:
         """The layers that it adapts in an architecture when the user names none; None where they are not known."""
+        if model_type in self.entered:
+            return self.entered[model_type]
         found = None if self.default_targets is None else self.default_targets(model_type)
         return found(self.config() if config is None else config) if callable(found) else found
 

@@ -36,6 +36,11 @@ def usual_targets(model_type: str) -> Any:
     return _TARGETS.get(model_type)
 
 
+def model_types() -> list[str]:
+    """The architectures that are known."""
+    return list(_TARGETS)
+
+
 _LLAMAS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 _PROJECTIONS: dict[str, list[str]] = {
     **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"), _LLAMAS),

@@ -182,7 +182,8 @@ class PeftConfig:
         from deltatune.storage.files import write_files
 
         mapping = kwargs.get("auto_mapping_dict")
-        values = {**self.to_file_dict(), **({} if mapping is None else {"auto_mapping": mapping})}
+        values = {**self.to_file_dict(), "inference_mode": self.inference_mode}  # of a config alone, as PEFT
+        values |= {} if mapping is None else {"auto_mapping": mapping}
         text = json.dumps(values, indent=2, sort_keys=True)
         write_files(Path(save_directory), {CONFIG_NAME: text.encode()})
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltatune.compat import CopyViews
 from deltatune.selection import Selection, by_adapter
 
 
-class TrainedCopies(nn.Module):
+class TrainedCopies(CopyViews, nn.Module):
     """Stands where a module stood, holds it as `original_module` and one trained copy per adapter.
 
     When several active adapters have a copy, the last of them is used.

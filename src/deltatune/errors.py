@@ -36,6 +36,10 @@ class TargetError(PeftError, ValueError):
     """A target names no layer of the model, or a layer that cannot take the method."""
 
 
+class NoMatchingPeftModuleError(TargetError):
+    """The targets of a config name no layer of the model at all."""
+
+
 class AdapterNameError(PeftError, ValueError):
     """An adapter name that cannot be used, or that is not there."""
 

@@ -33,6 +33,18 @@ class Factor(nn.Module):
         self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
 
     @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """For programs that call `layer.lora_A["default"](x)` as the linear layer that it is in PEFT."""
+        return F.linear(x, self.matrix, self.bias)
+
+    @property
     def matrix(self) -> Tensor:
         """The tensor as a matrix: a convolution's kernel positions join its channels."""
         return self.weight.flatten(1 + self.rows)

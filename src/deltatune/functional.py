@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from deltatune.names import check_name
 from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
-from deltatune.state_dict import Loaded, check, collect, fill, fitting, matched, replaced, translated
+from deltatune.state_dict import ROOT, Loaded, check, collect, fill, fitting, matched, replaced, translated
 from deltatune.storage.embeddings import Replacements, saved_embeddings
 from deltatune.storage.keys import adjusted
 
@@ -33,8 +34,12 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Graft an adapter onto a model of any kind, in place, without a `PeftModel` around it; returns the model.
 
-    With `state_dict` the adapter's tensors are filled from it at once; with `low_cpu_mem_usage` they have no numbers
-    until `set_peft_model_state_dict` gives them some.
+    The new one is the active one, as in PEFT. The model's `peft_config` holds the configs by name, as programs expect.
+
+    Args:
+        state_dict: Tensors under the keys of an adapter's file. The layers they name are adapted, whatever the config
+            targets, and start from them.
+        low_cpu_mem_usage: The adapter's tensors have no numbers until `set_peft_model_state_dict` gives them some.
     """
     check_name(adapter_name)
     method = METHODS[peft_config.peft_type]  # type: ignore[index]
@@ -47,19 +52,40 @@ def inject_adapter_in_model(
     selection = present[0] if present else Selection()
     with inject.unchanged_on_error(model):
         with empty.without_numbers(low_cpu_mem_usage):
-            inject.graft(model, peft_config, adapter_name, selection)
+            _graft(model, peft_config, adapter_name, selection, state_dict)
         try:
             if state_dict is not None:
                 set_peft_model_state_dict(model, state_dict, adapter_name)
-            if not present:
-                inject.freeze(model)
-                selection.active = (adapter_name,)
         except BaseException:
             inject.remove(model, adapter_name)
             raise
-    trains = adapter_name in selection.active and not peft_config.inference_mode
-    inject.train(model, selection, [adapter_name], trains)
+        if not present:
+            inject.freeze(model)
+        selection.active = (adapter_name,)
+        inject.train(model, selection, selection.trained - {adapter_name}, False)
+        inject.train(model, selection, [adapter_name], not peft_config.inference_mode)
+    _configs(model)[adapter_name] = peft_config
     return model
+
+
+def _graft(
+    model: nn.Module, config: Any, name: str, selection: Selection, state_dict: Mapping[str, Tensor] | None
+) -> None:
+    if state_dict is None:
+        inject.graft(model, config, name, selection)
+        return
+    prefix = METHODS[config.peft_type].key_prefix
+    named = {key.removeprefix(ROOT).partition(f".{prefix}")[0] for key in state_dict if f".{prefix}" in key}
+    narrowed = copy.copy(config)
+    narrowed.target_modules = sorted(path for path, _ in inject.targets.walk(model) if path in named) or ["nothing"]
+    inject.graft(model, narrowed, name, selection)
+
+
+def _configs(model: Any) -> dict[str, PeftConfig]:
+    """The configs by adapter name that a model without a `PeftModel` around it carries."""
+    if not isinstance(vars(model).get("peft_config"), dict):
+        model.peft_config = {}
+    return model.peft_config
 
 
 def get_peft_model_state_dict(

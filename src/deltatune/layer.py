@@ -18,6 +18,7 @@ from deltatune.bases.parallel import ParallelLinear
 from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
+from deltatune.live_names import say_names
 from deltatune.selection import Call, Selection
 from deltatune.weight import LazyWeight
 
@@ -62,6 +63,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.is_block = seen is None  # then layers in it keep the paths they had without it
         self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
         self.training = base_layer.training
+        self.register_load_state_dict_post_hook(say_names)
 
     def as_map(
         self,
@@ -238,8 +240,22 @@ class AdaptedLayer(LayerViews, nn.Module):
         like_old = old_weight if old_bias is None else old_bias
         return Merged(names, held, None if bias is None else like(bias, like_old), lost(base, weight, held))
 
-    def merge(self, new: Merged) -> None:
+    def more_merged(self, names: Iterable[str], check: bool) -> Merged:
+        """The same with the named adapters beside those that are merged already, from the parameters that were kept."""
+        before = self.stash
+        if before is None:
+            return self.merged_parameters(names, check)
+        weight, bias = self._kept()
+        assert weight is not None
+        self.unmerge()
+        try:
+            return self.merged_parameters((*before.names, *names), check)
+        finally:
+            self.swap_in(Merged(before.names, weight, bias))
+
+    def swap_in(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
+        self.unmerge()
         weight, bias = self._kept()
         assert weight is not None
         old = Merged(new.names, weight, bias)

@@ -26,6 +26,7 @@ from deltatune.inputs import rows as input_rows
 from deltatune.inputs.stage import INPUT
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
+from deltatune.peer.verbs import PeerVerbs
 from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.key_values import Prefix
@@ -34,7 +35,7 @@ from deltatune.selection import Call, Recomputation
 from deltatune.tuner import Tuner
 
 
-class PeftModel(Persistence, nn.Module):
+class PeftModel(Persistence, PeerVerbs, nn.Module):
     """A base model with adapters.
 
     Args:

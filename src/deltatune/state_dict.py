@@ -72,7 +72,7 @@ def parts(model: nn.Module, name: str) -> list[Part]:
     ]
     found = [part for part in found if part.tensors or part.derived]  # a tied layer's are those of the layer it follows
     found += [
-        Part(f"{path}.", copies.modules_to_save[name].state_dict(), _filler(copies, name))
+        Part(f"{path}.", copies.modules_to_save[name].state_dict(keep_vars=True), _filler(copies, name))
         for path, copies in trained_copies(model)
         if name in copies.modules_to_save
     ]

@@ -10,6 +10,7 @@ from torch import nn
 
 from deltatune.adapter import Adapter
 from deltatune.inject import adapted_layers, trained_copies
+from deltatune.registry import METHODS
 
 Answer = bool | Literal["irregular"]
 
@@ -51,10 +52,17 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     bare = _bare(model)
     entries = []
     for path, layer in adapted_layers(bare):
-        entries.append(_entry(path, type(layer.base_layer).__name__, layer, layer.adapters, layer.merged_adapters))
+        entries.append(_entry(path, _kind(layer), layer, layer.adapters, layer.merged_adapters))
     for path, copies in trained_copies(bare):
         entries.append(_entry(path, "TrainedCopies", copies, copies.modules_to_save, []))
     return entries
+
+
+def _kind(layer: Any) -> str:
+    """As PEFT says it: the method, and the class of the layer."""
+    adapters = [type(adapter) for adapter in layer.adapters.values()][:1]
+    names = [method.name for method in METHODS.values() if method.adapter in adapters][:1]
+    return ".".join([*names, type(layer.base_layer).__name__])
 
 
 def _entry(path: str, kind: str, wrapper: Any, holders: nn.ModuleDict, merged: list[str]) -> TunerLayerStatus:
@@ -86,7 +94,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     merged = [layer.merged_adapters for layer in layers if layer.module_type != "TrainedCopies"]
     return TunerModelStatus(
         base_model_type=type(bare).__name__,
-        adapter_model_type=type(getattr(model, "base_model", bare)).__name__,
+        adapter_model_type=_tuner_name(model),
         peft_types={
             name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()
         },
@@ -105,6 +113,15 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         available_adapters=names,
         devices={name: sorted({d for layer in layers for d in layer.devices.get(name, [])}) for name in names},
     )
+
+
+def _tuner_name(model: nn.Module) -> str:
+    """PEFT's class for what is around the base: by the method, if there is one."""
+    from deltatune.peer.methods import TUNERS
+
+    types = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    names = [named.model for named in TUNERS if types == {named.peft_type}]
+    return names[0] if names else type(getattr(model, "base_model", _bare(model))).__name__
 
 
 def _bare(model: nn.Module) -> nn.Module:

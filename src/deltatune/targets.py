@@ -16,7 +16,7 @@ from deltatune.bases import as_map, supported
 from deltatune.bases.block import Block
 from deltatune.config import PeftConfig, TaskType
 from deltatune.copies import TrainedCopies
-from deltatune.errors import TargetError
+from deltatune.errors import NoMatchingPeftModuleError, TargetError
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
 from deltatune.patterns import by_layer, name_matches, pattern_value
@@ -155,14 +155,14 @@ def _refuse_unsupported(found: dict[str, nn.Module], blocks: bool) -> None:
             )
 
 
-def _nothing(model: nn.Module, modules: dict[str, nn.Module], config: Any) -> TargetError:
+def _nothing(model: nn.Module, modules: dict[str, nn.Module], config: Any) -> NoMatchingPeftModuleError:
     wanted = config.target_modules
     names = sorted(wanted) if isinstance(wanted, (set, list)) else [wanted]
     linear = [path for path, module in modules.items() if _is_linear(module)]
     by_ending = {path.rpartition(".")[2]: path for path in reversed(linear)}
     close = [by_ending[near] for name in names for near in nearest(str(name).rpartition(".")[2], by_ending, 3)]
     examples = (close or linear)[:5] or list(modules)[:5]
-    return TargetError(
+    return NoMatchingPeftModuleError(
         f"target {wanted if isinstance(wanted, str) else names!r} matches no module of {type(model).__name__} "
         f"(exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}); "
         f"its layers are named like {examples}",

@@ -10,6 +10,7 @@ from torch import nn
 
 from deltatune.config import PeftConfig, TaskType
 from deltatune.model import PeftModel
+from deltatune.peer.mixed import PeftMixedModel
 
 Task = TypeVar("Task", bound=type[PeftModel])
 
@@ -90,12 +91,12 @@ def get_peft_model(
     Args:
         model: Any `nn.Module`; methods that act on attention or inputs need a transformers model.
         peft_config: Which method, where, how large. It is filled in with what the model tells (targets, sizes).
-        mixed: Accepted; adapters of different methods can always stand on one model.
+        mixed: Return a `PeftMixedModel`, whatever the task. Any model can have adapters of different methods.
 
     Raises:
         PeftError: The config does not fit the model, which is left as it was.
     """
     if revision is not None:
         peft_config.revision = revision
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    kind = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

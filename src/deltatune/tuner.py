@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltatune import inject, replication
 from deltatune.config import PeftConfig
-from deltatune.errors import AdapterNameError, MergeError, StateError
+from deltatune.errors import AdapterNameError, MergeError
 from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
@@ -146,28 +146,27 @@ class Tuner(PeerLosses, nn.Module):
         """Compute the adapted weights once and put them into the layers, which then run like plain layers.
 
         The original parameters are kept and come back, the same objects, with `unmerge_adapter()`. All new weights are
-        computed before the first is put in place.
+        computed before the first is put in place. Adapters that are merged already stay so, beside the new ones.
 
         Args:
             adapter_names: Adapters to merge, in order; the active ones by default.
             safe_merge: Refuse weights that are not finite.
         """
         names = self._mergeable(adapter_names)
-        layers = [layer for _, layer in inject.adapted_layers(self.model)]
-        if any(layer.merged for layer in layers):
-            raise StateError("adapters are merged already; call unmerge_adapter() first")
         planned: list[tuple[Any, Merged]] = []
         paths: list[str] = []
         for path, layer in inject.adapted_layers(self.model):
-            if any(name in layer.adapters for name in names):
+            if new := layer.unmerged(names):
                 try:
-                    planned.append((layer, layer.merged_parameters(names, safe_merge)))
+                    planned.append((layer, layer.more_merged(new, safe_merge)))
                     paths.append(path)
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
+        if not planned:
+            warn(f"merge_adapter: nothing of {list(names)} is left to merge")
         _keep_tied(planned)
         for layer, merged in planned:
-            layer.merge(merged)
+            layer.swap_in(merged)
         self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
         path, lost = max(self.merge_loss.items(), key=lambda item: item[1], default=("", 0.0))
         if lost > LOST_WORTH_SAYING:
@@ -255,6 +254,34 @@ class Tuner(PeerLosses, nn.Module):
         for name in names:
             if name in self.grafts:
                 self.grafts[name].encoder.requires_grad_(trains)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take a layer method's adapter off the layers; `PeftModel.delete_adapter` is the verb for a model."""
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"no adapter named {adapter_name!r}; there are {list(self.peft_config)}")
+        from deltatune.functional import delete_adapter
+
+        delete_adapter(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        self.schedules.pop(adapter_name, None)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Graft the adapter whose config `peft_config` has under that name; it becomes the active one.
+
+        Args:
+            model: The model of this tuner.
+            state_dict: Tensors under the keys of an adapter's file: the layers it names are adapted and start there.
+        """
+        from deltatune.functional import inject_adapter_in_model
+
+        inject_adapter_in_model(self.peft_config[adapter_name], model, adapter_name, low_cpu_mem_usage, state_dict)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", None)

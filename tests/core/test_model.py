@@ -15,6 +15,7 @@ from deltatune import (
     get_layer_status,
     get_model_status,
     get_peft_model,
+    inject,
 )
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MergeError, PeftWarning, StateError
@@ -88,8 +89,17 @@ def test_merged_switched_and_merged_again(model):
     apart = logits(model, INPUTS)
     model.base_model.merge_adapter()
     assert_close(logits(model, INPUTS), apart, rtol=1e-4, atol=1e-4)
-    with pytest.raises(StateError, match="merged already"):
+    with pytest.warns(PeftWarning, match="nothing of"):
         model.base_model.merge_adapter()
+    kept = {layer: layer.stash.weight for _, layer in inject.adapted_layers(model.get_base_model()) if layer.merged}
+    model.base_model.merge_adapter(["other"])
+    assert kept and all(layer.stash.weight is weight for layer, weight in kept.items())
+    both = logits(model, INPUTS)
+    model.base_model.unmerge_adapter()
+    model.base_model.merge_adapter(["default", "other"])
+    assert torch.equal(logits(model, INPUTS), both) and not torch.allclose(both, apart, atol=1e-3)
+    model.base_model.unmerge_adapter()
+    model.base_model.merge_adapter()
     with pytest.raises(StateError, match="is merged"):
         model.delete_adapter("default")
     with pytest.raises(StateError, match="merged"):
@@ -136,7 +146,7 @@ def test_a_broken_layer_stops_merging_before_the_first_is_changed(model):
 def test_status(model):
     layers, whole = get_layer_status(model), get_model_status(model)
     assert len(layers) == whole.num_adapter_layers == 9 and layers[0].name == "model.model.layers.0.self_attn.q_proj"
-    assert layers[0].module_type == "Linear" and layers[0].available_adapters == ["default", "other"]
+    assert layers[0].module_type == "lora.Linear" and layers[0].available_adapters == ["default", "other"]
     assert (
         layers[0].requires_grad == {"default": True, "other": False} and whole.requires_grad == layers[0].requires_grad
     )

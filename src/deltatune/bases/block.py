@@ -5,7 +5,7 @@ What is adapted is its output, the first tensor of what it returns. Adapters are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ def width_of(model: nn.Module, path: str) -> int:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if isinstance(getattr(text, "hidden_size", None), int):
             return text.hidden_size
-    for module in reversed([m for name, m in around[-1].named_modules() if ".adapters." not in name]):
+    for module in reversed([around[-1], *_inside(around[-1])]):
         if isinstance(module, nn.LayerNorm):
             return module.normalized_shape[-1]
         if isinstance(module, nn.Linear):
@@ -82,6 +82,14 @@ def width_of(model: nn.Module, path: str) -> int:
         field="target_modules",
         path=path,
     )
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a block, without those that adapters have brought."""
+    for name, child in module._modules.items():
+        if child is not None and name != "adapters":
+            yield child
+            yield from _inside(child)
 
 
 def first_tensor(values: Any) -> Tensor:

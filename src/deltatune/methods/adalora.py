@@ -161,6 +161,7 @@ class AdaLoRA(Adapter):
         self.lora_A = nn.Parameter(torch.randn(r, layer.in_features))
         self.lora_E = nn.Parameter(torch.randn(r, 1))
         self.lora_B = nn.Parameter(torch.randn(layer.out_features, r))
+        torch.randn(1)  # PEFT draws its count of ranks too: equal seeds give equal adapters
 
     @classmethod
     def build(cls, layer: LinearMap, config: AdaLoraConfig, path: str) -> AdaLoRA:

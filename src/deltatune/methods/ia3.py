@@ -53,7 +53,8 @@ class IA3(Adapter):
         shape = (features, 1) if matrix_of_outputs else (1, features, *[1] * trailing)
         if not ones:
             self.identity_at_birth = "init_ia3_weights=False draws the vector"
-        self.ia3_l = nn.Parameter(torch.ones(shape) if ones else torch.randn(shape))
+        drawn = torch.randn(shape)  # in any case, as PEFT does: what is drawn after it is the same there and here
+        self.ia3_l = nn.Parameter(torch.ones(shape) if ones else drawn)
 
     @classmethod
     def build(cls, layer: LinearMap, config: IA3Config, path: str) -> IA3:

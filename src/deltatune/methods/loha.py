@@ -53,7 +53,8 @@ class LoHa(Adapter):
         self, layer: LinearMap, r: int, alpha: float, dropout: RowDropout, effective: bool, start_at_zero: bool
     ) -> None:
         super().__init__()
-        self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.scaling = self.configured_scaling = alpha / r
         self.embedding, self.groups = layer.kind == "embedding", layer.groups
         inner = layer.in_features // layer.groups
         up, down, core = (layer.out_features, r), (r, inner), None
@@ -65,15 +66,20 @@ class LoHa(Adapter):
             self.register_parameter(f"hada_w{index}_a", nn.Parameter(torch.empty(up)))
             self.register_parameter(f"hada_w{index}_b", nn.Parameter(torch.empty(down)))
             self.register_parameter(f"hada_t{index}", None if core is None else nn.Parameter(torch.empty(core)))
-        for factor in self.parameters():
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))  # as FedPara
-        if start_at_zero:
-            nn.init.zeros_(self.hada_w2_b)
-        else:
-            self.identity_at_birth = "init_weights=False draws all factors"
+        self._start(start_at_zero)
         # x can go through the r^2 rows and columns that make up the product; too many cost more than the matrix
         out, width = layer.out_features, layer.in_features
         self.through_factors = core is None and layer.groups == 1 and r * r * (out + width) < out * width
+
+    def _start(self, at_zero: bool) -> None:
+        if not at_zero:
+            self.identity_at_birth = "init_weights=False draws all factors"
+        cores = (self.hada_t1, self.hada_t2)  # last, as in PEFT: equal seeds give equal adapters
+        for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b, *cores):
+            if factor is self.hada_w2_b and at_zero:
+                nn.init.zeros_(self.hada_w2_b)
+            elif factor is not None:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))  # as FedPara
 
     @classmethod
     def build(cls, layer: LinearMap, config: LoHaConfig, path: str) -> LoHa:

@@ -72,7 +72,8 @@ class LoKr(Adapter):
 
     def __init__(self, layer: LinearMap, r: int, alpha: float, dropout: RowDropout, config: LoKrConfig) -> None:
         super().__init__()
-        self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.scaling = self.configured_scaling = alpha / r
         self.kind, self.groups, self.out_features = layer.kind, layer.groups, layer.out_features
         sizes = layer.down_shape(1)[2:]
         p, q = sides(layer.out_features, config.decompose_factor)
@@ -102,14 +103,15 @@ class LoKr(Adapter):
         return cls(layer, r, alpha, dropout, config)
 
     def _start(self, init: bool | str) -> None:
-        for factor in self.parameters():
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        zero = None
         if init is True:
-            nn.init.zeros_(self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a)
+            zero = self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a
         elif init == "lycoris":
-            nn.init.zeros_(self.lokr_w2 if self.lokr_w2 is not None else self.lokr_w2_b)
+            zero = self.lokr_w2 if self.lokr_w2 is not None else self.lokr_w2_b
         else:
             self.identity_at_birth = "init_weights=False draws all factors"
+        for factor in self.parameters():
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5)) if factor is not zero else nn.init.zeros_(factor)
 
     @property
     def rank_dropout(self) -> float:
@@ -176,7 +178,7 @@ def _linear(h: Tensor, factor: Tensor) -> Tensor:
     return F.linear(h, factor.to(h.dtype))
 
 
-def sides(size: int, factor: int) -> tuple[int, int]:
+def sides(size: int, factor: int = -1) -> tuple[int, int]:
     """Two sides whose product is `size`, the first near `factor`, or near the square root."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor

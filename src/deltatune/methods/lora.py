@@ -185,7 +185,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__()
         self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
-        self.scaling = scaling(r, alpha, rslora)
+        self.scaling = self.configured_scaling
         self.lora_dropout = nn.Dropout(dropout) if dropout else NO_DROPOUT
         self.blocks = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
         self.embedding = layer.kind == "embedding"
@@ -237,12 +237,18 @@ class LoRA(Adapter):
         own = config is None or isinstance(config, LoraConfig)
         return tying.follow(self, layer) if self.followed and own else None
 
+    @property
+    def configured_scaling(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return scaling(self.r, self.lora_alpha, self.use_rslora)
+
     def _begin(self, start: Start) -> None:
         wide = torch.promote_types(start.A.dtype, torch.float32)
         A, B = start.A.to(wide).contiguous(), start.B.to(wide).contiguous()
         self.lora_A.weight.data, self.lora_B.weight.data = (
             factor.reshape(own.weight.shape) for factor, own in ((A, self.lora_A), (B, self.lora_B))
         )
+        if self.lora_B.bias is not None and start.bias is not None:
+            self.lora_B.bias.data = start.bias
         self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
         if start.stand_in is not None:
             self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
@@ -436,6 +442,11 @@ class LoRA(Adapter):
         nn.init.zeros_(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
         return True
+
+    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        if not self.embedding:
+            return super().live_tensors()
+        return {"lora_embedding_A": (self.lora_A, "weight"), "lora_embedding_B": (self.lora_B, "weight")}
 
     @property
     def lora_embedding_A(self) -> Tensor | None:

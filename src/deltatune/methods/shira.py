@@ -63,6 +63,7 @@ class Shira(Adapter):
     def __init__(self, layer: LinearMap, r: int, indices: Tensor | None, zeros: bool) -> None:
         super().__init__()
         self.r, self.scaling, self.kind = r, 1.0, layer.kind
+        self.configured_scaling = 1.0
         self.shape, count = (layer.out_features, layer.in_features), r * (layer.in_features + layer.out_features)
         self.shira_weight = nn.Parameter(torch.zeros(count) if zeros else torch.randn(count))
         if not zeros:

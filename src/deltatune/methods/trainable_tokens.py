@@ -164,8 +164,13 @@ METHOD = Method(
 class TokenAdapter(TrainableTokens):
     """The same beside another method: files have another name for it there, and have it once."""
 
+    views: ClassVar[tuple[str, ...]] = (*TrainableTokens.views, "token_adapter")
+
     def file_tensors(self) -> dict[str, Tensor]:
         return {f"token_adapter.{name}": rows for name, rows in super().file_tensors().items() if self.owner}
+
+    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        return {f"token_adapter.{name}": place for name, place in super().live_tensors().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
         if self.owner:

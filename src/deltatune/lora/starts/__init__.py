@@ -27,6 +27,7 @@ from deltatune.lora.starts.pissa import pissa, pissa_niter
 from deltatune.lora.starts.plain import gaussian, plain, random
 from deltatune.lora.starts.start import Site as Site
 from deltatune.lora.starts.start import Start as Start
+from deltatune.lora.starts.start import birth
 
 ANY = frozenset({"linear", "embedding", "conv"})
 LINEAR = frozenset({"linear"})
@@ -110,5 +111,5 @@ def begin(site: Site) -> Start:
             "in a file of PEFT leaves open where the adapter began on",
             "PEFT cannot restore either; save it there with path_initial_model_for_weight_conversion",
         )
-    start = kind.begin(site)
+    start = kind.begin(replace(site, born=birth(site)))
     return replace(start, again=start.again and agrees)

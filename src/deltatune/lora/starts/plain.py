@@ -14,10 +14,14 @@ def plain(site: Site) -> Start:
 
 
 def gaussian(site: Site) -> Start:
+    if site.map.kind == "embedding":
+        return plain(site)  # as PEFT
     return Start(torch.empty(site.down).normal_(std=1 / site.r), torch.zeros(site.up))
 
 
 def random(site: Site) -> Start:
     """Both factors drawn, so that a fresh adapter changes the output."""
     reason = "init_lora_weights=False draws both factors"
-    return Start(kaiming(*site.down), kaiming(*site.up), at_birth=reason)
+    assert site.born is not None
+    A, B, bias = site.born
+    return Start(A, B, bias=bias, at_birth=reason)

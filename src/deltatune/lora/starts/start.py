@@ -26,6 +26,7 @@ class Start:
         again: Config and base weight give the same factors again, here and in PEFT, so that files need not hold them.
         fixed_B: B does not train.
         stand_in: What takes the place of W.
+        bias: B's own, if it has one and does not begin at zero.
         at_birth: True, or why a fresh adapter changes the output.
     """
 
@@ -35,6 +36,7 @@ class Start:
     again: bool = True
     fixed_B: bool = False
     stand_in: Quantised | None = None
+    bias: Tensor | None = None
     at_birth: bool | str = True
 
 
@@ -44,6 +46,8 @@ class Site:
 
     `down` and `up` are the shapes in which A and B train, others than (r, in) and (out, r) under some variants and
     under convolutions with groups. Starts that draw are for any of them, those that work A and B out for these alone.
+    `born` is A, B and B's bias as PEFT draws them before any start, which keeps them or draws over them: drawn here as
+    well, equal seeds give equal adapters.
     """
 
     map: LinearMap
@@ -53,6 +57,7 @@ class Site:
     path: str
     down: tuple[int, ...]
     up: tuple[int, ...]
+    born: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     @property
     def W(self) -> Tensor:
@@ -84,6 +89,14 @@ class Site:
 def kaiming(*shape: int) -> Tensor:
     """As nn.Linear starts: uniform on +- 1 / sqrt(numbers in a row)."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+
+
+def birth(site: Site) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `Site.born` is."""
+    if site.map.kind == "embedding":
+        return torch.randn(site.down), torch.randn(site.up), None
+    A, B, bound = kaiming(*site.down), kaiming(*site.up), 1 / math.sqrt(site.r)
+    return A, B, torch.empty(site.map.out_features).uniform_(-bound, bound) if site.options.lora_bias else None
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""What only programs written for PEFT ask for: classes for `isinstance`, tables, small functions. See `as_peft`."""
