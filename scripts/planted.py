@@ -222,7 +222,10 @@ MUTANTS = [
     Mutant("miss", "bat with D transposed", '"joik,jkl->joil"', '"joik,jlk->joil"'),
     Mutant("delora", "rank forgotten", "self.delora_lambda / self.r / (a * b)", "self.delora_lambda / (a * b)"),
     Mutant(
-        "delora", "norms of rows and columns exchanged", "self.delora_A.norm(dim=-1)", "self.delora_A.norm(dim=0).mean()"
+        "delora",
+        "norms of rows and columns exchanged",
+        "self.delora_A.norm(dim=-1)",
+        "self.delora_A.norm(dim=0).mean()",
     ),
     Mutant("delora", "norms of the weight forgotten", "self.delora_A * self.delora_w_norm", "self.delora_A * 1"),
     Mutant(
@@ -355,7 +358,9 @@ MUTANTS = [
         "index_add(1 if self.reads_tokens else 0",
     ),
     Mutant("beft", "wrong sign of the bias", "bias + d", "bias - d"),
-    Mutant("beft", "missing in the forward pass", "shift(layer(x), self.beft_bias.flatten(self.rows), layer)", "layer(x)"),
+    Mutant(
+        "beft", "missing in the forward pass", "shift(layer(x), self.beft_bias.flatten(self.rows), layer)", "layer(x)"
+    ),
     Mutant("glora", "A added, not multiplied", "adapted + weight * self.glora_A.value", "adapted + self.glora_A.value"),
     Mutant("glora", "bias of the base scaled too", "bias + bias * a", "bias"),
     Mutant("supertuning", "the smallest entries", "largest=largest", "largest=not largest"),

@@ -14,6 +14,7 @@ import sys
 
 from deltatune.as_peft.finder import FINDER, ROOT, ours
 from deltatune.errors import StateError
+from deltatune.kernels import low_rank
 
 
 def install() -> None:
@@ -39,10 +40,12 @@ def install() -> None:
             "transformers has been imported in this process and remembers that there is no peft; "
             "import deltatune.as_peft before transformers"
         )
+    low_rank.own_dropout = False  # under equal seeds programs get the numbers that they got with PEFT
 
 
 def uninstall() -> None:
     """Take the hook and its modules away. Programs that have imported names keep them."""
+    low_rank.own_dropout = True
     if FINDER in sys.meta_path:
         sys.meta_path.remove(FINDER)
     for name in [name for name in sys.modules if name.split(".")[0] == ROOT and ours(name)]:

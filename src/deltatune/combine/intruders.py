@@ -56,7 +56,7 @@ def reduce_intruder_dimension(
     copies = lora.Copies.of(base, {old_adapter_name: config})
     old, found, counts = dict(layers_of(base, old_adapter_name)), {}, {}
     for path, layer in old.items():
-        adapter = layer.adapters[old_adapter_name]
+        adapter: Any = layer.adapters[old_adapter_name]
         if isinstance(adapter.core, LoRA):
             change = _plain(path, read(layer, old_adapter_name))
             intruders = _intruders(layer, change, top_k, threshold_epsilon)
