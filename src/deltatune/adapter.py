@@ -234,6 +234,11 @@ class Adapter(Stored):
         """A term of the loss of a training step; the model sums those of all layers of its active adapters."""
         return None
 
+    @property
+    def core(self) -> Adapter:
+        """The method's own adapter, where this one is more than that."""
+        return self
+
     @classmethod
     def penalises(cls, config: Any) -> bool:
         """Whether adapters of a config have such a term; where none has, no training step looks for one."""

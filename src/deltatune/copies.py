@@ -23,8 +23,9 @@ class TrainedCopies(CopyViews, nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.selection = selection
 
-    def add(self, name: str) -> None:
-        made = copy.deepcopy(self.original_module)
+    def add(self, name: str, shared: dict[int, Any] | None = None) -> None:
+        """A copy for one more adapter; `shared` are tensors by the id of those they are copies of."""
+        made = copy.deepcopy(self.original_module, shared)
         made.requires_grad_(True)
         self.modules_to_save[name] = made
         self.train(self.original_module.training)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import calls, empty, targets
+from deltatune import biases, calls, empty, replication, targets, tying
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
+from deltatune.fused import graft as fused
+from deltatune.fused.adapters import ParameterAdapters
+from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
@@ -49,16 +52,41 @@ def graft(
 
     Everything is built and checked before the first module of the model is replaced.
     """
-    method = METHODS[config.peft_type]  # type: ignore[index]
     config.validate()
+    replicated = replication.replicate(model, getattr(config, "layer_replication", None))
+    try:
+        _graft(model, config, name, selection, autocast_adapter_dtype)
+    except BaseException:
+        if replicated:
+            replication.restore(model)
+        raise
+
+
+def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection, autocast_adapter_dtype: bool) -> None:
+    method = METHODS[config.peft_type]  # type: ignore[index]
     resolved: Any = copy.copy(config)
+    fused.convert(model, resolved)
+    tie = getattr(resolved, "ensure_weight_tying", False)
+    if tie:
+        tying.retarget(model, resolved)
     saved = find_saved(model, resolved)
     built: dict[int, Adapter] = {}  # by the id of the module that each is for
-    shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    shared = None
+    if not fused.targets_no_layer(resolved, targets.model_type_of(model), method):
+        shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
+    if resolved.target_parameters is not None:
+        fused.build(model, resolved, name, autocast_adapter_dtype, built)
     for part, options in resolved.beside():
         _build_all(model, part, options, name, autocast_adapter_dtype, built)
         _refuse_copied(model, built, saved)
     _build_tied(model, built, saved)
+    if (choice := getattr(resolved, "bias", "none")) != "none":
+        biases.build(
+            _outside(model, saved),
+            choice,
+            built,
+            lambda adapter, module, layer: _place(adapter, module, layer, autocast_adapter_dtype),
+        )
     with _undone_on_error() as undo:
         if shared is not None:
             add_shared(model, name, shared)
@@ -68,11 +96,12 @@ def graft(
         for path, module in reversed(list(targets.walk(model))):
             if id(module) not in built:
                 continue
-            wrapper = _wrap(model, path, module, AdaptedLayer, wrappers, selection, undo)
+            kind = FusedLayer if isinstance(built[id(module)], ParameterAdapters) else AdaptedLayer
+            wrapper = _wrap(model, path, module, kind, wrappers, selection, undo)
             if name not in wrapper.adapters:
                 wrapper.add(name, built[id(module)])
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
-        add_copies(model, saved, name, selection, undo)
+        add_copies(model, saved, name, selection, undo, tie)
         calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
     vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
 
@@ -123,6 +152,13 @@ def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn
                     field="target_modules",
                     path=path,
                 )
+
+
+def _outside(model: nn.Module, saved: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, LinearMap | None]]:
+    """Path, module and map of what is not trained whole."""
+    for path, module in targets.walk(model):
+        if not _inside(path, saved) and not isinstance(module, TrainedCopies):
+            yield path, module, targets.map_of(module)
 
 
 def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapter]]:
@@ -180,13 +216,20 @@ def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 
 
 def add_copies(
-    model: nn.Module, saved: dict[str, nn.Module], name: str, selection: Selection, undo: list[Any] | None = None
+    model: nn.Module,
+    saved: dict[str, nn.Module],
+    name: str,
+    selection: Selection,
+    undo: list[Any] | None = None,
+    tie: bool = False,
 ) -> None:
+    """Copies for modules to be trained whole; with `tie` those of modules that share tensors share theirs."""
     wrappers = _wrappers(model, TrainedCopies) if saved else {}
+    shared: dict[int, Any] = {}
     for path, module in saved.items():
         wrapper = _wrap(model, path, module, TrainedCopies, wrappers, selection, undo)
         if name not in wrapper.modules_to_save:
-            wrapper.add(name)
+            wrapper.add(name, shared if tie else {})
 
 
 def _build(
@@ -330,6 +373,8 @@ def remove(model: nn.Module, name: str) -> None:
             continue
         if empty:
             _replace(model, path, _inner(module))
+    if next(adapted_layers(model), None) is None:
+        replication.restore(model)
 
 
 def remove_at(model: nn.Module, paths: list[str], name: str) -> None:

@@ -32,9 +32,13 @@ class Merged:
     """
 
     names: tuple[str, ...]
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
     lost: float = 0.0
+
+    def by_name(self, keeps: tuple[str, str]) -> dict[str, nn.Parameter | None]:
+        """Parameters by their names in a layer that calls its two so."""
+        return dict(zip(keeps, (self.weight, self.bias)))
 
 
 class AdaptedLayer(LayerViews, nn.Module):
@@ -143,7 +147,10 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def _block_forward(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The block runs once, as it is; adapters act on what comes out of it."""
-        output = self.base_layer(*args, **kwargs)
+        return self._after(self.base_layer(*args, **kwargs), call, args, kwargs)
+
+    def _after(self, output: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What adapters make of the output of a block."""
         if not any(name in self.adapters for name in call.rows or call.names if name):
             return output
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
@@ -231,7 +238,7 @@ class AdaptedLayer(LayerViews, nn.Module):
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
         assert old_weight is not None
         like_old = old_weight if old_bias is None else old_bias
-        return Merged(names, held, None if bias is None else like(bias, like_old), _lost(base, weight, held))
+        return Merged(names, held, None if bias is None else like(bias, like_old), lost(base, weight, held))
 
     def more_merged(self, names: Iterable[str], check: bool) -> Merged:
         """The same with the named adapters beside those that are merged already, from the parameters that were kept."""
@@ -266,6 +273,7 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def _put(self, new: Merged) -> None:
         """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
+        assert new.weight is not None
         base = self.as_map()
         weight, bias = base.keeps
         if isinstance(base, PackedLinear):
@@ -277,7 +285,7 @@ class AdaptedLayer(LayerViews, nn.Module):
     def _merged_forward(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """As long as adapters are merged they are what acts; a call without adapters runs on the kept weights."""
         call, stash = self.selection.current(), self.stash
-        assert stash is not None
+        assert stash is not None and stash.weight is not None
         if call.rows is not None:
             raise StateError(
                 "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
@@ -310,7 +318,7 @@ class AdaptedLayer(LayerViews, nn.Module):
 
 
 @torch.no_grad()
-def _lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
+def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
     if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
         return 0.0
     missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()

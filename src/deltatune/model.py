@@ -263,7 +263,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         if kind is None:
             return
         layers = inject.adapted_layers(self.base_model.model)
-        adapters = {path: layer.adapters[name] for path, layer in layers if name in layer.adapters}
+        adapters = {path: layer.adapters[name].core for path, layer in layers if name in layer.adapters}
         try:
             made = kind(name, self.peft_config, adapters)
         except BaseException:

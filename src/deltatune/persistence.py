@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltatune import empty, inject
+from deltatune import biases, checks, empty, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import MismatchError
 from deltatune.filling import filled_from
+from deltatune.fused import export
 from deltatune.names import check_name
 from deltatune.state_dict import (
     ROOT,
@@ -47,7 +48,7 @@ def load_into(model: nn.Module, name: str, saved: storage.Saved, allowed: Allowe
     """
     found = parts(model, name)
     known = keyed(found, name, given=None)
-    tensors = adjusted(model, matched(saved.tensors, known), known)
+    tensors = adjusted(model, matched(biases.of_peer(saved.tensors), known), known)
     base = Replacements(model, saved.config, tensors, known, allowed.embeddings, saved.source)
     tensors = translated(model, name, base.rest)
     expected = keyed(found, name, given=tensors)
@@ -74,7 +75,10 @@ class Persistence:
         """File key -> tensor of one adapter; of those that a file may leave out only the given ones (None: all)."""
         self._known([name])
         if name not in self.prompts:
-            return collect(self.base_model.model, name, given=None if format == "peft" else given)
+            model = self.base_model.model
+            checks.one_of("save_pretrained", "format", format, (None, "native", "peft", "lora", export.PER_EXPERT))
+            tensors = collect(model, name, given=None if format == "peft" else given)
+            return export.split(model, name, tensors, ROOT) if format == export.PER_EXPERT else tensors
         copies = collect(self.base_model.model, name, self.prompts[name].root) if self._has_copies(name) else {}
         return {**self.prompts[name].file_tensors(format), **copies}
 
@@ -125,6 +129,8 @@ class Persistence:
                 reads without the start. "peft" writes a prefix as PEFT can read it, or raises where PEFT could not
                 express it; of layer methods it also writes the frozen tensors that files otherwise leave out, which
                 PEFT warns of.
+                "per_expert" writes LoRA on experts with a pair of factors for each of their layers, as transformers 4
+                kept them and vLLM loads them (docs/experts.md).
             kwargs: `state_dict`: values to use instead of the model's own, under the model's keys. `allow_nonfinite`:
                 save NaN and infinities.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltatune.adapter import Stored
 from deltatune.copies import TrainedCopies
 from deltatune.errors import AdapterNameError, MismatchError
+from deltatune.fused.apart import renamed
 from deltatune.inject import adapted_layers, trained_copies
 from deltatune.notice import warn
 from deltatune.shared import shared_modules
@@ -130,7 +131,7 @@ def _bare(key: str) -> str:
 
 def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
     """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
-    found, top = dict(tensors), root.removesuffix("model.")
+    found, top = renamed(tensors, model), root.removesuffix("model.")
     if (shared := shared_modules(model).get(name)) is not None:
         inner = {key: tensor for key, tensor in found.items() if top != root and key.startswith(root)}
         own = {key.removeprefix(top): tensor for key, tensor in found.items() if key not in inner}

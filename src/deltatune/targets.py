@@ -182,6 +182,8 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in paths)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
+    if getattr(config, "target_parameters", None) is not None:
+        return  # patterns may mean parameters
     for field, values in by_layer(config).items():
         for pattern in values:
             if not any(pattern_value({pattern: True}, path, False) for path in found):
@@ -197,7 +199,7 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     """
     if getattr(config, "target_modules", None) is not None:
         return
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = model_type_of(model)
     found = usual(model_type) if usual and model_type else None
     if found is None and search is not None:
         found = _shortened({path for path in search(model) or () if not _excluded(config, path)}, config, model)
@@ -213,6 +215,11 @@ def with_defaults(config: PeftConfig, model: nn.Module, usual: Any, search: Any 
     values = found if isinstance(found, dict) else {"target_modules": found}
     for name, value in values.items():
         setattr(config, name, set(value) if isinstance(value, list) else value)
+
+
+def model_type_of(model: nn.Module) -> str | None:
+    """What transformers calls the architecture."""
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _shortened(paths: set[str], config: Any, model: nn.Module) -> set[str] | None:

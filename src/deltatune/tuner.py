@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune import inject
+from deltatune import inject, replication
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError
 from deltatune.layer import Merged
@@ -192,6 +192,7 @@ class Tuner(PeerLosses, nn.Module):
             self.merge_adapter(list(names), safe_merge)
         self._untie()
         inject.strip(self.model, keep=names)
+        replication.unshare(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -199,6 +200,7 @@ class Tuner(PeerLosses, nn.Module):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         inject.strip(self.model)
+        replication.restore(self.model)
         return self.model
 
     def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:
@@ -301,7 +303,9 @@ def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:
     """Layers that share their weight go on sharing it if it becomes the same for both."""
     by_weight: dict[int, Merged] = {}
     for layer, merged in planned:
+        if merged.weight is None:
+            continue
         stored = getattr(layer.base_layer, layer.as_map().keeps[0])
         other = by_weight.setdefault(id(stored), merged)
-        if other is not merged and torch.equal(other.weight, merged.weight):
+        if other is not merged and other.weight is not None and torch.equal(other.weight, merged.weight):
             merged.weight = other.weight

@@ -30,7 +30,7 @@ from tests.docs.pages import (
 ENGLISH, CHINESE = DOCS / "how-prefix-tuning-works.md", DOCS / "how-prefix-tuning-works.zh.md"
 ARCHITECTURE = DOCS / "architecture.md"
 METHOD_PAGES = sorted(page for page in (DOCS / "methods").glob("*.md") if page.stem != "index")
-RUNNING = [ENGLISH, CHINESE, ARCHITECTURE, DOCS / "files.md", DOCS / "combine.md", *METHOD_PAGES]
+RUNNING = [ENGLISH, CHINESE, ARCHITECTURE, DOCS / "files.md", DOCS / "combine.md", DOCS / "experts.md", *METHOD_PAGES]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=title)
 

@@ -183,6 +183,14 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "act_fn": ("tanh", "gelu_new"),
     "sparse_rate": (0.2, 0.0),
     "wavelet_family": ("db2", "sym4", "coif1"),
+    "ensure_weight_tying": (),  # needs two layers of one weight: tests/core/test_tying.py
+    "bias": tuple(
+        f"{method}_only"
+        for method in (
+            *("lora", "oft", "hra", "glora", "delora", "gralora", "boft", "pvera", "frod", "unilora", "randlora"),
+            *("waveft", "MiSS", "vblora", "fourier", "vera", "tinylora", "c3a", "deft"),
+        )
+    ),
     "use_bdlora": ({"target_modules_bd_a": [LAYER], "nblocks": 2}, {"target_modules_bd_b": [LAYER], "nblocks": 2}),
     "kasa_config": ({"beta": 0.1},),
     "velora_config": ({"num_groups": 3},),
@@ -369,6 +377,8 @@ def _build(name: str, variant: str, base: str) -> tuple[LinearMap, Adapter] | No
     layer, method = map_of(BASES[base]), LAYER_METHODS[name]
     if _adapter(method).fits(layer) is not True:
         return None
+    if variant.startswith("bias=") and layer.bias is None:
+        return None  # there is none to be trained, of which a warning is given
     try:
         made, _ = method.build({LAYER: layer}, config_of(name, variant))
     except PeftError:

@@ -111,7 +111,7 @@ def test_a_size_of_its_own_for_some_layers():
         sizes({"value": 0})
 
 
-@pytest.mark.parametrize("options", [{"block_size": 0}, {"init_weights": "zeros"}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("options", [{"block_size": 0}, {"init_weights": "zeros"}, {"bias": "some"}], ids=str)
 def test_refused_options(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         C3AConfig(**options)

@@ -158,7 +158,7 @@ def test_patterns_and_refusals():
         {"r": 0},
         {"delora_lambda": 0},
         {"module_dropout": 1.0},
-        {"bias": "all"},
+        {"bias": "some"},
         {"lambda_pattern": {"a": -1}},
     ):
         with pytest.raises(ConfigError, match=f"DeloraConfig: {next(iter(wrong))}"):

@@ -125,7 +125,7 @@ def test_a_number_of_its_own_for_some_layers():
 
 @pytest.mark.parametrize(
     "options",
-    [{"n_frequency": 0}, {"scaling": 0.0}, {"random_loc_seed": 2**64}, {"random_loc_seed": None}, {"bias": "all"}],
+    [{"n_frequency": 0}, {"scaling": 0.0}, {"random_loc_seed": 2**64}, {"random_loc_seed": None}, {"bias": "some"}],
     ids=str,
 )
 def test_refused_options(options):

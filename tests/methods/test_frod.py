@@ -198,7 +198,7 @@ def test_places_outside_of_the_matrix_are_refused(tmp_path):
 
 
 def test_options_are_checked():
-    wrong = {"sparse_rate": 1.5, "regularization_alpha": 0, "frod_dropout": 1.0, "bias": "all"}
+    wrong = {"sparse_rate": 1.5, "regularization_alpha": 0, "frod_dropout": 1.0, "bias": "some"}
     for field, value in wrong.items():
         with pytest.raises(ConfigError) as caught:
             FrodConfig(**{field: value})

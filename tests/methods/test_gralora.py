@@ -118,6 +118,6 @@ def test_refusals_name_the_nearest_value():
     with pytest.raises(ConfigError, match=r"gralora_k=4 .*\(6, 12\); the nearest value that does is 2") as caught:
         adapted(nn.Linear(12, 6), r=4, gralora_k=4)
     assert caught.value.expected == 2
-    for wrong in ({"gralora_k": 0}, {"hybrid_r": -1}, {"bias": "all"}, {"alpha": -1}, {"gralora_dropout": 1.0}):
+    for wrong in ({"gralora_k": 0}, {"hybrid_r": -1}, {"bias": "some"}, {"alpha": -1}, {"gralora_dropout": 1.0}):
         with pytest.raises(ConfigError, match=f"GraloraConfig: {next(iter(wrong))}"):
             GraloraConfig(**wrong)

@@ -132,6 +132,6 @@ def test_refusals_name_the_nearest_value():
     with pytest.raises(ConfigError, match=r"mini_r=3 does not divide the 8 outputs of layer; .* is 2"):
         adapted(nn.Linear(12, 8), r=4, init_weights="mini", mini_r=3)
     adapted(nn.Linear(12, 8), r=4, mini_r=3)  # not used
-    for wrong in ({"r": 0}, {"mini_r": 0}, {"init_weights": "gaussian"}, {"bias": "all"}, {"miss_dropout": 2.0}):
+    for wrong in ({"r": 0}, {"mini_r": 0}, {"init_weights": "gaussian"}, {"bias": "some"}, {"miss_dropout": 2.0}):
         with pytest.raises(ConfigError, match=f"MissConfig: {next(iter(wrong))}"):
             MissConfig(**wrong)

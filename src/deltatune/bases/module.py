@@ -61,9 +61,7 @@ class OneWeight:
         values = {"weight": self.store(weight).to(self.dtype)}
         if bias is not None:
             values["bias"] = bias.to(self.dtype)
-        if torch.compiler.is_compiling():
-            return torch.func.functional_call(self.module, values, (x, *self.args), self.kwargs)
-        return _with(self.module, values)(x, *self.args, **self.kwargs)
+        return call_with(self.module, values, (x, *self.args), self.kwargs)
 
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         raise NotImplementedError("no method of matrices adapts a module that is no linear map")
@@ -85,6 +83,13 @@ class OneWeight:
 
     def up_shape(self, rank: int) -> tuple[int, ...]:
         return (self.out_features, rank)
+
+
+def call_with(module: nn.Module, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the module answers with other parameters of its own."""
+    if torch.compiler.is_compiling() or "forward" in vars(module):  # a forward of the instance's own is bound to it
+        return torch.func.functional_call(module, values, args, kwargs)
+    return _with(module, values)(*args, **kwargs)
 
 
 def _with(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:

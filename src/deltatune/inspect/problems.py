@@ -58,7 +58,8 @@ def _surplus(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
     for name in tensors:
         parts = name.split(".")
         own = any(part.startswith(method.key_prefix) for part in parts)
-        if not own and not whole & set(parts) and ".base_layer." not in name:
+        trained = getattr(config, "bias", "none") != "none" and parts[-1] == "bias"
+        if not own and not trained and not whole & set(parts) and ".base_layer." not in name:
             yield f"{name} belongs neither to {method.name.upper()} nor to modules_to_save"
 
 
@@ -91,7 +92,7 @@ def _pairs(config: Any, tensors: dict[str, Tensor], stem: str) -> Iterator[str]:
             yield f"{name} has no {other.rpartition(f'.{stem}_')[2]} beside it"
             continue
         rank = pattern_value(config.rank_pattern, path, config.r)
-        if tensors[name].shape[0] != rank:
+        if tensors[name].shape[0] != rank and not _of_experts(config, tensors[name].shape[0], path):
             yield f"{name} has rank {tensors[name].shape[0]}, the config says {rank}"
         zeros += not tensors[other].any()
     for name in tensors:
@@ -99,6 +100,14 @@ def _pairs(config: Any, tensors: dict[str, Tensor], stem: str) -> Iterator[str]:
             yield f"{name} has no {stem}_A beside it"
     if pairs and zeros == len(pairs):
         yield f"every {stem}_B is zero: the adapter changes nothing, it was never trained"
+
+
+def _of_experts(config: Any, rows: int, path: str) -> bool:
+    """Whether these may be the factors of all experts in a parameter, one below the other."""
+    owners = {name.rpartition(".")[0].rpartition(".")[2] for name in config.target_parameters or ()}
+    ranks = {config.r, *config.rank_pattern.values()}
+    named = "" in owners or path.removesuffix(".base_layer").rpartition(".")[2] in owners
+    return named and any(rows % rank == 0 for rank in ranks)
 
 
 def _prefix(config: KeyValueConfig, tensors: dict[str, Tensor]) -> Iterator[str]:

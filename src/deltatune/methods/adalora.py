@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks, replication
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -20,7 +20,6 @@ from deltatune.schedule import Schedule, Sensitivity, falling
 
 # Options that PEFT's AdaLoraConfig inherits from LoraConfig, and the values with which they ask for nothing.
 _INHERITED: dict[str, Any] = {
-    "bias": "none",
     "megatron_config": None,
     "trainable_token_indices": None,
     "loftq_config": {},
@@ -32,7 +31,6 @@ _INHERITED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "layer_replication": None,
     "lora_bias": False,
     "target_parameters": None,
     "use_bdlora": None,
@@ -115,6 +113,8 @@ class AdaLoraConfig(LayerConfig):
             checks.positive_int(owner, name, getattr(self, name))
         checks.finite_positive(owner, "lora_alpha", self.lora_alpha)
         checks.probability(owner, "lora_dropout", self.lora_dropout)
+        biases.check(owner, self.bias, "lora_only")
+        replication.check(owner, self.layer_replication)
         checks.one_of(owner, "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
         if self.total_step is None or self.total_step < 1:
             checks.refuse(owner, "total_step", self.total_step, "the number of optimizer steps of the whole training")

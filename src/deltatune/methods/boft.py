@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -48,7 +48,7 @@ class BOFTConfig(LayerConfig):
         super().validate()
         checks.positive_int("BOFTConfig", "boft_n_butterfly_factor", self.boft_n_butterfly_factor)
         checks.probability("BOFTConfig", "boft_dropout", self.boft_dropout)
-        checks.one_of("BOFTConfig", "bias", self.bias, ("none",))
+        biases.check("BOFTConfig", self.bias, "boft_only")
         size, count = self.boft_block_size, self.boft_block_num
         if min(size, count) < 0 or (size > 0) == (count > 0):
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets as loras
 from deltatune.config import PeftType, config
@@ -45,7 +45,7 @@ class C3AConfig(LayerConfig):
         checks.positive_int("C3AConfig", "block_size", self.block_size)
         starts = (True, False, "xavier_uniform", "kaiming_uniform", "gaussian")
         checks.one_of("C3AConfig", "init_weights", self.init_weights, starts)
-        checks.one_of("C3AConfig", "bias", self.bias, ("none",))
+        biases.check("C3AConfig", self.bias, "c3a_only")
 
 
 class C3A(Adapter):

@@ -26,6 +26,8 @@ class LayerConfig(PeftConfig):
 
     # Fields that PEFT's config of this method lacks: they are resolved into `target_modules` before saving.
     beyond_peer: ClassVar[frozenset[str]] = frozenset()
+    adapts_parameters: ClassVar[bool] = False  # whether it has a field `target_parameters` (`deltatune.fused`)
+    target_parameters: ClassVar[Any] = None
     not_by_layer: ClassVar[tuple[str, ...]] = ()  # fields called `..._pattern` whose keys are no names of layers
 
     target_modules: list[str] | set[str] | str | None = None

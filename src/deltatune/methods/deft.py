@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -55,7 +55,7 @@ class DeftConfig(LayerConfig):
         if self.alpha is not None:
             checks.finite_positive("DeftConfig", "alpha", self.alpha)
         checks.probability("DeftConfig", "deft_dropout", self.deft_dropout)
-        checks.one_of("DeftConfig", "bias", self.bias, ("none",))
+        biases.check("DeftConfig", self.bias, "deft_only")
 
 
 class DEFT(Adapter):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -50,7 +50,7 @@ class DeloraConfig(LayerConfig):
         checks.positive_int("DeloraConfig", "r", self.r)
         checks.finite_positive("DeloraConfig", "delora_lambda", self.delora_lambda)
         checks.probability("DeloraConfig", "module_dropout", self.module_dropout)
-        checks.one_of("DeloraConfig", "bias", self.bias, ("none",))
+        biases.check("DeloraConfig", self.bias, "delora_only")
 
 
 class DeLoRA(Adapter):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.factors import at_least_single, drawn_positions, fewer_by_vector, recomputed, through_sum
@@ -48,7 +48,7 @@ class FourierFTConfig(LayerConfig):
         checks.positive_int("FourierFTConfig", "n_frequency", self.n_frequency)
         checks.finite_positive("FourierFTConfig", "scaling", self.scaling)
         checks.seed("FourierFTConfig", "random_loc_seed", self.random_loc_seed)
-        checks.one_of("FourierFTConfig", "bias", self.bias, ("none",))
+        biases.check("FourierFTConfig", self.bias, "fourier_only")
 
 
 class FourierFT(Adapter):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.config import PeftType, config
 from deltatune.errors import MismatchError
@@ -59,7 +59,7 @@ class FrodConfig(LayerConfig):
         checks.seed("FrodConfig", "projection_prng_key", self.projection_prng_key)
         checks.probability("FrodConfig", "frod_dropout", self.frod_dropout)
         checks.finite_positive("FrodConfig", "regularization_alpha", self.regularization_alpha)
-        checks.one_of("FrodConfig", "bias", self.bias, ("none",))
+        biases.check("FrodConfig", self.bias, "frod_only")
         if not 0 <= self.sparse_rate <= 1:
             checks.refuse("FrodConfig", "sparse_rate", self.sparse_rate, "a share in [0, 1]")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -48,7 +48,7 @@ class GloraConfig(LayerConfig):
         checks.one_of("GloraConfig", "config_A_B", self.config_A_B, ("lora", "vector", "constant", "none"))
         checks.one_of("GloraConfig", "config_C", self.config_C, ("lora", "vector", "none"))
         checks.one_of("GloraConfig", "config_D_E", self.config_D_E, ("vector", "constant", "none"))
-        checks.one_of("GloraConfig", "bias", self.bias, ("none",))
+        biases.check("GloraConfig", self.bias, "glora_only")
 
 
 class Support(nn.Module):

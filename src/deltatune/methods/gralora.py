@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -51,7 +51,7 @@ class GraloraConfig(LayerConfig):
         checks.positive_int("GraloraConfig", "gralora_k", self.gralora_k)
         checks.finite_positive("GraloraConfig", "alpha", self.alpha)
         checks.probability("GraloraConfig", "gralora_dropout", self.gralora_dropout)
-        checks.one_of("GraloraConfig", "bias", self.bias, ("none",))
+        biases.check("GraloraConfig", self.bias, "gralora_only")
         if self.hybrid_r < 0:
             checks.refuse("GraloraConfig", "hybrid_r", self.hybrid_r, "an integer of 0 or more")
         if rest := self.r % self.gralora_k:

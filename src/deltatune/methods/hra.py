@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -40,7 +40,7 @@ class HRAConfig(LayerConfig):
     def validate(self) -> None:
         super().validate()
         checks.positive_int("HRAConfig", "r", self.r)
-        checks.one_of("HRAConfig", "bias", self.bias, ("none",))
+        biases.check("HRAConfig", self.bias, "hra_only")
 
 
 class Reflections(Adapter):

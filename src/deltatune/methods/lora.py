@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks, replication, tying
 from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -38,13 +38,6 @@ from deltatune.room import of_rank, plain, widen
 from deltatune.storage.derived import in_waves
 
 MEGATRON = ("megatron.core", None)  # what PEFT imports by the name in the config; here a name that may stand there
-# Options of PEFT's LoraConfig that this version reads, writes and accepts only at the value that asks for nothing.
-_NOT_BUILT: dict[str, Any] = {
-    "bias": "none",
-    "layer_replication": None,
-    "target_parameters": None,
-    "ensure_weight_tying": False,
-}
 
 
 @config
@@ -64,6 +57,9 @@ class LoraConfig(LayerConfig):
         loftq_config: `LoftQConfig` or a dict; `eva_config`, `corda_config`, `lora_ga_config` likewise
             (`deltatune.lora.options`).
         rank_pattern: Layer name or regular expression -> another rank; `alpha_pattern` likewise.
+        layer_replication: [(start, end), ...], runs of layers that make a deeper model. Replicas share their weights,
+            and have adapters of their own.
+        bias: "lora_only" trains the biases of the adapted layers too, "all" every one of the model: a copy per adapter.
         lora_bias: B has a bias of its own.
         use_dora: Train the length of every row of the weight apart from its direction.
         use_bdlora: A or B is block-diagonal (`BdLoraConfig`).
@@ -76,6 +72,10 @@ class LoraConfig(LayerConfig):
             other variants go together.
         trainable_token_indices: Tokens whose embeddings are trained too, as rows of the input embedding, or
             {layer name: tokens} (`deltatune.methods.trainable_tokens`).
+        target_parameters: Parameters that hold the weights of experts, by the end of their paths (`experts.down_proj`).
+            Without usual layers of the architecture, or with `target_modules=[]`, they alone are adapted.
+        ensure_weight_tying: What is trained of the input embedding (an adapter, or all of it under `modules_to_save`)
+            is trained of the layers that share its weight too (`deltatune.tying`).
         megatron_config, megatron_core: Accepted and kept: Megatron's layers are known by their class, so nothing has to
             be told of them, and no module is imported by the name that a file gives.
         fan_in_fan_out: Accepted and ignored: how a layer stores its weight is read off the layer.
@@ -84,6 +84,7 @@ class LoraConfig(LayerConfig):
     alike_in_swap: ClassVar[tuple[str, ...]] = ("lora_dropout", "use_dora", "lora_bias")
     retired: ClassVar[dict[str, tuple[Any, ...]]] = {"enable_lora": (None,), "merge_weights": (None, False, True)}
     unsaved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    adapts_parameters: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: int | float = 8
@@ -110,7 +111,7 @@ class LoraConfig(LayerConfig):
     layer_replication: list | None = None
     runtime_config: LoraRuntimeConfig | dict | None = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | None = None  # type: ignore[misc]  # a ClassVar in configs of other methods
     use_bdlora: BdLoraConfig | dict | None = None
     arrow_config: ArrowConfig | dict | None = None
     kasa_config: KasaConfig | dict | None = None
@@ -128,20 +129,13 @@ class LoraConfig(LayerConfig):
         checks.positive_int("LoraConfig", "r", self.r)
         checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
         checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
+        biases.check("LoraConfig", self.bias, "lora_only")
+        replication.check("LoraConfig", self.layer_replication)
         starts.check(self.init_lora_weights)
         checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
         options.fill_in(self)
         self.beside()
         check_variants(self)
-        for name, inert in _NOT_BUILT.items():
-            if getattr(self, name) != inert:
-                raise ConfigError(
-                    f"LoraConfig: {name}={getattr(self, name)!r} is not available in this version, "
-                    f"leave it at {inert!r}",
-                    field=name,
-                    found=getattr(self, name),
-                    expected=inert,
-                )
 
     def beside(self) -> list[tuple[Method, LayerConfig]]:
         return trainable_tokens.beside(self.trainable_token_indices)
@@ -168,6 +162,7 @@ class LoRA(Adapter):
 
     lora_A: Factor
     lora_B: Factor
+    followed: bool = False  # by layers that share an embedding's weight
     start_A: Tensor | None
     start_B: Tensor | None
     stand_in: Quantised | None
@@ -229,7 +224,17 @@ class LoRA(Adapter):
         varied = build_variants(layer, config, path, r)
         down, up = shapes(layer, r, varied)
         start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path, down, up))
-        return cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
+        made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
+        made.followed = config.ensure_weight_tying
+        return made
+
+    @property
+    def ties(self) -> bool:
+        return self.followed
+
+    def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
+        own = config is None or isinstance(config, LoraConfig)
+        return tying.follow(self, layer) if self.followed and own else None
 
     @property
     def configured_scaling(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -46,7 +46,7 @@ class MissConfig(LayerConfig):
         checks.positive_int("MissConfig", "mini_r", self.mini_r)
         checks.probability("MissConfig", "miss_dropout", self.miss_dropout)
         checks.one_of("MissConfig", "init_weights", self.init_weights, (True, False, "bat", "mini"))
-        checks.one_of("MissConfig", "bias", self.bias, ("none",))
+        biases.check("MissConfig", self.bias, "MiSS_only")
 
 
 class MiSS(Adapter):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -62,7 +62,7 @@ class OFTConfig(LayerConfig):
             checks.refuse(
                 "OFTConfig", "num_cayley_neumann_terms", self.num_cayley_neumann_terms, "an integer of 2 or more"
             )
-        checks.one_of("OFTConfig", "bias", self.bias, ("none",))
+        biases.check("OFTConfig", self.bias, "oft_only")
         if min(self.r, self.oft_block_size) < 0 or (self.r > 0) == (self.oft_block_size > 0):
             raise ConfigError(
                 f"OFTConfig: r={self.r} and oft_block_size={self.oft_block_size}: give one of them and 0 for the other",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.factors import input_dropout
@@ -57,7 +57,7 @@ class PveraConfig(LayerConfig):
         super().validate()
         checks.positive_int("PveraConfig", "r", self.r)
         checks.probability("PveraConfig", "pvera_dropout", self.pvera_dropout)
-        checks.one_of("PveraConfig", "bias", self.bias, ("none",))
+        biases.check("PveraConfig", self.bias, "pvera_only")
 
 
 def projections(layers: dict[str, LinearMap], config: PveraConfig) -> Projections:

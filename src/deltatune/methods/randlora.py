@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -60,7 +60,7 @@ class RandLoraConfig(LayerConfig):
         checks.positive_int("RandLoraConfig", "r", self.r)
         checks.finite_positive("RandLoraConfig", "randlora_alpha", self.randlora_alpha)
         checks.probability("RandLoraConfig", "randlora_dropout", self.randlora_dropout)
-        checks.one_of("RandLoraConfig", "bias", self.bias, ("none",))
+        biases.check("RandLoraConfig", self.bias, "randlora_only")
 
 
 class Bases(Stored):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -56,7 +56,7 @@ class TinyLoraConfig(LayerConfig):
             checks.refuse("TinyLoraConfig", "weight_tying", self.weight_tying, "a number from 0 to 1")
         checks.probability("TinyLoraConfig", "tinylora_dropout", self.tinylora_dropout)
         checks.one_of("TinyLoraConfig", "init_weights", self.init_weights, (True, False, "uniform"))
-        checks.one_of("TinyLoraConfig", "bias", self.bias, ("none",))
+        biases.check("TinyLoraConfig", self.bias, "tinylora_only")
 
 
 class Vectors(Stored):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -54,7 +54,7 @@ class UniLoraConfig(LayerConfig):
             checks.refuse("UniLoraConfig", "proj_seed", self.proj_seed, "an integer of 0 or more")
         checks.probability("UniLoraConfig", "unilora_dropout", self.unilora_dropout)
         checks.finite_positive("UniLoraConfig", "init_theta_d_bound", self.init_theta_d_bound)
-        checks.one_of("UniLoraConfig", "bias", self.bias, ("none",))
+        biases.check("UniLoraConfig", self.bias, "unilora_only")
 
 
 class Numbers(Stored):

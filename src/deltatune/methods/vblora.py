@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.architectures import usual_targets as loras_targets
 from deltatune.config import PeftType, config
@@ -59,7 +59,7 @@ class VBLoRAConfig(LayerConfig):
         if self.topk > self.num_vectors:
             checks.refuse("VBLoRAConfig", "topk", self.topk, f"at most num_vectors={self.num_vectors}")
         checks.probability("VBLoRAConfig", "vblora_dropout", self.vblora_dropout)
-        checks.one_of("VBLoRAConfig", "bias", self.bias, ("none",))
+        biases.check("VBLoRAConfig", self.bias, "vblora_only")
 
 
 class Bank(Stored):

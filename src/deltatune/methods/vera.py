@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets as loras_targets
 from deltatune.config import PeftType, config
@@ -50,7 +50,7 @@ class VeraConfig(LayerConfig):
         super().validate()
         checks.positive_int("VeraConfig", "r", self.r)
         checks.probability("VeraConfig", "vera_dropout", self.vera_dropout)
-        checks.one_of("VeraConfig", "bias", self.bias, ("none",))
+        biases.check("VeraConfig", self.bias, "vera_only")
 
 
 def projections(layers: dict[str, LinearMap], config: VeraConfig) -> Projections:

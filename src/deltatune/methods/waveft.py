@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
@@ -57,7 +57,7 @@ class WaveFTConfig(LayerConfig):
         checks.positive_int("WaveFTConfig", "n_frequency", self.n_frequency)
         checks.finite_positive("WaveFTConfig", "scaling", self.scaling)
         checks.seed("WaveFTConfig", "random_loc_seed", self.random_loc_seed)
-        checks.one_of("WaveFTConfig", "bias", self.bias, ("none",))
+        biases.check("WaveFTConfig", self.bias, "waveft_only")
         if self.use_idwt and self.wavelet_family in ("coif4", "coif5"):
             raise ConfigError(
                 f"WaveFTConfig: wavelet_family={self.wavelet_family!r} is no wavelet in PEFT, whose filter of that "

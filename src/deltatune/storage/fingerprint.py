@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
 from deltatune.copies import TrainedCopies
 from deltatune.layer import AdaptedLayer
+from deltatune.replication import Replicas
 from deltatune.shared import SharedModules
 
 SAMPLES = 8  # values taken from each parameter
@@ -80,6 +81,8 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             child = child.base_layer
         elif isinstance(child, TrainedCopies):
             child = child.original_module
+        elif isinstance(child, Replicas):
+            child = child.original
         if child is None or isinstance(child, SharedModules):
             continue
         layer = as_map(child)
@@ -89,13 +92,15 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    merged: dict[str, Tensor | None] = {}
+    merged: Mapping[str, Tensor | None] = {}
     if isinstance(module, AdaptedLayer):
         stash, keeps, module = module.stash, module.as_map().keeps, module.base_layer
         if stash is not None:
-            merged = dict(zip(keeps, (stash.weight, stash.bias)))
+            merged = stash.by_name(keeps)
     elif isinstance(module, TrainedCopies):
         module = module.original_module
+    elif isinstance(module, Replicas):
+        module = module.original
     for name, parameter in module._parameters.items():
         if parameter is not None:
             kept = merged.get(name)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
 from deltatune.errors import FormatError, MismatchError, SaveError
 from deltatune.filling import Source
+from deltatune.fused.export import PER_EXPERT, config_values
 from deltatune.lora.convert import check_start
 from deltatune.notice import warn
 from deltatune.registry import METHODS
@@ -103,6 +104,8 @@ def _files(model: PeftModel, name: str, how: Saving, target: Path) -> dict[str, 
     values = {**_file_dict(model, config), "peft_version": PEER_VERSION}
     if name in model.prompts:
         values |= model.prompts[name].file_config(how.format)
+    elif how.format == PER_EXPERT:
+        values = config_values(model.get_base_model(), name, values)
     values = {key: value for key, value in values.items() if value is not ...}
     rewrite = METHODS[config.peft_type].for_peers
     own = model.adapter_tensors(name, how.format, () if rewrite is None else None)

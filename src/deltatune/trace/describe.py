@@ -237,7 +237,7 @@ def _adapter(name: str, layer: AdaptedLayer, below: list[str], gradients: Gradie
     adapter: Any = layer.adapters[name]
     parameters = gradients.parameters(adapter, reason)
     base_norm = delta_norm = None
-    if adapter.mergeable is True:
+    if adapter.mergeable is True and not layer.is_block:
         below = [other for other in below if layer.adapters[other].mergeable is True]
         base_norm, delta_norm = _norms(adapter, layer.as_map(below).weight)
     views = {view: getattr(adapter, view) for view in adapter.views}

@@ -1,0 +1,1 @@
+"""Adapters on parameters that hold the weights of several experts (`target_parameters`)."""
