@@ -45,6 +45,7 @@ _NAMES = {
     "deltatune.lora.trainer": ("MontecloraTrainerMixin",),
     "deltatune.lora.variants.arrow": ("ArrowConfig",),
     "deltatune.lora.variants.bdlora": ("BdLoraConfig",),
+    "deltatune.lora.variants.caching": ("DoraCaching",),
     "deltatune.lora.variants.kasa": ("KasaConfig",),
     "deltatune.lora.variants.monteclora": ("MontecloraConfig",),
     "deltatune.lora.variants.velora": ("VeloraConfig",),

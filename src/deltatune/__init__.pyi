@@ -58,6 +58,7 @@ from deltatune.lora.replace import replace_lora_weights_loftq as replace_lora_we
 from deltatune.lora.trainer import MontecloraTrainerMixin as MontecloraTrainerMixin
 from deltatune.lora.variants.arrow import ArrowConfig as ArrowConfig
 from deltatune.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+from deltatune.lora.variants.caching import DoraCaching as DoraCaching
 from deltatune.lora.variants.kasa import KasaConfig as KasaConfig
 from deltatune.lora.variants.monteclora import MontecloraConfig as MontecloraConfig
 from deltatune.lora.variants.velora import VeloraConfig as VeloraConfig
