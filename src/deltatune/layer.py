@@ -245,22 +245,25 @@ class AdaptedLayer(LayerViews, nn.Module):
         before = self.stash
         if before is None:
             return self.merged_parameters(names, check)
-        weight, bias = self._kept()
-        assert weight is not None
+        now = self._present(before)
         self.unmerge()
         try:
             return self.merged_parameters((*before.names, *names), check)
         finally:
-            self.swap_in(Merged(before.names, weight, bias))
+            self.swap_in(now)
 
     def swap_in(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
         self.unmerge()
-        weight, bias = self._kept()
-        assert weight is not None
-        old = Merged(new.names, weight, bias)
+        old = self._present(new)
         self._put(new)
         self.stash = old
+
+    def _present(self, like: Merged) -> Merged:
+        """What is in the places now that `like` fills."""
+        weight, bias = self._kept()
+        assert weight is not None
+        return Merged(like.names, weight, bias)
 
     def unmerge(self) -> None:
         if self.stash is not None:

@@ -161,11 +161,10 @@ class FusedLayer(AdaptedLayer):
         if reason is not True:
             raise MergeError(f"adapter {name!r} acts on the output here: {reason}; it cannot be merged", found=[name])
 
-    def merge(self, new: Merged) -> None:
-        assert isinstance(new, MergedParameters)
-        old = {name: self.base_layer._parameters[name] for name in new.parameters}
-        self._put(new)
-        self.stash = MergedParameters(new.names, None, None, 0.0, old)  # type: ignore[arg-type]
+    def _present(self, like: Merged) -> Merged:
+        assert isinstance(like, MergedParameters)
+        old = {name: self.base_layer._parameters[name] for name in like.parameters}
+        return MergedParameters(like.names, None, None, 0.0, old)  # type: ignore[arg-type]
 
     def _put(self, new: Merged) -> None:
         assert isinstance(new, MergedParameters)

@@ -13,6 +13,7 @@ from torch import nn
 from deltatune.bases import as_map
 from deltatune.copies import TrainedCopies
 from deltatune.errors import StateError
+from deltatune.fused.adapters import ParameterAdapters
 from deltatune.layer import AdaptedLayer
 from deltatune.lora.variants.arrow import Router
 from deltatune.methods.trainable_tokens import TokenAdapter
@@ -77,7 +78,7 @@ _BASES: dict[str, Test] = {
 
 def _adapters(*types: str) -> tuple[type, ...]:
     found = tuple(adapter for name in types if (adapter := METHODS[name].adapter) is not None)
-    return (*found, Router) if "LORA" in types else found
+    return (*found, Router, ParameterAdapters) if "LORA" in types else found
 
 
 def _is_called(name: str) -> Test:
