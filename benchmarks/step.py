@@ -55,7 +55,8 @@ def bare(dtype: torch.dtype) -> Any:
         num_key_value_heads=8,
         tie_word_embeddings=False,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype).train()
+    model: Any = transformers.LlamaForCausalLM(config)
+    return model.to(dtype).train()
 
 
 def adapted(package: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:

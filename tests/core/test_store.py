@@ -18,6 +18,11 @@ NAMES = [f"a{number}" for number in range(5)]
 TARGETS = ["q_proj", "down_proj"]
 
 
+def same(one, other):
+    """Up to the order in which layer and update are summed; another adapter's answer is far from it."""
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def base():
     return get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM", r=2), adapter_name="own").eval()
 
@@ -54,7 +59,7 @@ def answer(store, name):
 def test_every_adapter_gives_what_it_gave_when_it_was_saved(folders, limits):
     store = stored(folders, **limits)
     for name in [*NAMES, *reversed(NAMES), "a0", "a0", "a3"]:
-        assert torch.equal(answer(store, name), folders[1][name])
+        assert same(answer(store, name), folders[1][name])
 
 
 def test_the_least_recently_used_makes_room(folders):
@@ -74,7 +79,7 @@ def test_what_leaves_the_model_goes_to_the_host_and_from_there_to_its_folder(fol
     assert store.names("host") == ["a0"] and store.bytes("host") == size
     with monkeypatch.context() as patched:
         patched.setattr("deltatune.storage.folder.read", lambda *args, **kwargs: pytest.fail("the folder was read"))
-        assert torch.equal(answer(store, "a0"), folders[1]["a0"])
+        assert same(answer(store, "a0"), folders[1]["a0"])
     assert store.names("host") == ["a2"]
     answer(store, "a4")
     assert store.names("host") == ["a0"]
@@ -143,7 +148,7 @@ def test_the_active_adapter_stays(folders):
     store.model.set_adapter("a0")
     answer(store, "a1"), answer(store, "a2")
     assert store.names("model") == ["a0", "a2"]
-    assert torch.equal(logits(store.model, INPUTS), folders[1]["a0"])
+    assert same(logits(store.model, INPUTS), folders[1]["a0"])
 
 
 def test_a_thread_waits_for_room_and_is_told_when_there_is_none_in_time(folders):
@@ -164,7 +169,7 @@ def test_a_thread_waits_for_room_and_is_told_when_there_is_none_in_time(folders)
             pass
         assert store.names("model") == ["a0"]
     thread.join(timeout=30)
-    assert torch.equal(found["answer"], folders[1]["a1"])
+    assert same(found["answer"], folders[1]["a1"])
 
 
 def test_threads_that_wait_for_each_other_are_told(folders):
@@ -194,7 +199,7 @@ def test_many_threads_get_exact_results(folders):
         for _ in range(8):
             name = NAMES[int(torch.randint(len(NAMES), (1,), generator=generator))]
             try:
-                if not torch.equal(answer(store, name), folders[1][name]):
+                if not same(answer(store, name), folders[1][name]):
                     wrong.append(name)
             except Exception as error:
                 wrong.append(error)
@@ -242,4 +247,4 @@ def test_an_adapter_of_another_base_is_refused_and_the_others_stay_right(folders
     with pytest.raises(MismatchError, match="another base"), store.use("other"):
         pass
     assert "other" not in store.model.peft_config
-    assert torch.equal(answer(store, "a0"), folders[1]["a0"])
+    assert same(answer(store, "a0"), folders[1]["a0"])

@@ -214,12 +214,10 @@ def test_in_single_precision_the_product_with_w_is_left_out():
     single.load_state_dict(exact.state_dict())
     assert_close(single(x.float()), exact(x).float(), rtol=1e-4, atol=1e-5)
     assert_close(model(x.float()), exact(x).float(), rtol=1e-4, atol=1e-5)
-    called = []
+    expected = single(x.float())
     for module in single.modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *_: called.append(1))
-    single(x.float())
-    assert not called
+            module.weight.data.fill_(float("nan"))
+    assert torch.equal(single(x.float()), expected)
     with single.disable_adapter():
-        single(x.float())
-    assert len(called) == 8
+        assert single(x.float()).isnan().all()

@@ -10,6 +10,9 @@ def like(value: Tensor, old: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().to(old.dtype).clone(), requires_grad=old.requires_grad)
 
 
+_PLAIN = (nn.Parameter, Tensor)  # the latter in a functional call
+
+
 def plainly_called(module: nn.Module) -> bool:
     """Whether calling a module is no more than its operation on the parameters it holds.
 
@@ -17,4 +20,4 @@ def plainly_called(module: nn.Module) -> bool:
     tensor of another kind, one that is spread over devices for instance, is multiplied by rules of its own.
     """
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in vars(module) and type(module._parameters.get("weight")) is nn.Parameter
+    return not hooked and "forward" not in vars(module) and type(module._parameters.get("weight")) in _PLAIN
