@@ -45,6 +45,7 @@ from deltatune.helpers import update_generate_signature as update_generate_signa
 from deltatune.helpers import update_signature as update_signature
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.lora.arrow_model import create_arrow_model as create_arrow_model
+from deltatune.lora.config import LoraConfig as LoraConfig
 from deltatune.lora.covariance import preprocess_corda as preprocess_corda
 from deltatune.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from deltatune.lora.explained import get_eva_state_dict as get_eva_state_dict
@@ -81,7 +82,6 @@ from deltatune.methods.ia3 import IA3Config as IA3Config
 from deltatune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from deltatune.methods.loha import LoHaConfig as LoHaConfig
 from deltatune.methods.lokr import LoKrConfig as LoKrConfig
-from deltatune.methods.lora import LoraConfig as LoraConfig
 from deltatune.methods.miss import MissConfig as MissConfig
 from deltatune.methods.oft import OFTConfig as OFTConfig
 from deltatune.methods.osf import OSFConfig as OSFConfig

@@ -126,7 +126,7 @@ print(peft.LoraConfig is mine.LoraConfig)
 """
     lines = printed(code).splitlines()
     assert lines[0].startswith("False False ") and lines[0].endswith("peft/__init__.py")
-    assert lines[1:] == ["True deltatune.methods.lora", "True"]
+    assert lines[1:] == ["True deltatune.lora.config", "True"]
 
 
 def test_importing_the_hook_costs_torch_and_nothing_heavier():
@@ -153,7 +153,7 @@ def test_a_program_runs_as_python_would_run_it(tmp_path):
             [*command, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
         )
         assert done.returncode == 3, done.stderr
-        assert done.stdout.startswith("__main__ [") and done.stdout.endswith("beside deltatune.methods.lora\n")
+        assert done.stdout.startswith("__main__ [") and done.stdout.endswith("beside deltatune.lora.config\n")
         assert "'--its', 'own']" in done.stdout
     done = subprocess.run([*command, "missing.py"], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1 and "no such program: missing.py" in done.stderr

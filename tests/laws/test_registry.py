@@ -28,7 +28,8 @@ def test_each_method_file_registers_exactly_one_method(file):
     defined = [value for value in vars(module).values() if isinstance(value, Method)]
     assert defined == [module.METHOD]
     assert METHODS[module.METHOD.peft_type] is module.METHOD
-    assert module.METHOD.adapter.__module__ == module.METHOD.config.__module__ == module.__name__
+    assert module.METHOD.adapter.__module__ == module.__name__
+    assert vars(module)[module.METHOD.config.__name__] is module.METHOD.config
 
 
 def test_every_registered_layer_method_has_a_file():

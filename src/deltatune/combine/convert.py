@@ -13,7 +13,7 @@ from deltatune.combine import lora
 from deltatune.combine.changes import check, layers_of, obstacle, read
 from deltatune.combine.product import Keep
 from deltatune.errors import AdapterNameError, ConversionError, MergeError
-from deltatune.methods.lora import LoraConfig
+from deltatune.lora.config import LoraConfig
 from deltatune.notice import warn
 from deltatune.state_dict import ROOT
 

@@ -16,7 +16,8 @@ from deltatune.combine.changes import Change
 from deltatune.combine.product import Keep, Matrix, Product, distance, norm, truncated
 from deltatune.config import PeftConfig
 from deltatune.errors import MergeError
-from deltatune.methods.lora import LoRA, LoraConfig
+from deltatune.lora.config import LoraConfig
+from deltatune.methods.lora import LoRA
 
 
 @dataclass(frozen=True)

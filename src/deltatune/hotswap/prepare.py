@@ -12,7 +12,8 @@ from deltatune import checks
 from deltatune.adapter import Adapter
 from deltatune.errors import StateError
 from deltatune.inject import adapted_layers
-from deltatune.methods.lora import LoRA, LoraConfig
+from deltatune.lora.config import LoraConfig
+from deltatune.methods.lora import LoRA
 from deltatune.notice import warn
 
 

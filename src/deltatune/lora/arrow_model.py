@@ -9,9 +9,9 @@ from torch import nn
 
 from deltatune.errors import ConfigError
 from deltatune.inject import adapted_layers
+from deltatune.lora.config import LoraConfig
 from deltatune.lora.variants import no_sum
 from deltatune.lora.variants.arrow import ROUTER, ArrowConfig
-from deltatune.methods.lora import LoraConfig
 from deltatune.model import PeftModel
 
 
