@@ -211,10 +211,10 @@ def through_sum(x: Tensor, layer: LinearMap, build: Callable[..., Tensor], *tens
     """The layer with the weight W + build(*tensors): one product with x where a layer and its update take two.
 
     The sum is built again for the gradient instead of being kept. None where there is no such way: the layer's weight
-    is packed, adapted already, or in half precision, which would round most of the update away.
+    is packed, adapted already, or in half precision, which would round most of the update away; nor under autocast.
     """
     fits = layer.kind == "linear" and layer.dense and layer.dtype == x.dtype and x.dtype.itemsize >= 4
-    if not fits or torch.compiler.is_compiling():
+    if not fits or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return None
     return _ThroughSum.apply(x, layer.weight, layer.bias, build, *tensors)
 
@@ -262,6 +262,11 @@ def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out:
     """
     y = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), values, rows, columns, out, in_order)
     return y.view(*x.shape[:-1], out)
+
+
+def dense_enough(count: int, layer: LinearMap) -> bool:
+    """Whether a layer's matrix with `count` entries is multiplied faster as a dense one."""
+    return count * _DENSE > layer.out_features * layer.in_features
 
 
 _AT_ONCE = 1 << 22  # products that `_SparseLinear` holds at a time

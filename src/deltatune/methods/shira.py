@@ -13,7 +13,7 @@ from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets as loras
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError, StateError
-from deltatune.factors import drawn_positions, recomputed, sparse_linear
+from deltatune.factors import dense_enough, drawn_positions, recomputed, sparse_linear, through_sum
 from deltatune.methods.common import LayerConfig, all_linear
 
 UNSEEDED = 67280421310721  # what a torch.Generator starts from that nobody seeds, as PEFT's without `random_seed`
@@ -118,7 +118,10 @@ class Shira(Adapter):
         return v.new_zeros(self.shape).index_put(self.places, self.scaling * v, accumulate=True)
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y, v = layer(x), self.shira_weight
+        v = self.shira_weight
+        if dense_enough(len(v), layer) and (whole := through_sum(x, layer, self.matrix, v)) is not None:
+            return whole
+        y = layer(x)
         if self.kind == "linear":
             change = sparse_linear(x, self.scaling * v, *self.places, self.shape[0], self.in_order)
         else:  # images and indices go through the matrix, which is built again for the gradient and not kept
