@@ -117,7 +117,9 @@ class Stage:
         constant = torch.full((1, 1, mixture.encoder.adapted, mixture.encoder.experts), value).to(like)
         running = self.local.running
         self.local.first, self.local.running = True, [{name: constant}]
-        others = self.selection.current() != Call((name,))  # which the compiler could not follow
+        call = self.selection.current()
+        # a choice of its own is what the compiler could not follow
+        others = call.rows is not None or call.names != (name,) or bool(call.values)
         try:
             with torch.no_grad(), self.selection.use(Call((name,) if value else ())) if others else nullcontext():
                 return self.body(**given, return_dict=True).last_hidden_state
