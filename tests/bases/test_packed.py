@@ -113,6 +113,7 @@ def base(packing: str, bias: bool = True) -> Holder:
 def adapted(packing: str, method: str) -> PeftModel:
     config = config_of(method)
     model = get_peft_model(base(packing), config)
+    torch.manual_seed(1)  # whatever the start has drawn
     move(model, 0.1)
     return model
 
@@ -197,7 +198,7 @@ def test_merging_packs_again_says_what_that_lost_and_unmerging_is_exact(packing,
     model.base_model.merge_adapter()
     layer = model.get_base_model().layer
     rounding = (as_map(layer.base_layer).weight - unpacked).norm() / unpacked.norm()
-    assert 0 < rounding < (0.25 if "int3" in packing else 0.15)
+    assert 0 < rounding < (0.2 if "int3" in packing else 0.15)
     assert_close(model(x), before, rtol=0, atol=1.0 if "int3" in packing else 0.5)
     layer_alone, update = as_map(layer.base_layer), unpacked - plain_weight
     assert model.base_model.merge_loss["layer"] == pytest.approx(

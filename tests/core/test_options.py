@@ -39,7 +39,11 @@ def folder(tmp_path):
 
 
 def equal(one, other):
-    """Up to the order in which layer and update are summed."""
+    return torch.equal(logits(one, INPUTS), logits(other, INPUTS))
+
+
+def near(one, other):
+    """PEFT's and ours, which sum layer and update in another order."""
     return torch.allclose(logits(one, INPUTS), logits(other, INPUTS), rtol=1e-5, atol=1e-6)
 
 
@@ -202,7 +206,7 @@ def test_embeddings_go_with_the_adapter_where_the_vocabulary_was_changed(base, t
     assert equal(loaded, model), "the new rows, which were drawn anew, are those of the file"
     with pytest.raises(MismatchError, match=r"resize_token_embeddings\(65\)"):
         PeftModel.from_pretrained(bare(base), tmp_path / "adapter")
-    assert equal(peft.PeftModel.from_pretrained(grown(base, seed=9), str(tmp_path / "adapter")), model)
+    assert near(peft.PeftModel.from_pretrained(grown(base, seed=9), str(tmp_path / "adapter")), model)
 
 
 def test_peft_reads_and_writes_the_same_embeddings(base, tmp_path):
@@ -215,7 +219,7 @@ def test_peft_reads_and_writes_the_same_embeddings(base, tmp_path):
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "theirs")
     assert load_file(tmp_path / "theirs" / WEIGHTS).keys() >= EMBEDDINGS
-    assert equal(PeftModel.from_pretrained(grown(base, seed=9), tmp_path / "theirs"), theirs)
+    assert near(PeftModel.from_pretrained(grown(base, seed=9), tmp_path / "theirs"), theirs)
 
 
 def test_an_unchanged_vocabulary_is_left_in_the_base_unless_asked(base, tmp_path):
@@ -285,7 +289,7 @@ def test_the_older_format_is_written_on_request_and_checked_like_the_newer(folde
     file = tmp_path / "old" / "adapter_model.bin"
     assert torch.load(file, weights_only=True).keys() == load_file(folder / WEIGHTS).keys()
     assert equal(load(tmp_path / "old"), model)
-    assert equal(peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "old")), model)
+    assert near(peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "old")), model)
     content = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as archive:
         place = next(info for info in archive.infolist() if info.filename.endswith("data/0"))

@@ -119,8 +119,10 @@ def test_the_other_starts_decompose_the_values_of_a_quantised_base_and_leave_its
     base, ids = full[0], torch.arange(12)[None]
     model = adapted(base, init_lora_weights=init)
     with torch.no_grad():
-        expected = quantised(base)(ids).logits
-        assert_close(model(ids).logits, expected, rtol=0, atol=0 if init != "orthogonal" else 2e-4)
+        # in training mode, whose kernel does not round inputs to bfloat16 on CPUs that can
+        plain = quantised(base).train()(ids).logits
+        assert_close(model.train()(ids).logits, plain, rtol=0, atol=0 if init != "orthogonal" else 1e-6)
+        expected, model = quantised(base)(ids).logits, model.eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))

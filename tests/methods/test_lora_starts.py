@@ -65,8 +65,9 @@ def test_fast_pissa_comes_near_the_largest_parts():
     U, V = torch.linalg.qr(torch.randn(30, 30))[0], torch.linalg.qr(torch.randn(40, 40))[0]
     layer.weight.data = U @ torch.diag(0.7 ** torch.arange(30.0)) @ V[:30]
     _, exact = adapted(copy.deepcopy(layer), "pissa", r=4)
-    _, fast = adapted(layer, "pissa_niter_8", r=4)
-    assert_close(fast.B @ fast.A, exact.B @ exact.A, rtol=1e-3, atol=3e-3)  # of numbers up to 0.4
+    _, fast = adapted(layer, "pissa_niter_12", r=4)
+    # what iteration leaves of the fifth direction is about (s5 / s4)^(2 * 12 + 1) = 1.3e-4
+    assert_close(fast.B @ fast.A, exact.B @ exact.A, rtol=1e-3, atol=1e-3)
 
 
 def test_olora_begins_with_the_first_rows_and_columns_of_the_qr_decomposition():

@@ -24,8 +24,10 @@ class Bitsandbytes4bit(PackedLinear):
     @property
     def dtype(self) -> torch.dtype:
         stored: Any = self.module.weight
-        compute = cast(Any, self.module).compute_dtype
-        return compute or (stored.dtype if stored.quant_state is None else stored.quant_state.dtype)
+        compute, state = cast(Any, self.module).compute_dtype, stored.quant_state
+        if compute is not None or state is None:
+            return compute or stored.dtype
+        return state.original_dtype if _laid_out_for_cpu(stored) else state.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad and _laid_out_for_cpu(self.module.weight):  # its kernel for that layout has no gradient
