@@ -12,6 +12,7 @@ from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.factors import input_dropout
+from deltatune.kernels import low_rank as fused
 from deltatune.methods.common import LayerConfig, all_linear
 
 
@@ -121,8 +122,10 @@ class TinyLora(Adapter):
         return up, down
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y, (down, up) = layer(x), self.factors
-        x = self.tinylora_dropout(x)
+        down, up = self.factors
+        if fused.fits(x, layer) and not isinstance(self.tinylora_dropout, nn.Dropout):
+            return fused.low_rank_linear(x, layer.weight, layer.bias, down, up)
+        y, x = layer(x), self.tinylora_dropout(x)
         return y + layer.mix(layer.apply(x, down), up).to(y.dtype)
 
     def derived_tensors(self) -> dict[str, Tensor]:
