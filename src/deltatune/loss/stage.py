@@ -117,8 +117,9 @@ class LossStage:
         head.whole = head.stands_aside(args, kwargs)
         if head.whole is not None:
             return None
-        head.hidden, head.whole = args[0], "the model did not use its logits for a loss"
-        return (head.hidden[:1, :1].detach(),), kwargs
+        hidden: Tensor = args[0]
+        head.hidden, head.whole = hidden, "the model did not use its logits for a loss"
+        return (hidden[:1, :1].detach(),), kwargs
 
     def behind_head(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Hand on what stands for the logits of all rows."""
