@@ -99,10 +99,8 @@ def tables(stored: dict[str, Any]) -> str:
     saved = [bytes_row(name, stored[name]["saved"], 0) for name in names]
     timed = [name for name in names if stored[name]["time"]]
     times = [[name, *(f"{stored[name]['time'][part]:.2f}" for part in ("floor", "ours"))] for name in timed]
-    return "\n\n".join(
-        markdown(columns, rows)
-        for columns, rows in ((PEAK_COLUMNS, peaks), (SAVED_COLUMNS, saved), (TIME_COLUMNS, times))
-    )
+    parts = ((PEAK_COLUMNS, peaks), (SAVED_COLUMNS, saved), (TIME_COLUMNS, times))
+    return "\n\n".join(markdown(columns, rows) for columns, rows in parts if rows)
 
 
 def main() -> None:
@@ -118,7 +116,8 @@ def main() -> None:
         found = measure(*step.CASES[name], asked.rounds)
         stored[name] = found if asked.rounds else {**found, "time": stored.get(name, {}).get("time", {})}
         print(tables({name: stored[name]}), flush=True)
-    if not asked.no_write:
+        if asked.no_write:
+            continue
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         document = step.DOCUMENT
         document.write_text(put_between(document.read_text(), "loss", tables(stored), document.name))

@@ -32,7 +32,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in present:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node keeps would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = forward()  # alive, so that no storage takes the place of another
