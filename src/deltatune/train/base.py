@@ -114,6 +114,7 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
     classes = {
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "causal": transformers.AutoModelForCausalLM,
+        "chat": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
         "token_classification": transformers.AutoModelForTokenClassification,
         "question_answering": transformers.AutoModelForQuestionAnswering,
