@@ -28,10 +28,11 @@ class Arguments:
 
     config: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
 
 
-def parse(words: Sequence[str], flags: Collection[str] = ()) -> Arguments:
-    """`flags` are the settings that are true or false: they need no value."""
+def parse(words: Sequence[str], flags: Collection[str] = (), files: bool = False) -> Arguments:
+    """`flags` are the settings that are true or false: they need no value. With `files`, words alone are data files."""
     result = Arguments()
     rest = list(words)
     while rest:
@@ -52,6 +53,8 @@ def parse(words: Sequence[str], flags: Collection[str] = ()) -> Arguments:
             _set(result, key.replace("-", "_"), text)
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"option {word!r} is not known; settings are given as --name value", found=word)
+        elif files:
+            result.files.append(word)
         elif result.config is None:
             result.config = word
         else:

@@ -66,10 +66,12 @@ def _plan(settings: TrainSettings) -> None:
     """Everything up to the first step: rows read, model loaded and adapted. Nothing is written."""
     from deltatune.train.base import load_base
     from deltatune.train.corpus import encode_corpus, load_corpus
+    from deltatune.train.detect import detected
     from deltatune.train.finish import count_parameters
     from deltatune.train.method import adapt
     from deltatune.train.settings import UNKNOWN_STEPS
 
+    settings = detected(settings)
     corpus = load_corpus(settings)
     base = load_base(settings, corpus.labels)
     corpus = encode_corpus(settings, corpus, base.tokenizer, base.vocabulary, base.positions)

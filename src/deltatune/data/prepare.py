@@ -90,7 +90,9 @@ class Corpus:
             if part is None:
                 return None
             features, lengths = encode(part.examples, encoder, part.source, vocabulary, part is self.train, faults)
-            return replace(part, features=features, lengths=lengths)
+            refused = {(fault.path, fault.key) for fault in faults or ()}
+            kept = [e for e in part.examples if (e.source or part.source, str(e.line)) not in refused]
+            return replace(part, examples=kept, features=features, lengths=lengths)
 
         train = tokens(self.train)
         assert train is not None

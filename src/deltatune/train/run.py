@@ -21,6 +21,7 @@ from deltatune.train.base import Base, check_device, finish_base, load_base
 from deltatune.train.claim import claim, threads
 from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine
 from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
+from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
 from deltatune.train.finish import before_training, count_parameters, finish
 from deltatune.train.judge import Judge
@@ -73,6 +74,7 @@ def train(
     if (model is None) != (tokenizer is None):
         raise ConfigError("model and tokenizer are given together, or neither", field="tokenizer")
     listener = Listeners(c for c in callbacks if isinstance(c, Listener))
+    settings = detected(settings, train_rows, None if model is None else model.config)
     # what AdapterCallback does the loop does anyway
     foreign = [c for c in callbacks if isinstance(c, TrainerCallback) and not isinstance(c, AdapterCallback)]
     foreign += tracker_callbacks(settings.report_to)

@@ -42,7 +42,7 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
     model_name_or_path: str = Field("demo", min_length=1, description="model folder, hub name, or demo")
-    task: Task = Field("seq2seq", description=", ".join(dict.fromkeys(TASKS.values())))
+    task: Task = Field("seq2seq", description=f"by the data when left out; {', '.join(dict.fromkeys(TASKS.values()))}")
     method: str = Field("lora", description="name of a method, such as lora or prefix_tuning; full for no adapter")
     method_options: dict[str, Any] = Field(default_factory=dict, description="options of the method's config")
 
@@ -130,7 +130,8 @@ class TrainSettings(BaseModel):
             raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
         if self.eval_file is not None and self.eval_split:
             raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
-        self._check_data()
+        if "task" in self.model_fields_set:  # else it is to be found by the data
+            self._check_data()
         if self.task_column is not None and not takes_tasks(self.method):
             raise _refused("task_column", self.task_column, f"a method with num_tasks beside it, not {self.method}")
         if self.optimizer != "adamw" and not is_lora(self.method):
@@ -174,7 +175,8 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
     """Canonical keys, options of the method sorted out, the method's config tried: what the model is built from."""
     own = set(TrainSettings.model_fields)
     given: dict[str, Any] = canonical(values, own)
-    given["task"] = _task(given.get("task", "seq2seq"))
+    if "task" in given:
+        given["task"] = _task(given["task"])
     method = given["method"] = normal_method(given.get("method", "lora"))
     options = given.pop("method_options", None) or {}
     if not isinstance(options, dict):
@@ -201,7 +203,7 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
     given["method_options"] = with_defaults(method, {k: v for k, v in options.items() if v is not None})
     if method != FULL:
         # refuses bad values before anything is loaded
-        peft_config(method, given["task"], for_run(method, given["method_options"], UNKNOWN_STEPS))
+        peft_config(method, given.get("task", "seq2seq"), for_run(method, given["method_options"], UNKNOWN_STEPS))
     return given
 
 
