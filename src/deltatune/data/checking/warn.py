@@ -19,8 +19,8 @@ def _leaks(leaks: Sequence[Leak]) -> Iterator[str]:
         if leak.same_inputs:
             first = ", ".join(f"line {mine} (train line {other})" for mine, other in leak.lines[:3])
             yield (
-                f"{leak.part}: {leak.same_inputs} inputs are also trained on, {leak.same_answers} of them with the same "
-                f"answer: {first}; scores on them say nothing"
+                f"{leak.part}: {leak.same_inputs} inputs are also trained on, {leak.same_answers} of them with the "
+                f"same answer: {first}; scores on them say nothing"
             )
 
 
