@@ -16,6 +16,7 @@ from deltatune.cli.train import flags
 from deltatune.data.checking import PartReport, Report
 from deltatune.data.checking.report import Sample
 from deltatune.data.checking.spread import Spread
+from deltatune.data.example import CAUSAL_TASKS
 from deltatune.errors import ConfigError
 from deltatune.report.words import plural, share
 from deltatune.train.settings import TrainSettings, load_settings
@@ -146,6 +147,8 @@ def _findings(report: Report, out: Console) -> None:
     if len(report.faults) > SHOWN:
         out.print(f"and {plural(len(report.faults) - SHOWN, 'fault')} more (all of them: --json)")
     train = report.parts[0]
-    learnt = share(train.learnt.total, train.tokens.total) if train.tokens.total else "nothing"
+    learnt = f"{plural(train.learnt.total, 'prediction')} to learn from"
+    if report.task in CAUSAL_TASKS and train.tokens.total:
+        learnt += f", {share(train.learnt.total, train.tokens.total)} of the tokens"
     verdict = f"{plural(len(report.faults), 'faulty row')}" if report.faults else "no faulty row"
-    out.print(f"{verdict}; {learnt} of the training tokens are learnt")
+    out.print(f"{verdict}; {learnt}")
