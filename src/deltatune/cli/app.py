@@ -74,6 +74,26 @@ def train(
     run(words or [], config, dry_run, print_config)
 
 
+data = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command(context_settings=SETTINGS)
+def check(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]... [--NAME VALUE]...", help="Data files, and the settings of the run."),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Settings file of the run.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Rows of each part to show, as tokens.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """What would be trained on: tokens and what is learnt of them, lengths, duplicates, leaks, faulty rows."""
+    from deltatune.cli.data import check as run
+
+    run(words or [], config, samples, as_json)
+
+
 @app.command()
 def generate(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, or a model without adapter (folder, hub name).")],
