@@ -26,10 +26,11 @@ LLAMA = SHARED / "data" / "weights" / "stories260K"  # a real Llama with grouped
 TEXTS = ["Once upon a time", "The dog"]
 # Options that a method needs beside layers; everything else has its defaults.
 NEEDED = {
-    "lora": {"r": 4}, "adalora": {"total_step": 10, "init_r": 4}, "vblora": {"vector_length": 4, "num_vectors": 16},
+    "lora": {"r": 4}, "adalora": {"total_step": 10, "init_r": 4, "target_r": 2}, "vblora": {"vector_length": 4, "num_vectors": 16},
     "shira": {"r": 2}, "oft": {"oft_block_size": 4, "r": 0}, "boft": {"boft_block_size": 4}, "c3a": {"block_size": 4},
     "fourierft": {"n_frequency": 20}, "waveft": {"n_frequency": 20}, "unilora": {"theta_d_length": 64},
-    "adamss": {"r": 8, "num_subspaces": 2},
+    "adamss": {"r": 8, "num_subspaces": 2}, "diff_pruning": {"prune_step": 8},
+    "trainable_tokens": {"token_indices": [3, 4], "target_modules": None},
 }  # fmt: skip
 MERGEABLE = sorted(
     method.name
@@ -38,6 +39,7 @@ MERGEABLE = sorted(
     and method.adapter.mergeable is True
     and {"linear"} <= method.adapter.base_kinds
     and isinstance(method.peft_type, d.PeftType)
+    and method.name not in ("beft", "bitfit")  # of layers with a bias, which these two models do not have
 )
 FEW = ["lora", "loha", "oft", "ia3"]
 
@@ -95,7 +97,7 @@ def test_every_method_that_a_weight_can_hold(name, base, tmp_path):
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     converted = convert_adapter(adapter, tmp_path / "lora", inputs=TEXTS)
     assert converted.proof.holds
-    assert max(converted.errors.values()) <= 1e-3
+    assert max(converted.errors.values()) <= 1e-5
     assert d.PeftConfig.from_pretrained(tmp_path / "lora").peft_type == "LORA"
 
 

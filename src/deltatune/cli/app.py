@@ -156,7 +156,7 @@ def convert(
         str | None, typer.Option(help="A rank, a share of energy such as 0.99, or auto: what --max-error needs.")
     ] = None,
     max_error: Annotated[
-        float | None, typer.Option("--max-error", "--max_error", help="Of each layer's change; 0.001 by default.")
+        float | None, typer.Option("--max-error", "--max_error", help="Of each layer's change; 1e-5 by default.")
     ] = None,
     model: Model = None,
     inputs: Inputs = None,

@@ -16,7 +16,7 @@ from deltatune.ship.record import Record, record
 from deltatune.ship.samples import samples
 from deltatune.train.base import quiet
 
-ERROR = 1e-3  # of a layer's change, where neither rank nor error is asked for
+ERROR = 1e-5  # of a layer's change, where neither rank nor error is asked for
 LOSSY = 1e-2  # KL divergence, where a rank was
 
 
@@ -50,7 +50,7 @@ def convert_adapter(
 
     Args:
         rank: As in `convert_to_lora`: an int, or the share of the squared singular values that is kept.
-        max_error: The lowest ranks whose relative error is at most this; 0.001 where no rank is given.
+        max_error: The lowest ranks whose relative error is at most this; 1e-5 where no rank is given.
         tolerance: Largest KL divergence allowed; 0.01 by default where the rank was given, else 1e-5.
 
     Raises:
