@@ -26,7 +26,8 @@ LLAMA = SHARED / "data" / "weights" / "stories260K"  # a real Llama with grouped
 TEXTS = ["Once upon a time", "The dog"]
 # Options that a method needs beside layers; everything else has its defaults.
 NEEDED = {
-    "lora": {"r": 4}, "adalora": {"total_step": 10, "init_r": 4, "target_r": 2}, "vblora": {"vector_length": 4, "num_vectors": 16},
+    "lora": {"r": 4}, "adalora": {"total_step": 10, "init_r": 4, "target_r": 2},
+    "vblora": {"vector_length": 4, "num_vectors": 16},
     "shira": {"r": 2}, "oft": {"oft_block_size": 4, "r": 0}, "boft": {"boft_block_size": 4}, "c3a": {"block_size": 4},
     "fourierft": {"n_frequency": 20}, "waveft": {"n_frequency": 20}, "unilora": {"theta_d_length": 64},
     "adamss": {"r": 8, "num_subspaces": 2}, "diff_pruning": {"prune_step": 8},
