@@ -47,6 +47,51 @@ def test_scores_of_each_are_those_of_it_alone(found, t5, lora, prefix, rows):
         assert one.scores["loss"].low < loss < one.scores["loss"].high
 
 
+@pytest.mark.parametrize("task", ["classification", "token_classification", "question_answering", "causal", "chat"])
+def test_scores_of_every_task_are_those_its_run_told(task, request, tmp_path):
+    """`train` has scored its adapter on the same rows by other code: row by row there, by sums here."""
+    from tests.cli.conftest import WORDS, trained
+    from tests.data.test_chat import WORDS as CHAT_WORDS
+
+    model = request.getfixturevalue("chatty" if task in ("causal", "chat") else "bert")
+    words = CHAT_WORDS if task in ("causal", "chat") else WORDS
+    rows = _rows_of(task, words)
+    for name, part in (("train", rows), ("dev", rows[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    folder = trained(
+        tmp_path / "run",
+        *(f"--model={model}", f"--train_file={tmp_path / 'train.jsonl'}", f"--eval_file={tmp_path / 'dev.jsonl'}"),
+        *(f"--task={task}", "--method=lora", "--lr=0.02", "--max_steps=6", "--max_target_length=6", "--num_threads=1"),
+        *("--max_length=24", "--eval_before=false", "--init_lora_weights=false"),
+    )
+    told = json.loads((folder / "metrics.json").read_text())["after"]["eval"]
+    found = evaluate_adapters([str(folder)], base=False, draws=20).models[0]  # by default what the run was evaluated on
+    assert told.keys() <= found.scores.keys() and len(told) >= 3
+    assert {name: found.scores[name].value for name in told} == pytest.approx(told, rel=1e-4)
+
+
+def _rows_of(task, words):
+    import random
+
+    rng = random.Random(0)
+    made = []
+    for number in range(12):
+        text = rng.sample(words, 3)
+        if task == "classification":
+            made.append({"text": " ".join(text), "label": "even" if number % 2 else "odd"})
+        elif task == "token_classification":
+            made.append({"tokens": text, "tags": [rng.choice(["O", "B-thing", "I-thing"]) for _ in text]})
+        elif task == "question_answering":
+            answer = {"text": text[1], "start": len(text[0]) + 1}
+            made.append({"question": rng.choice(words), "context": " ".join(text), "answers": [answer]})
+        elif task == "chat":
+            said = [{"role": "user", "content": " ".join(text)}, {"role": "assistant", "content": text[0]}]
+            made.append({"messages": said})
+        else:
+            made.append({"prompt": " ".join(text), "completion": text[0]})
+    return made
+
+
 def test_differences_are_against_the_base(found):
     base, *adapters = found.models
     assert base.differences == {} and base.forgotten is None
