@@ -32,6 +32,7 @@ def train(words: Sequence[str], config: str | None, dry_run: bool, print_config:
         return
     from deltatune.cli.progress import ProgressBar
     from deltatune.generate.load import write_labels
+    from deltatune.report.card import write_card
     from deltatune.report.page import write_report
     from deltatune.train import train as run
 
@@ -39,6 +40,7 @@ def train(words: Sequence[str], config: str | None, dry_run: bool, print_config:
     with ProgressBar(out) as bar:
         result = run(settings, callbacks=[bar])
     write_labels(result)
+    write_card(result)
     report = write_report(result, command=shlex.join(["deltatune", *sys.argv[1:]]))
     _results(result, report)
 
