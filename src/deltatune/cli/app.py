@@ -10,7 +10,6 @@ from deltatune.cli.show import warnings_as_lines
 
 app = typer.Typer(
     cls=Verbs,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -340,6 +339,42 @@ def chat(
 
     decoding = Decoding(max_new_tokens, 1, sample, temperature, top_p, top_k, seed, 1)
     run(adapters or [], model, separator, template, system, decoding)
+
+
+def _methods(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from deltatune.train.method import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from deltatune.recipes import TASKS
+
+    return [name for name in TASKS if name.startswith(incomplete)]
+
+
+@app.command()
+def init(
+    task: Annotated[str | None, typer.Argument(help="Without one: the list.", autocompletion=_recipes)] = None,
+    method: Annotated[str, typer.Option(help="Of fine-tuning.", autocompletion=_methods)] = "lora",
+    listed: Annotated[bool, typer.Option("--list", help="List tasks and methods.")] = False,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A new file, instead of stdout.")] = None,
+) -> None:
+    """A settings file to begin with, with comments: deltatune init classification > run.yaml"""
+    from deltatune.cli.recipes import init as run
+
+    run(None if listed else task, method, output)
+
+
+@app.command(name="config-schema")
+def config_schema(
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write it here.")] = None,
+) -> None:
+    """The settings of train as JSON schema, options of all methods included, for editors."""
+    from deltatune.cli.recipes import config_schema as run
+
+    run(output)
 
 
 @app.command(context_settings=SETTINGS)
