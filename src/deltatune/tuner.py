@@ -15,6 +15,7 @@ from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
 from deltatune.notice import warn
+from deltatune.peer.tuner_verbs import TunerVerbs
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
 from deltatune.schedule import Schedule
@@ -24,7 +25,7 @@ from deltatune.state_dict import collect
 LOST_WORTH_SAYING = 0.01  # of the update, in one layer
 
 
-class Tuner(PeerLosses, nn.Module):
+class Tuner(TunerVerbs, PeerLosses, nn.Module):
     """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
 
     model: nn.Module
@@ -131,8 +132,8 @@ class Tuner(PeerLosses, nn.Module):
             if any(getattr(adapter, "awaits_data", False) for adapter in held):
                 init = self.peft_config[name].init_lora_weights  # type: ignore[attr-defined]
                 warn(
-                    f"adapter {name!r} has init_lora_weights={init!r} and has seen no data, so it trains as plain LoRA; "
-                    "call initialize_lora_eva_weights(model, dataloader) before the first step, or "
+                    f"adapter {name!r} has init_lora_weights={init!r} and has seen no data, so it trains as plain "
+                    "LoRA; call initialize_lora_eva_weights(model, dataloader) before the first step, or "
                     "deltatune.lora.prepare(base, config, dataloader) before get_peft_model"
                 )
 

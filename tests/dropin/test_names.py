@@ -134,7 +134,7 @@ VERBS = {
     peft.tuners.tuners_utils.BaseTuner: (
         Tuner,
         "merge_and_unload unload merge_adapter unmerge_adapter enable_adapter_layers disable_adapter_layers "
-        "delete_adapter set_adapter inject_adapter",
+        "delete_adapter set_adapter inject_adapter set_requires_grad supports_lora_conversion",
     ),
     peft.tuners.tuners_utils.BaseTunerLayer: (
         AdaptedLayer,
@@ -142,7 +142,7 @@ VERBS = {
         "set_requires_grad supports_lora_conversion",
     ),
     peft.tuners.lora.LoraLayer: (AdaptedLayer, "set_scale scale_layer unscale_layer get_delta_weight"),
-    peft.tuners.lora.LoraModel: (Tuner, "subtract_mutated_init"),
+    peft.tuners.lora.LoraModel: (Tuner, "subtract_mutated_init add_weighted_adapter"),
     peft.tuners.ia3.IA3Model: (deltatune.PeftModel, "add_weighted_adapter"),
     peft.PeftConfig: (
         deltatune.PeftConfig,

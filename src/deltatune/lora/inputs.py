@@ -30,7 +30,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """The rows (n, in) of a layer's input (B, T, in) at these places; all of an input without tokens, as a pooled one."""
+    """The rows (n, in) of a layer's input (B, T, in) at these places; all of one without tokens (pooled)."""
     x = first(layer_input, layer_name)
     return x if x.ndim < 3 else x[model_input.T.unbind()]
 

@@ -37,8 +37,8 @@ class AdaptionPromptConfig(PeftConfig):
         adapter_len: Number of tokens of each prompt; the paper has 10.
         adapter_layers: How many of these modules get a prompt, counted from the last; all when left out.
         layout: "native": the gated part passes through the module's output projection, as in the paper. "peft": PEFT's
-            numbers; see `deltatune.prompts.gates`. Files without our marker are read so. None: "native", and "peft" under
-            `deltatune.as_peft`.
+            numbers; see `deltatune.prompts.gates`. Files without our marker are read so. None: "native", and under
+            `deltatune.as_peft` "peft".
         init_text: Start from what the projections read for this text; needs `tokenizer_name_or_path`.
         init_token_ids: The same, as token ids.
         tokenizer_name_or_path: Tokenizer for `init_text`.

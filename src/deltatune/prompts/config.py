@@ -10,8 +10,8 @@ from deltatune.config import PeftConfig, config
 from deltatune.errors import ConfigError
 
 Layout = Literal["native", "peft"]
-# What keys and values mean whose config does not say: "peft" under `deltatune.as_peft`, so that programs written for PEFT
-# get the numbers that they got.
+# What keys and values mean whose config does not say: "peft" under `deltatune.as_peft`, so that programs written for
+# PEFT get the numbers that they got.
 usual_layout: Layout = "native"
 SITE_KINDS = ("default", "self", "encoder", "cross", "all")
 

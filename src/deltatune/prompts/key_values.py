@@ -81,8 +81,8 @@ class Prefix(Graft):
         built: Any = encoder(config).to(model.device)
         if left_open and len(set(built.layer_of_site)) < len(sites):
             warn(
-                f"{type(model).__name__}: a part of this prefix is never read, as in PEFT, which hands the layers of an "
-                "encoder-decoder each other's keys and values; with layout='native' every layer has its own"
+                f"{type(model).__name__}: a part of this prefix is never read, as in PEFT, which hands the layers of "
+                "an encoder-decoder each other's keys and values; with layout='native' every layer has its own"
             )
         if start is not None:
             built.fill(start)
