@@ -19,7 +19,7 @@ from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
 from deltatune.live_names import say_names
-from deltatune.selection import Call, Selection
+from deltatune.selection import Call, Selection, has_scale
 from deltatune.weight import LazyWeight
 
 
@@ -88,6 +88,8 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
+        if adapter.configured_scaling is None and has_scale(adapter):
+            adapter.configured_scaling = adapter.scaling  # type: ignore[assignment]  # before any program changes it
         self.adapters[name] = adapter
         adapter.joins(self.adapters)
 

@@ -41,6 +41,7 @@ class LoRA(Adapter):
         summand: True, or the reason why the output is not that of the layer plus an update.
         start_A, start_B: Where the factors began, if the base gives way by their product.
         stand_in: What stands in the place of the layer's weight.
+        awaits_data: Whether its start needs data that have not been read.
     """
 
     views: ClassVar[tuple[str, ...]] = (
@@ -58,6 +59,7 @@ class LoRA(Adapter):
     start_A: Tensor | None
     start_B: Tensor | None
     stand_in: Quantised | None
+    awaits_data: bool
     scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
     room: int | None = None  # the rank that the tensors have, where it may be higher than its own
     variants: Sequence[Variant]
@@ -140,7 +142,7 @@ class LoRA(Adapter):
         )
         if self.lora_B.bias is not None and start.bias is not None:
             self.lora_B.bias.data = start.bias
-        self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
+        self.identity_at_birth, self.stand_in, self.awaits_data = start.at_birth, start.stand_in, start.awaits_data
         if start.stand_in is not None:
             self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
         self.keeps_derived = start.gives_way and not start.again
@@ -279,6 +281,7 @@ class LoRA(Adapter):
         return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.awaits_data = False
         with torch.no_grad():
             for name, tensor in self._held().items():
                 value = tensors[name] if self.room is None else of_rank(self, tensor, tensors[name], self.room)
