@@ -298,6 +298,8 @@ class Applied:
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
             return self.inner.apply(x, self.weight, self.bias)
+        if not self.adapter.reads:
+            return self.adapter(x, self.inner)
         return self.adapter(x, self.inner, **{value.name: self.read(value.name) for value in self.adapter.reads})
 
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
