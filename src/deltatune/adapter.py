@@ -42,8 +42,9 @@ class LinearMap(Protocol):
     kernel: int
     groups: int
     turned: bool
-    dense: bool
 
+    @property
+    def dense(self) -> bool: ...
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
     @property

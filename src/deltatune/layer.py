@@ -58,7 +58,7 @@ class Standing:
         base, present = modules["base_layer"], modules["adapters"]._modules
         if call is not self.call or base is not self.base or base._parameters.get("weight") is not self.weight:
             return False
-        for name, adapter in self.adapters.items():
+        for name, adapter in self.adapters.items():  # noqa: SIM110, as in `mixed.Plan.holds`
             if present.get(name) is not adapter:
                 return False
         return True

@@ -82,9 +82,9 @@ class Plan:
 
     def holds(self, names: Names, adapters: Mapping[str, Any], device: torch.device) -> bool:
         """Whether it is still right: the same rows, and for each the same adapter."""
-        if self.names is not names and self.names != names or self.device != device:
+        if (self.names is not names and self.names != names) or self.device != device:
             return False
-        for name, adapter in self.held.items():  # once per layer and token, where `all(...)` would take twice as long
+        for name, adapter in self.held.items():  # noqa: SIM110, once per layer and token: `all` takes twice as long
             if adapters.get(name) is not adapter:
                 return False
         return True
@@ -192,7 +192,8 @@ def _stack(modules: Sequence[nn.Module]) -> Any:
     }
     vars(made).update(vars(first), rows=1, _modules=children)
     if first._parameters:
-        made._parameters = {n: _joined([module._parameters[n] for module in modules]) for n in first._parameters}
+        parameters = {n: _joined([module._parameters[n] for module in modules]) for n in first._parameters}
+        made._parameters = cast(dict[str, "nn.Parameter | None"], parameters)
     if first._buffers:
         made._buffers = {n: _joined([module._buffers[n] for module in modules]) for n in first._buffers}
     return made

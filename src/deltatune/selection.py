@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from deltatune.errors import StateError
 from deltatune.gate import Gate
@@ -154,8 +155,9 @@ def _scale_for(selection: Selection) -> float:
     return _scales.get().get(id(selection), 1.0)
 
 
-# The compiler follows no context variables; where nothing is being compiled its leave need not be asked, once a layer.
-_chosen_outside, _scale_outside = torch.compiler.disable(_chosen_for), torch.compiler.disable(_scale_for)
+# The compiler cannot follow these. Its own decorator, `torch.compiler.disable`, would load the whole compiler with this
+# module, a second that programs without it have no use for; torch has another for such cases.
+_chosen_outside, _scale_outside = _disable_dynamo(_chosen_for), _disable_dynamo(_scale_for)
 
 
 def _look_up(selection: Selection) -> Call | None:
@@ -171,11 +173,17 @@ def has_scale(adapter: Any) -> bool:
     return "scaling" in adapter.views and isinstance(vars(adapter).get("scaling"), (int, float))
 
 
-@torch.compiler.disable
 def _rescaled(adapter: Any, factor: float) -> Any:
+    return (_twin_outside if torch.compiler.is_compiling() else _twin)(adapter, factor)
+
+
+def _twin(adapter: Any, factor: float) -> Any:
     twin = object.__new__(type(adapter))
     vars(twin).update(vars(adapter), scaling=adapter.scaling * factor)
     return twin
+
+
+_twin_outside = _disable_dynamo(_twin)
 
 
 def by_adapter(

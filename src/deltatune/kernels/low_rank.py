@@ -30,7 +30,7 @@ def fits(x: Tensor, layer: LinearMap, dropout: float = 0.0) -> bool:
     """
     if layer.kind != "linear" or not layer.dense or layer.dtype != x.dtype or torch.compiler.is_compiling():
         return False
-    if dropout and not own_dropout or torch._C._are_functorch_transforms_active():  # vmap has no rule for it
+    if (dropout and not own_dropout) or torch._C._are_functorch_transforms_active():  # vmap has no rule for it
         return False
     return x.is_cpu and x.is_floating_point() and not torch.is_autocast_enabled("cpu")
 
