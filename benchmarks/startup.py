@@ -3,9 +3,9 @@
     python benchmarks/startup.py                    and write startup.json
     python benchmarks/startup.py --rounds 3 --no-write
 
-Processes take turns, and what counts is the CPU time of each, less that of one that imports torch alone. "Names" is what
-a program writes at its top. PEFT loads transformers, which most programs load anyway: "beside transformers" leaves that
-out on both sides.
+Processes take turns, and what counts is the CPU time of each, less that of one that imports torch alone. "Names" is
+what a program writes at its top. PEFT loads transformers, which most programs load anyway: "beside transformers" leaves
+it out on both sides.
 """
 
 from __future__ import annotations
