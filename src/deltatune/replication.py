@@ -194,10 +194,18 @@ def _lists(module: nn.Module, count: int | None) -> Iterator[tuple[nn.Module, st
 def _replicated(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return [
         (holder, name, child)
-        for holder in model.modules()
+        for holder in dict.fromkeys(_own_modules(model))
         for name, child in holder._modules.items()
         if isinstance(child, Replicas)
     ]
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A model's modules without those of its adapters, of which there may be thousands."""
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and not (isinstance(module, AdaptedLayer) and name == "adapters"):
+            yield from _own_modules(child)
 
 
 def _replica(layer: nn.Module, place: int) -> nn.Module:

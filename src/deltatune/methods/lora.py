@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -236,13 +236,17 @@ class LoRA(Adapter):
 
     def _plain(self, x: Any, layer: LinearMap) -> Tensor:
         """The layer and B A x, whose scale is put on the smallest tensor on the way."""
+        down, up = cast(Factor, self._modules["lora_A"]), cast(Factor, self._modules["lora_B"])
+        A, B, bias = down.matrix, up.matrix, up.bias
+        if self.blocks > 1:
+            B = block_diagonal(B, self.blocks)
         share = self.lora_dropout.p if self.training and isinstance(self.lora_dropout, nn.Dropout) else 0.0
-        if self.lora_B.bias is None and fused.fits(x, layer, share):
-            return fused.low_rank_linear(x, layer.weight, layer.bias, self.A, self.scaling * self.B, share)
-        y, h, bias = layer(x), layer.apply(self._dropped(x), self.A), self.lora_B.bias
+        if bias is None and fused.fits(x, layer, share):
+            return fused.low_rank_linear(x, layer.weight, layer.bias, A, B, share, self.scaling)
+        y, h = layer(x), layer.apply(self._dropped(x), A)
         if bias is None:
-            return y + layer.mix(self.scaling * h, self.B).to(y.dtype)
-        return y + (self.scaling * shift(layer.mix(h, self.B), bias, layer)).to(y.dtype)
+            return y + layer.mix(self.scaling * h, B).to(y.dtype)
+        return y + (self.scaling * shift(layer.mix(h, B), bias, layer)).to(y.dtype)
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
