@@ -17,6 +17,7 @@ from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.factors import NO_DROPOUT, Factor, block_diagonal, shift
 from deltatune.filling import Source, source
+from deltatune.kernels import fused_linear, gpu
 from deltatune.kernels import low_rank as fused
 from deltatune.lora import starts
 from deltatune.lora.config import LoraConfig
@@ -234,6 +235,11 @@ class LoRA(Adapter):
 
     def _plain(self, x: Any, layer: LinearMap) -> Tensor:
         """The layer and B A x, whose scale is put on the smallest tensor on the way."""
+        if gpu.backend != "plain" and self.lora_B.bias is None:
+            dropping = self.training and isinstance(self.lora_dropout, nn.Dropout)
+            found = fused_linear.low_rank(x, layer, self.A, self.scaling * self.B, dropping)
+            if found is not None:
+                return found
         share = self.lora_dropout.p if self.training and isinstance(self.lora_dropout, nn.Dropout) else 0.0
         if self.lora_B.bias is None and fused.fits(x, layer, share):
             return fused.low_rank_linear(x, layer.weight, layer.bias, self.A, self.scaling * self.B, share)
