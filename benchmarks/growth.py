@@ -163,7 +163,9 @@ def _picture(panels: dict[str, Any], below: str, ticks: tuple[int, ...]) -> Any:
         ax.set_yscale("log")
         plain_ticks(ax.xaxis, ticks, lambda value: f"{value:,.0f}")
         low, high = ax.get_ylim()
-        steps = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        fine = [m * 10.0**e for e in range(-3, 6) for m in (1, 1.5, 2, 3, 4, 5, 7) if low <= m * 10.0**e <= high]
+        coarse = [tick for tick in fine if f"{tick:e}"[:3] in ("1.0", "2.0", "5.0")]
+        steps = coarse if len(coarse) > 3 else fine
         plain_ticks(ax.yaxis, steps, lambda value: f"{value:,g}")
         ax.set_title(title, fontsize=10)
     for ax in axes[:, 0]:

@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 import transformers
 from harness.alone import as_if_alone
 from harness.llama import PACKAGES
+from harness.memory import peak_bytes
 from harness.tables import markdown, put_between
 from harness.timing import Seconds, ratio, turns
 from torch import Tensor, nn
@@ -123,20 +123,6 @@ def prefix_bytes(package: str, model: Any, batch: int) -> int:
             layers = getattr(cache, "self_attention_cache", cache).layers
             tensors = [part for layer in layers for part in (layer.keys, layer.values)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """The most that was allocated at once while `run` ran, beyond what there was before: the profiler's count."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def resident_bytes() -> int:
