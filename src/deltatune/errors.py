@@ -27,6 +27,12 @@ class PeftError(Exception):
         self.field, self.path, self.key = field, path, key
         self.found, self.expected, self.hint = found, expected, hint
 
+    def in_file(self, path: str) -> None:
+        """Name the file in which the fault is, where the message does not yet."""
+        if path not in str(self):
+            self.args = (f"{path}: {self}",)
+        self.path = self.path or path
+
 
 class ConfigError(PeftError, ValueError, TypeError):
     """A config has an unknown field, a wrong type or a value out of range."""
@@ -62,6 +68,10 @@ class UnsafeError(PeftError, ValueError):
 
 class LimitError(PeftError, ValueError):
     """A size, count or time beyond what is accepted."""
+
+
+class OutOfMemoryError(LimitError, MemoryError):
+    """The memory that a call asks for is not there."""
 
 
 class SaveError(PeftError, OSError):
