@@ -4,7 +4,8 @@
     python scripts/reliability.py --write           into that page
 
 clear: an exception whose message holds the words fixed for the case; obscure: any other; handled: right without one;
-warned: wrong, and a warning names it; silent: wrong without a word; lost: good data destroyed; hang: over twenty seconds.
+warned: wrong, and a warning names it; silent: wrong without a word; lost: good data destroyed;
+hang: over twenty seconds.
 """
 
 from __future__ import annotations
