@@ -42,8 +42,10 @@ def judged(fault: Fault, lib: Any) -> str:
         try:
             result = fault.put(lib, Path(room))
         except Exception as error:
-            named = all(word in str(error) for word in fault.words) and not isinstance(
-                error, (KeyError, AttributeError)
+            named = (
+                fault.words
+                and all(word in str(error) for word in fault.words)
+                and not isinstance(error, (KeyError, AttributeError))
             )
             return "clear" if named else "obscure"
         if result == HANDLED:
