@@ -18,6 +18,7 @@ from deltatune.prompts.config import KeyValueConfig
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.own import Mount
+from deltatune.prompts.peer import check_as_peft
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
 from deltatune.prompts.stage import STAGE, Stage
@@ -69,6 +70,7 @@ class Prefix(Graft):
         values = _filled_in(model, config, sites)
         shifted = config.layout == "peft" and _check_layout(model, sites)
         start = start_rows(model, config, sites, {} if stage is None else stage.prefixes)
+        before = {field: getattr(config, field) for field in values}
         for field, value in values.items():
             setattr(config, field, value)
 
@@ -90,6 +92,14 @@ class Prefix(Graft):
                 stage.shifting = PositionShift(stage)
                 stage.shifting.attach(model, [site.name for site in sites])
         stage.prefixes[name] = prefix
+        if shifted and any(site.layout is not None for site in sites):
+            try:
+                check_as_peft(prefix)
+            except TargetError:
+                prefix.detach()
+                for field, value in before.items():
+                    setattr(config, field, value)
+                raise
         return prefix
 
     def detach(self) -> None:
@@ -183,8 +193,6 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
     reason = None
     if len({site.shape for site in sites}) > 1 or any(site.shape[:2] != site.shape[2:] for site in sites):
         reason = "its attentions differ in shape"
-    elif any(site.layout is not None for site in sites):
-        reason = "its attention is code of its own, in which the shift of PEFT's positions is not known"
     elif any(site.calls > 1 for site in sites):
         reason = "its attention modules are called several times in a pass"
     elif getattr(text, "attention_chunk_size", None):
