@@ -28,6 +28,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 import transformers
+from harness.memory import peak_bytes
 from harness.tables import markdown, put_between
 from torch import Tensor, nn
 
@@ -157,20 +158,6 @@ def prefix_bytes(package: str, model: Any, batch: int) -> int:
             layers = getattr(cache, "self_attention_cache", cache).layers
             tensors = [part for layer in layers for part in (layer.keys, layer.values)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """The most that was allocated at once while `run` ran, beyond what there was before: the profiler's count."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def resident_bytes() -> int:

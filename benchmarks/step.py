@@ -44,10 +44,10 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 COLUMNS = ("LoRA", "floor", "PEFT / floor", "best", "ours / floor", "best", "ours / PEFT")
 
 
-def bare(dtype: torch.dtype) -> Any:
+def bare(dtype: torch.dtype, vocabulary: int = 1024) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=1024,
+        vocab_size=vocabulary,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=8,
@@ -59,11 +59,11 @@ def bare(dtype: torch.dtype) -> Any:
     return model.to(dtype).train()
 
 
-def adapted(package: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+def adapted(package: Any, dtype: torch.dtype, options: dict[str, Any], vocabulary: int = 1024) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = package.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=TARGETS, **options)
-        return package.get_peft_model(bare(dtype), config).train()
+        return package.get_peft_model(bare(dtype, vocabulary), config).train()
 
 
 def floor(model: Any, ids: torch.Tensor) -> None:

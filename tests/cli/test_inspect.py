@@ -43,6 +43,16 @@ def test_the_base_is_not_needed(run, lora, tmp_path):
     assert "no problems found" in done.out
 
 
+def test_the_run_that_wrote_it_is_told(run, lora, rows):
+    found = json.loads(run("inspect", lora, "--json").out)["origin"]
+    assert found["command"] == f"deltatune train {lora}/settings.json"
+    assert found["data"]["train_file"] == str(rows)
+    assert (found["steps"], found["train_rows"]) == (4, 18)
+    shown = run("inspect", lora).out
+    assert "4 steps on 18 rows" in shown
+    assert "eval, after" in shown
+
+
 def broken(folder, change):
     """Change the tensors of a folder and write them as another tool would."""
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -119,6 +119,34 @@ def inspect(
     run(folder, tensors, as_json)
 
 
+@app.command()
+def doctor(
+    folder: Annotated[str, typer.Argument(help="Adapter folder.")],
+    programs: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="peft, vllm, sglang or llama.cpp; may be repeated. Fails where one would not do."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether other programs would load an adapter, and compute the same with it; if not, what to do."""
+    from deltatune.cli.doctor import doctor as run
+
+    run(folder, programs or [], as_json)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="Adapter folder.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    every: Annotated[bool, typer.Option("--all", help="Show every layer that differs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """How two adapters differ: options, layers, and how far apart they are. No base model is needed."""
+    from deltatune.cli.diff import diff as run
+
+    run(first, second, every, as_json)
+
+
 @app.command(context_settings=SETTINGS)
 def trace(
     words: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from deltatune.config import CONFIG_NAME
 from deltatune.errors import FormatError
 from deltatune.inspect.adapter import AdapterFacts, pattern
 from deltatune.inspect.model import ModelFacts
+from deltatune.inspect.origin import Origin
+from deltatune.inspect.spectrum import Spectrum
 from deltatune.report.words import size
 
 
@@ -83,10 +86,59 @@ def _show(found: AdapterFacts, tensors: bool) -> None:
         ]
         out.print(table(("tensors", "count", "shape", "norm"), rows, numbers="lrrr"))
     out.print()
+    if found.spectra:
+        _spectra(found.spectra)
+    if found.origin is not None:
+        _origin(found.origin)
     for problem in found.problems:
         out.print(Text.assemble(("problem", "red"), f": {problem}"), soft_wrap=True)
     if not found.problems:
         out.print("no problems found")
+
+
+def _spectra(found: list[Spectrum]) -> None:
+    """How much of the rank is used, by layers whose paths differ in numbers only."""
+    groups: dict[str, list[Spectrum]] = defaultdict(list)
+    for layer in found:
+        groups[pattern(f"base_model.model.{layer.layer}")].append(layer)
+    rows = [
+        (
+            name,
+            _span(layer.rank for layer in group),
+            _span(round(layer.effective_rank, 1) for layer in group),
+            _span(layer.needed for layer in group),
+            sum(layer.dead for layer in group) or "",
+            f"{min(layer.norm for layer in group):.3g} - {max(layer.norm for layer in group):.3g}",
+        )
+        for name, group in groups.items()
+    ]
+    out = console()
+    columns = ("product B A", "rank", "effective", "for 99 %", "dead", "norm")
+    out.print(table(columns, rows, numbers="lrrrrr"))
+    rank, needed = sum(layer.rank for layer in found), sum(layer.needed for layer in found)
+    if needed < rank:
+        out.print(f"99 % of the change is in {needed} of {rank} directions", highlight=False)
+    out.print()
+
+
+def _span(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{min(found):g}" if min(found) == max(found) else f"{min(found):g} - {max(found):g}"
+
+
+def _origin(found: Origin) -> None:
+    lines: list[tuple[str, Any]] = [("repeat", found.command)]
+    lines += [(name, value) for name, value in found.data.items()]
+    if found.steps is not None:
+        lines.append(("trained", f"{found.steps} steps on {found.train_rows} rows in {found.seconds:.0f} s"))
+    for when, parts in found.scores.items():
+        for part, scores in parts.items():
+            told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, float))
+            if told:
+                lines.append((f"{part}, {when}", told))
+    out = console()
+    out.print(facts(lines))
+    out.print()
 
 
 def _model(folder: str, as_json: bool) -> None:

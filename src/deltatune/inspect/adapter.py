@@ -15,8 +15,11 @@ from torch import Tensor
 
 from deltatune.config import CONFIG_NAME, PeftConfig
 from deltatune.errors import IntegrityError, UnsafeError
+from deltatune.inspect.origin import Origin, origin
 from deltatune.inspect.problems import find_problems
+from deltatune.inspect.spectrum import Spectrum, spectra
 from deltatune.prompts.config import PromptLearningConfig
+from deltatune.registry import METHODS
 from deltatune.storage.locate import Place, place
 from deltatune.storage.tensors import WEIGHTS_NAME, read_file
 from deltatune.storage.weights import read_weights
@@ -47,7 +50,12 @@ class GroupFacts:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """`config` holds what differs from the method's defaults; `base_facts` is there in files that deltatune wrote."""
+    """`config` holds what differs from the method's defaults; `base_facts` is there in files that deltatune wrote.
+
+    Attributes:
+        spectra: How much of its rank each layer uses, for methods with factors A and B.
+        origin: The run that wrote the folder, where it left its settings there.
+    """
 
     folder: str
     method: str
@@ -61,14 +69,37 @@ class AdapterFacts:
     ranks: list[int]
     tensors: list[TensorFacts]
     groups: list[GroupFacts]
+    spectra: list[Spectrum]
+    origin: Origin | None
     problems: list[str]
 
 
-def inspect_adapter(name_or_path: str | Path) -> AdapterFacts:
-    """Read an adapter folder (or a hub repository).
+@dataclass(frozen=True)
+class Opened:
+    """What an adapter folder holds, read.
+
+    Attributes:
+        facts: Those of the header; None where another tool wrote the file.
+        problems: What is wrong with config and file as such.
+    """
+
+    where: Place
+    config: Any
+    weights: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] | None
+    problems: list[str]
+
+    @property
+    def method(self) -> str:
+        return str(getattr(self.config.peft_type, "value", None))
+
+
+def opened(name_or_path: str | Path) -> Opened:
+    """Read an adapter folder (or a hub repository); what can be read all the same is a problem, not an error.
 
     Raises:
-        FormatError: It has no config or no whole tensor file. Lesser faults are listed in `problems`.
+        FormatError: It has no config or no whole tensor file.
     """
     where = place(name_or_path)
     config_file = where.find(CONFIG_NAME)
@@ -80,22 +111,34 @@ def inspect_adapter(name_or_path: str | Path) -> AdapterFacts:
         config = PeftConfig.from_file_dict(PeftConfig.from_json_file(config_file), str(config_file))
     problems += [str(warning.message) for warning in caught]
     weights, tensors, facts = _read(where, problems)
-    problems += find_problems(config, tensors, facts)
-    method = getattr(config.peft_type, "value", None)
+    return Opened(where, config, weights, tensors, facts, problems)
+
+
+def inspect_adapter(name_or_path: str | Path) -> AdapterFacts:
+    """Read an adapter folder (or a hub repository).
+
+    Raises:
+        FormatError: It has no config or no whole tensor file. Lesser faults are listed in `problems`.
+    """
+    found = opened(name_or_path)
+    config, tensors, facts = found.config, found.tensors, found.facts
+    stem = METHODS[config.peft_type].pairs
     return AdapterFacts(
         folder=str(name_or_path),
-        method=str(method),
+        method=found.method,
         task=config.task_type.value if config.task_type is not None else None,  # type: ignore[union-attr]
         base=config.base_model_name_or_path,
         base_facts=(facts or {}).get("base"),
         config=_differing(config),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
-        file_bytes=weights.stat().st_size,
+        file_bytes=found.weights.stat().st_size,
         virtual_tokens=config.num_virtual_tokens if isinstance(config, PromptLearningConfig) else None,
         ranks=sorted({tensor.shape[0] for key, tensor in tensors.items() if ".lora_A" in key}),
         tensors=[_tensor(name, tensors[name]) for name in sorted(tensors, key=natural)],
         groups=_groups(tensors),
-        problems=problems,
+        spectra=spectra(config, tensors, stem) if stem else [],
+        origin=origin(found.where, str(name_or_path)),
+        problems=found.problems + find_problems(config, tensors, facts),
     )
 
 

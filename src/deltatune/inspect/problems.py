@@ -54,7 +54,9 @@ def _header(config: PeftConfig, facts: dict[str, Any] | None) -> Iterator[str]:
 def _surplus(config: PeftConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
     """Tensors that belong neither to the method nor to modules that were trained whole."""
     method = METHODS[config.peft_type]  # type: ignore[index]
-    whole = set(getattr(config, "modules_to_save", None) or ())
+    whole: set[str] = set(getattr(config, "modules_to_save", None) or ())
+    if getattr(config, "trainable_token_indices", None):
+        whole.add("token_adapter")
     for name in tensors:
         parts = name.split(".")
         own = any(part.startswith(method.key_prefix) for part in parts)
@@ -96,6 +98,8 @@ def _pairs(config: Any, tensors: dict[str, Tensor], stem: str) -> Iterator[str]:
             yield f"{name} has rank {tensors[name].shape[0]}, the config says {rank}"
         zeros += not tensors[other].any()
     for name in tensors:
+        if name.endswith(".bias"):  # of B alone
+            continue
         if re.search(second, name) and re.sub(second, f".{stem}_A", name) not in tensors:
             yield f"{name} has no {stem}_A beside it"
     if pairs and zeros == len(pairs):

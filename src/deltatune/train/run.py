@@ -19,6 +19,7 @@ from deltatune.errors import ConfigError
 from deltatune.train import checkpoint as checkpoints
 from deltatune.train import randomness, snapshot
 from deltatune.train.base import Base, check_device, finish_base, load_base
+from deltatune.train.chunks import choose_loss
 from deltatune.train.claim import claim, threads
 from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine
 from deltatune.train.events import Listener, Listeners, RunInfo
@@ -162,6 +163,7 @@ def _train(
         compare_machines(kept.state["conditions"]["machine"], listener.on_notice)
 
     base.model.to(device)
+    choose_loss(base, settings, listener)
     judge = Judge(settings, corpus, base.tokenizer, device, listener)
     untrained = replace(judge, corpus=corpus.without_task_ids())
     before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]

@@ -82,6 +82,9 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     seed: int = Field(42, ge=0, lt=2**32)
 
+    loss: Literal["auto", "chunked", "model"] = Field(
+        "auto", description="chunked: never all logits of a text model at once; model: as it does it; auto: if it can"
+    )
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
