@@ -17,6 +17,7 @@ from deltatune.train.defaults import FULL, PRESETS, method_name, peft_type
 TASK_TYPES = {
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "causal": TaskType.CAUSAL_LM,
+    "chat": TaskType.CAUSAL_LM,
     "classification": TaskType.SEQ_CLS,
     "token_classification": TaskType.TOKEN_CLS,
     "question_answering": TaskType.QUESTION_ANS,
