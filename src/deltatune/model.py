@@ -87,6 +87,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         with self._choosing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
+            self.base_model.check_starts()
             for schedule in self.base_model.schedules.values():
                 if schedule.name in self.base_model.selection.active:
                     schedule.forward_begins()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deltatune import PeftModel, PrefixTuningConfig, get_peft_model
-from deltatune.errors import TargetError
+from deltatune.errors import PeftWarning, TargetError
 from tests.prompts.models import KINDS, bare, batch, prefixed
 
 REASONS = {
@@ -49,3 +49,16 @@ def test_what_peft_computes_in_another_way_is_refused_with_the_reason(name):
     assert {path: set(vars(module)) for path, module in base.named_modules()} == attributes
     assert config.site_names is None and config.num_layers is None
     assert get_peft_model(base, PrefixTuningConfig(task_type=KINDS[name][1], num_virtual_tokens=4)) is not None
+
+
+@pytest.mark.parametrize("name, layout", [("falcon", "peft"), ("bloom", "native")])
+def test_a_layout_left_open_is_pefts_where_it_can_be(name, layout):
+    config = PrefixTuningConfig(task_type=KINDS[name][1], num_virtual_tokens=4)
+    config.layout = None
+    if layout == "native":
+        with pytest.warns(PeftWarning, match=r"ALiBi.*not those that PEFT would compute"):
+            model = get_peft_model(bare(name), config)
+    else:
+        model = get_peft_model(bare(name), config)
+    assert model.peft_config["default"].layout == layout
+    assert model.prefixes["default"].stage.prefixes.keys() == {"default"}
