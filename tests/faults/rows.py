@@ -1,0 +1,277 @@
+"""The fault matrix: every row with its fault in short words, its policy, and the tests that hold it.
+
+A test is named `file::function`, the file below `tests/`. A row whose subject is not built yet names the issue that
+brings it instead. `test_rows.py` checks that no row is forgotten and that each named test exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REFUSED = "refused"  # unsafe or destroying: always an error
+OURS = "ours"  # an error where deltatune wrote the file or made the call; what PEFT accepts of its own, with a warning
+HOLDS = "holds"  # no refusal but a promise: it works, or nothing is lost
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; `waits` is the number of the issue that brings its subject."""
+
+    number: int
+    fault: str
+    policy: str
+    tests: tuple[str, ...] = ()
+    waits: int | None = None
+
+
+ROWS = [
+    # G1: configs
+    Row(1, "rank of 0, -4, 2.5, True, '8', 10^9", REFUSED, waits=7),
+    Row(2, "alpha of NaN, inf, 0, negative, '16'", REFUSED, waits=7),
+    Row(3, "dropout of NaN, -0.1, 1.0, 1.5", REFUSED, waits=7),
+    Row(4, "unknown field in code or JSON", OURS, waits=7),
+    Row(5, "unknown field, file of a newer version", OURS, waits=7),
+    Row(6, "wrong type in JSON", REFUSED, waits=7),
+    Row(7, "key twice in JSON", REFUSED, waits=7),
+    Row(8, "NaN and Infinity in JSON", REFUSED, waits=7),
+    Row(9, "JSON truncated, empty, no object, bad UTF-8, BOM", REFUSED, waits=7),
+    Row(10, "JSON above 1 MB or nested deeper than 32", REFUSED, waits=7),
+    Row(11, "method unknown or missing", REFUSED, waits=7),
+    Row(12, "target pattern does not compile or is no list of strings", REFUSED, waits=7),
+    Row(13, "backtracking pattern", OURS, waits=7),
+    Row(14, "field that names a module, class, URL, path", OURS, waits=7),
+    Row(15, "options that exclude each other", REFUSED, waits=7),
+    Row(16, "YAML settings with tags, anchor bombs, tabs", REFUSED, waits=7),
+    Row(17, "layer lists out of range, repeated, huge", REFUSED, waits=7),
+    # G2: injection and names
+    Row(18, "target matches nothing", REFUSED, waits=7),
+    Row(19, "one of several targets matches nothing", OURS, waits=7),
+    Row(20, "rank or alpha pattern, exclude, modules_to_save match nothing", OURS, waits=7),
+    Row(21, "target is an unsupported layer", REFUSED, waits=7),
+    Row(22, "tied weight targeted", OURS, waits=7),
+    Row(23, "adapter name that is a path, has control characters, is reserved", REFUSED, waits=7),
+    Row(24, "adapter name equals a part of a module path", HOLDS, waits=7),
+    Row(25, "adapter name already present", OURS, waits=7),
+    Row(26, "injection into a wrapped model", OURS, waits=7),
+    Row(27, "failure at the k-th module of an injection", REFUSED, waits=7),
+    Row(28, "task without a head for the model", REFUSED, waits=7),
+    Row(29, "memory runs out while tensors are made", REFUSED, waits=7),
+    Row(30, "training with nothing that trains", REFUSED, waits=7),
+    # G3: loading
+    Row(
+        31,
+        "path missing, is a file, has no adapter",
+        REFUSED,
+        (
+            "faults/test_load.py::test_a_path_where_nothing_is",
+            "faults/test_load.py::test_a_file_in_place_of_a_folder_and_a_folder_without_an_adapter",
+        ),
+    ),
+    Row(
+        32,
+        "weights truncated, empty, HTML, LFS pointer, random",
+        REFUSED,
+        (
+            "faults/test_load.py::test_a_file_cut_anywhere",
+            "faults/test_load.py::test_a_file_of_something_else",
+            "faults/test_load.py::test_a_git_lfs_pointer_is_called_so",
+        ),
+    ),
+    Row(33, "one flipped bit", REFUSED, ("faults/test_load.py::test_a_flipped_bit_anywhere_among_the_values",)),
+    Row(
+        34,
+        "another tool's file without digests",
+        HOLDS,
+        ("faults/test_load.py::test_a_file_without_a_digest_loads_and_is_not_called_verified",),
+    ),
+    Row(35, "keys missing", REFUSED, ("faults/test_load.py::test_tensors_that_do_not_fit",)),
+    Row(36, "surplus keys", OURS, ("faults/test_load.py::test_tensors_that_do_not_fit",)),
+    Row(37, "key of the base or of another adapter", OURS, ("faults/test_load.py::test_tensors_that_do_not_fit",)),
+    Row(38, "shape mismatch, transposed", REFUSED, ("faults/test_load.py::test_tensors_that_do_not_fit",)),
+    Row(
+        39,
+        "NaN or Inf in a tensor",
+        REFUSED,
+        (
+            "faults/test_load.py::test_tensors_that_do_not_fit",
+            "faults/test_load.py::test_values_that_are_not_finite_load_where_that_is_allowed",
+        ),
+    ),
+    Row(
+        40,
+        "int, bool, complex; too large for half precision",
+        REFUSED,
+        (
+            "faults/test_load.py::test_tensors_that_do_not_fit",
+            "faults/test_load.py::test_a_number_too_large_for_half_precision",
+        ),
+    ),
+    Row(41, "another base", OURS, ("faults/test_load.py::test_another_base",)),
+    Row(42, "more or fewer layers, another vocabulary", REFUSED, ("faults/test_load.py::test_another_base",)),
+    Row(
+        43,
+        "pickles, both formats",
+        OURS,
+        (
+            "faults/test_load.py::test_no_pickle_runs_whatever_it_holds",
+            "faults/test_load.py::test_a_program_of_random_changes_gives_tensors_or_an_error",
+            "faults/test_load.py::test_bombs_are_refused_before_they_unfold",
+            "faults/test_load.py::test_both_formats_and_nothing_that_says_which",
+        ),
+    ),
+    Row(
+        44,
+        "path or link that leads out",
+        REFUSED,
+        (
+            "faults/test_load.py::test_a_subfolder_that_leads_out",
+            "faults/test_load.py::test_a_link_that_leads_out",
+        ),
+    ),
+    Row(
+        45,
+        "too many tensors, shape bombs",
+        REFUSED,
+        (
+            "faults/test_load.py::test_more_tensors_than_any_adapter_has_are_refused_from_the_header_alone",
+            "faults/test_load.py::test_shapes_that_cannot_be",
+        ),
+    ),
+    Row(
+        46,
+        "config disagrees with tensors or header",
+        OURS,
+        (
+            "faults/test_load.py::test_a_config_that_disagrees_with_the_tensors",
+            "faults/test_load.py::test_a_config_that_disagrees_with_what_the_file_was_saved_with",
+        ),
+    ),
+    Row(
+        47,
+        "a load that fails at the k-th tensor",
+        REFUSED,
+        ("faults/test_load.py::test_a_load_that_fails_at_any_tensor_leaves_everything_and_a_retry_works",),
+    ),
+    Row(
+        48,
+        "file overwritten or cut while in use",
+        HOLDS,
+        ("faults/test_load.py::test_a_file_that_is_overwritten_or_cut_while_the_adapter_serves",),
+    ),
+    Row(
+        49,
+        "base with code of its own",
+        REFUSED,
+        ("faults/test_load.py::test_a_base_with_code_of_its_own_does_not_run_it",),
+    ),
+    Row(
+        50,
+        "unreadable file, FIFO, device, folder",
+        REFUSED,
+        (
+            "faults/test_load.py::test_a_pipe_a_folder_or_a_device_in_place_of_a_file_is_not_waited_for",
+            "faults/test_load.py::test_a_file_that_may_not_be_read",
+        ),
+    ),
+    # G4: saving
+    Row(51, "killed at any file operation of a save", HOLDS, waits=7),
+    Row(
+        52,
+        "ENOSPC, EIO at any file operation",
+        HOLDS,
+        ("faults/test_save.py::test_a_disk_that_fails_once_or_for_good",),
+    ),
+    Row(53, "power loss", HOLDS, waits=7),
+    Row(
+        54,
+        "value that JSON has not",
+        REFUSED,
+        ("faults/test_save.py::test_a_config_that_is_no_json_is_refused_before_any_write",),
+    ),
+    Row(
+        55,
+        "another adapter is there",
+        OURS,
+        ("faults/test_save.py::test_an_adapter_of_another_kind_for_another_base_is_not_replaced_in_silence",),
+    ),
+    Row(
+        56,
+        "two save to one folder",
+        HOLDS,
+        (
+            "faults/test_save.py::test_two_who_save_to_one_folder_never_leave_a_mixture",
+            "faults/test_save.py::test_two_who_save_at_once_leave_one_whole_adapter",
+        ),
+    ),
+    Row(
+        57,
+        "NaN weights at save",
+        REFUSED,
+        ("faults/test_save.py::test_weights_that_are_not_finite_do_not_replace_good_ones",),
+    ),
+    Row(
+        58,
+        "user's files in the folder",
+        HOLDS,
+        ("faults/test_save.py::test_a_users_files_are_untouched_and_have_no_influence",),
+    ),
+    Row(
+        59,
+        "empty or unknown selection",
+        REFUSED,
+        ("faults/test_save.py::test_a_selection_of_nothing_or_of_what_is_not_there",),
+    ),
+    Row(
+        60,
+        "read-only folder, file in the way",
+        REFUSED,
+        (
+            "faults/test_save.py::test_a_file_in_the_way",
+            "faults/test_save.py::test_a_folder_that_may_not_be_written",
+        ),
+    ),
+    Row(61, "modes, umask, links", HOLDS, ("faults/test_save.py::test_modes_follow_the_umask_and_links_stay_links",)),
+    Row(
+        62,
+        "stale files of other formats and adapters",
+        HOLDS,
+        (
+            "faults/test_save.py::test_a_file_of_the_other_format_goes_with_the_save_that_makes_it_stale",
+            "faults/test_save.py::test_a_stop_at_any_step_of_such_a_save_leaves_the_old_adapter_or_the_new",
+        ),
+    ),
+    # G5: merging
+    Row(63, "NaN, Inf or overflow in the k-th layer of a merge", REFUSED, waits=7),
+    Row(64, "merge twice, unknown adapter, empty list", OURS, waits=7),
+    Row(65, "unmerge", HOLDS, waits=7),
+    Row(66, "merge into low precision loses the change", HOLDS, waits=7),
+    Row(67, "load, replace, train, delete while merged", OURS, waits=7),
+    Row(68, "merge of bias without bias, tied weights, quantised base", REFUSED, waits=7),
+    Row(69, "combine: NaN weights, other count, name exists, other ranks", REFUSED, waits=7),
+    Row(70, "memory, kill, full disk during a merge that is saved", HOLDS, waits=7),
+    # G6: training and resuming
+    Row(71, "killed at any file operation of a checkpoint, at random instants", HOLDS, waits=8),
+    Row(72, "disk full while checkpointing", HOLDS, waits=8),
+    Row(73, "SIGINT and SIGTERM", HOLDS, waits=8),
+    Row(74, "file of a checkpoint missing, cut, changed", HOLDS, waits=8),
+    Row(75, "resumed under other conditions", REFUSED, waits=8),
+    Row(76, "pickle in a checkpoint", REFUSED, waits=8),
+    Row(77, "loss or gradient not finite", REFUSED, waits=8),
+    Row(78, "data empty, malformed, without labels", REFUSED, waits=8),
+    Row(79, "memory runs out at step k", REFUSED, waits=8),
+    Row(80, "settings out of range", REFUSED, waits=8),
+    Row(81, "two runs in one folder", REFUSED, waits=8),
+    Row(82, "clock jumps, copied checkpoints", HOLDS, waits=8),
+    # G7: command line
+    Row(83, "unknown command or flag, bad number", REFUSED, waits=9),
+    Row(84, "output exists, is inside of the input, is the input", REFUSED, waits=9),
+    Row(85, "stdout closed, odd locale, path that is no UTF-8", HOLDS, waits=9),
+    Row(86, "package or device missing", REFUSED, waits=9),
+    Row(87, "crash inside", HOLDS, waits=9),
+    # G8: serving
+    Row(88, "bad requests", REFUSED, waits=9),
+    Row(89, "unknown or path-like adapter in a request, numbers too large", REFUSED, waits=9),
+    Row(90, "mixed calls from many threads", HOLDS, waits=7),
+    Row(91, "load, unload, replace under traffic", HOLDS, waits=7),
+    Row(92, "slow clients, disconnects", HOLDS, waits=9),
+]
