@@ -110,11 +110,16 @@ class AdaptedLayer(LayerViews, nn.Module):
             return self._block_forward(call, args, kwargs)
         x, args = args[0], args[1:]
         if self.stash is not None:
-            return self._merged_forward(x, args, kwargs)
+            return self._merged_forward(x, call, args, kwargs)
         if call.rows is not None:
             return self._mixed_forward(x, call, args, kwargs)
+        return self._adapted_forward(x, call, call.names, args, kwargs)
+
+    def _adapted_forward(
+        self, x: Tensor, call: Call, names: Iterable[str], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         batch = x.shape[0] if x.ndim else 1
-        return self.as_map(call.names, args, kwargs, lambda name: call.value(name, batch))(x)
+        return self.as_map(names, args, kwargs, lambda name: call.value(name, batch))(x)
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""
@@ -189,12 +194,14 @@ class AdaptedLayer(LayerViews, nn.Module):
         """The adapted matrix under the name that the base layer has for it."""
         stored: Tensor = getattr(self.base_layer, name)
         call = self.selection.current()
-        names = [name for name in call.rows or call.names if name and name in self.adapters]
-        if not names or self.stash is not None or not stored.is_floating_point():  # packed: no matrix to be read
+        if self.stash is not None and self.stash.weight is not None and not (call.rows or call.names):
+            return self.stash.weight
+        names = self.unmerged(name for name in call.rows or call.names if name)
+        if not names or not stored.is_floating_point():  # packed: no matrix to be read
             return stored
 
         def compute() -> Tensor:
-            return self.stored_weight(self._one_for_all(call)).to(stored.dtype)
+            return self.stored_weight(self.unmerged(self._one_for_all(call))).to(stored.dtype)
 
         # Under the compiler an unused matrix is dropped from the graph, and a wrapper would only break it.
         can = all(self.adapters[name].mergeable is True for name in names)
@@ -202,9 +209,10 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        if self.stash is not None:
-            return self.base_layer.bias  # type: ignore[return-value]
-        return self.as_map(self._one_for_all(self.selection.current())).bias
+        call = self.selection.current()
+        if self.stash is not None and not (call.rows or call.names):
+            return self.stash.bias
+        return self.as_map(self.unmerged(self._one_for_all(call))).bias
 
     def stored_weight(self, names: Iterable[str]) -> Tensor:
         """The adapted weight in the base layer's own layout."""
@@ -285,19 +293,33 @@ class AdaptedLayer(LayerViews, nn.Module):
         if bias in self.base_layer._parameters:
             self.base_layer.register_parameter(bias, new.bias)
 
-    def _merged_forward(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """As long as adapters are merged they are what acts; a call without adapters runs on the kept weights."""
-        call, stash = self.selection.current(), self.stash
+    def _merged_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Merged adapters are in the weight, active ones that are not act on it; no adapters: on the kept weights."""
+        stash = self.stash
         assert stash is not None and stash.weight is not None
         if call.rows is not None:
             raise StateError(
                 "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
             )
-        if call.names:
-            return self.base_layer(x, *args, **kwargs)
-        layer = as_map(self.base_layer, args, kwargs)
-        assert layer is not None
-        return layer.apply(x, layer.matrix(stash.weight), stash.bias)
+        if not call.names:
+            layer = as_map(self.base_layer, args, kwargs)
+            assert layer is not None
+            return layer.apply(x, layer.matrix(stash.weight), stash.bias)
+        self._refuse_training(stash.names)
+        rest = self.unmerged(call.names)
+        return self._adapted_forward(x, call, rest, args, kwargs) if rest else self.base_layer(x, *args, **kwargs)
+
+    def _refuse_training(self, names: tuple[str, ...]) -> None:
+        """A step that looks like training, and would leave the merged adapters as they are."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        trains = [name for name in names if any(p.requires_grad for p in self.adapters[name].parameters())]
+        if trains:
+            raise StateError(
+                f"adapters {trains} are merged, so no gradient reaches them; call unmerge_adapter() before training",
+                field="adapter_name",
+                found=trains,
+            )
 
     # ------------------------------------------------------------------------------------------- like the base layer
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from deltatune import inject, replication
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError
+from deltatune.gate import STANDING
 from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
@@ -22,6 +25,21 @@ from deltatune.selection import Selection
 from deltatune.state_dict import collect
 
 LOST_WORTH_SAYING = 0.01  # of the update, in one layer
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def alone(
+    verb: Callable[Concatenate[Tuner, Arguments], Result],
+) -> Callable[Concatenate[Tuner, Arguments], Result]:
+    """A verb that changes what every pass uses: it waits for those that are running."""
+
+    @wraps(verb)
+    def run(tuner: Tuner, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with tuner.selection.gate.changing():
+            return verb(tuner, *args, **kwargs)
+
+    return run
 
 
 class Tuner(PeerLosses, nn.Module):
@@ -63,11 +81,22 @@ class Tuner(PeerLosses, nn.Module):
         return [path for path, _ in inject.adapted_layers(self.model)]
 
     def enable_adapter_layers(self) -> None:
-        self.selection.enabled = True
+        with self.switching():
+            self.selection.enabled = True
 
     def disable_adapter_layers(self) -> None:
         """Every call uses the base, bit for bit, until `enable_adapter_layers()`."""
-        self.selection.enabled = False
+        with self.switching():
+            self.selection.enabled = False
+
+    @contextmanager
+    def switching(self) -> Iterator[None]:
+        """While no pass runs that uses the model's standing choice; while none runs at all where merged weights go."""
+        gate = self.selection.gate
+        with gate.changing([STANDING]):
+            merged = any(layer.merged for _, layer in inject.adapted_layers(self.model))
+            with gate.changing() if merged else nullcontext():
+                yield
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -142,6 +171,7 @@ class Tuner(PeerLosses, nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- merging
 
+    @alone
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Compute the adapted weights once and put them into the layers, which then run like plain layers.
 
@@ -175,6 +205,7 @@ class Tuner(PeerLosses, nn.Module):
                 "base_model.merge_loss has every layer); merge into a float32 copy of the base to keep it"
             )
 
+    @alone
     def unmerge_adapter(self) -> None:
         """Put the original parameters back, bit for bit."""
         layers = [layer for _, layer in inject.adapted_layers(self.model)]
@@ -183,6 +214,7 @@ class Tuner(PeerLosses, nn.Module):
         for layer in layers:
             layer.unmerge()
 
+    @alone
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
@@ -195,6 +227,7 @@ class Tuner(PeerLosses, nn.Module):
         replication.unshare(self.model)
         return self.model
 
+    @alone
     def unload(self) -> nn.Module:
         """The plain model as it was; adapters and trained copies are dropped. Its parameters stay frozen."""
         for _, layer in inject.adapted_layers(self.model):
@@ -242,11 +275,12 @@ class Tuner(PeerLosses, nn.Module):
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for _, layer in inject.adapted_layers(self.model):
-            layer.unmerge()
-        self.selection.active = names
-        self.let_train(self.selection.trained - set(names), False)
-        self.let_train(names, not inference_mode)
+        with self.switching():
+            for _, layer in inject.adapted_layers(self.model):
+                layer.unmerge()
+            self.selection.active = names
+            self.let_train(self.selection.trained - set(names), False)
+            self.let_train(names, not inference_mode)
 
     def let_train(self, names: Collection[str], trains: bool) -> None:
         """Let the named adapters train or not, whatever the others do."""

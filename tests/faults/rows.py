@@ -271,7 +271,32 @@ ROWS = [
     # G8: serving
     Row(88, "bad requests", REFUSED, waits=9),
     Row(89, "unknown or path-like adapter in a request, numbers too large", REFUSED, waits=9),
-    Row(90, "mixed calls from many threads", HOLDS, waits=7),
-    Row(91, "load, unload, replace under traffic", HOLDS, waits=7),
+    Row(
+        90,
+        "mixed calls from many threads",
+        HOLDS,
+        (
+            "faults/test_threads.py::test_400_mixed_calls_of_8_threads",
+            "faults/test_threads.py::test_mixed_calls_of_every_seam",
+            "faults/test_threads.py::test_mixtures_of_experts_in_threads",
+            "faults/test_threads.py::test_generation_in_threads",
+            "faults/test_threads.py::test_threads_that_train_different_adapters_get_their_own_gradients",
+            "core/test_calls.py::test_tasks_of_one_thread_do_not_meet",
+            "core/test_store.py::test_many_threads_get_exact_results",
+        ),
+    ),
+    Row(
+        91,
+        "load, unload, replace under traffic",
+        HOLDS,
+        (
+            "faults/test_threads.py::test_what_is_not_asked_for_comes_and_goes_under_traffic",
+            "faults/test_threads.py::test_a_running_pass_ends_with_the_adapter_it_began_with",
+            "faults/test_threads.py::test_merging_and_disabling_under_traffic",
+            "faults/test_threads.py::test_changes_of_many_threads_neither_mix_nor_hang",
+            "combine/test_hotswap.py::test_every_answer_under_traffic_is_of_one_adapter",
+            "core/test_store.py::test_none_in_use_is_taken_off",
+        ),
+    ),
     Row(92, "slow clients, disconnects", HOLDS, waits=9),
 ]
