@@ -29,16 +29,41 @@ class Merged:
 
     Attributes:
         lost: What rounding to the layer's precision changed, as a share of the update: |held - W'| / |W' - W|.
+        merged_at: The parameters of the adapters, with the versions that are merged.
     """
 
     names: tuple[str, ...]
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     lost: float = 0.0
+    merged_at: tuple[tuple[nn.Parameter, int], ...] = ()
 
     def by_name(self, keeps: tuple[str, str]) -> dict[str, nn.Parameter | None]:
         """Parameters by their names in a layer that calls its two so."""
         return dict(zip(keeps, (self.weight, self.bias)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.merged_at = tuple(
+            (parameter, parameter._version) for parameter, _ in self.merged_at
+        )  # a copy's count anew
+
+    def refuse_stale(self, training: bool) -> None:
+        """Before a pass on them: steps that look like training leave the merged weights as they are.
+
+        Raises:
+            StateError: The adapters have changed since they were merged, or are to be trained.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if any(parameter._version != version for parameter, version in self.merged_at):
+            what = "have changed since they were merged; call unmerge_adapter(), and merge_adapter() again"
+        elif training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter, _ in self.merged_at):
+            what = "are merged, so no gradient reaches them; call unmerge_adapter() before training"
+        else:
+            return
+        names = list(self.names)
+        raise StateError(f"adapters {names} {what}", field="adapter_name", found=names)
 
 
 class AdaptedLayer(LayerViews, nn.Module):
@@ -240,13 +265,17 @@ class AdaptedLayer(LayerViews, nn.Module):
                 held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
             self.train(training)
-        if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):
-            raise MergeError(f"the merged weight is not finite; adapters {list(names)} are broken", found=list(names))
+        refuse_infinite(names, base, (weight, held, bias), check)
         if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
         assert old_weight is not None
         like_old = old_weight if old_bias is None else old_bias
-        return Merged(names, held, None if bias is None else like(bias, like_old), lost(base, weight, held))
+        new_bias = None if bias is None else like(bias, like_old)
+        return Merged(names, held, new_bias, lost(base, weight, held), self._versions(names))
+
+    def _versions(self, names: Iterable[str]) -> tuple[tuple[nn.Parameter, int], ...]:
+        parameters = [parameter for name in names for parameter in self.adapters[name].parameters()]
+        return tuple((parameter, parameter._version) for parameter in parameters)
 
     def more_merged(self, names: Iterable[str], check: bool) -> Merged:
         """The same with the named adapters beside those that are merged already, from the parameters that were kept."""
@@ -258,7 +287,8 @@ class AdaptedLayer(LayerViews, nn.Module):
         try:
             return self.merged_parameters((*before.names, *names), check)
         finally:
-            self.swap_in(now)
+            self._put(now)
+            self.stash = before
 
     def swap_in(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
@@ -271,7 +301,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         """What is in the places now that `like` fills."""
         weight, bias = self._kept()
         assert weight is not None
-        return Merged(like.names, weight, bias)
+        return Merged(like.names, weight, bias, merged_at=like.merged_at)
 
     def unmerge(self) -> None:
         if self.stash is not None:
@@ -305,21 +335,18 @@ class AdaptedLayer(LayerViews, nn.Module):
             layer = as_map(self.base_layer, args, kwargs)
             assert layer is not None
             return layer.apply(x, layer.matrix(stash.weight), stash.bias)
-        self._refuse_training(stash.names)
+        stash.refuse_stale(self.training)
         rest = self.unmerged(call.names)
         return self._adapted_forward(x, call, rest, args, kwargs) if rest else self.base_layer(x, *args, **kwargs)
 
-    def _refuse_training(self, names: tuple[str, ...]) -> None:
-        """A step that looks like training, and would leave the merged adapters as they are."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        trains = [name for name in names if any(p.requires_grad for p in self.adapters[name].parameters())]
-        if trains:
-            raise StateError(
-                f"adapters {trains} are merged, so no gradient reaches them; call unmerge_adapter() before training",
-                field="adapter_name",
-                found=trains,
-            )
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        """Moved or cast: the kept parameters too, which `unmerge` puts back."""
+        super()._apply(fn, recurse)
+        for kept in () if self.stash is None else self.stash.by_name(("weight", "bias")).values():
+            if kept is not None:
+                with torch.no_grad():
+                    kept.data = fn(kept.data)
+        return self
 
     # ------------------------------------------------------------------------------------------- like the base layer
 
@@ -348,3 +375,21 @@ def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
         return 0.0
     missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
     return (missed / update).item() if update > 0 else 0.0
+
+
+def refuse_infinite(names: Iterable[str], base: LinearMap, new: Iterable[Tensor | None], check: bool) -> None:
+    """
+    Args:
+        new: What is to be merged, before and after rounding to the layer's precision.
+        check: Also where the base has such values already.
+    """
+    plain = [part for part in new if type(part) in (Tensor, nn.Parameter)]  # others hold codes
+    parts = [part.detach() for part in plain if part.is_floating_point()]  # type: ignore[union-attr]
+    if all(part.isfinite().all() for part in parts) or not (check or base.weight.isfinite().all()):
+        return
+    largest = max(part.abs().max().item() for part in parts)
+    raise MergeError(
+        f"the merged weight is not finite (largest value {largest}); adapters {list(names)} are broken, or too large "
+        f"for {base.dtype}",
+        found=list(names),
+    )

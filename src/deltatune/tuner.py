@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltatune import inject, replication
 from deltatune.config import PeftConfig
-from deltatune.errors import AdapterNameError, MergeError
+from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.gate import STANDING
 from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
@@ -172,38 +172,39 @@ class Tuner(PeerLosses, nn.Module):
     # ------------------------------------------------------------------------------------------------------- merging
 
     @alone
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, max_loss: float | None = None
+    ) -> None:
         """Compute the adapted weights once and put them into the layers, which then run like plain layers.
 
         The original parameters are kept and come back, the same objects, with `unmerge_adapter()`. All new weights are
         computed before the first is put in place. Adapters that are merged already stay so, beside the new ones.
 
         Args:
-            adapter_names: Adapters to merge, in order; the active ones by default.
-            safe_merge: Refuse weights that are not finite.
+            adapter_names: Adapters to merge, in order; the active ones by default. Active ones that are not merged go
+                on acting, on the merged weights.
+            safe_merge: Refuse weights that are not finite even where those of the base are not.
+            max_loss: Refuse where rounding to the base's precision would lose more than this share of an update, in
+                any layer. None: say so in a warning.
+
+        Raises:
+            MergeError: A layer cannot hold the result, or it is not finite, or too much is lost; nothing has changed.
         """
         names = self._mergeable(adapter_names)
-        planned: list[tuple[Any, Merged]] = []
-        paths: list[str] = []
+        planned: dict[str, tuple[Any, Merged]] = {}
         for path, layer in inject.adapted_layers(self.model):
             if new := layer.unmerged(names):
                 try:
-                    planned.append((layer, layer.more_merged(new, safe_merge)))
-                    paths.append(path)
+                    planned[path] = (layer, layer.more_merged(new, safe_merge))
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
         if not planned:
             warn(f"merge_adapter: nothing of {list(names)} is left to merge")
-        _keep_tied(planned)
-        for layer, merged in planned:
-            layer.swap_in(merged)
-        self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
-        path, lost = max(self.merge_loss.items(), key=lambda item: item[1], default=("", 0.0))
-        if lost > LOST_WORTH_SAYING:
-            warn(
-                f"merge_adapter: rounding to the base's precision lost up to {lost:.0%} of the update (at {path}; "
-                "base_model.merge_loss has every layer); merge into a float32 copy of the base to keep it"
-            )
+            return
+        losses = {path: merged.lost for path, (_, merged) in planned.items()}
+        _tell_loss(losses, max_loss)
+        _put_all(list(planned.values()))
+        self.merge_loss = losses
 
     @alone
     def unmerge_adapter(self) -> None:
@@ -220,11 +221,17 @@ class Tuner(PeerLosses, nn.Module):
     ) -> nn.Module:
         """The plain model with the adapters in its weights; the wrappers are gone."""
         names = self._mergeable(adapter_names)
-        if not any(layer.merged for _, layer in inject.adapted_layers(self.model)):
+        layers = [layer for _, layer in inject.adapted_layers(self.model)]
+        if any(layer.unmerged(names) for layer in layers) or not any(layer.merged for layer in layers):
             self.merge_adapter(list(names), safe_merge)
-        self._untie()
+        untied = self._untie()
         inject.strip(self.model, keep=names)
         replication.unshare(self.model)
+        if untied:
+            warn(
+                "the merged embedding and the output layer no longer share their weights: "
+                "config.tie_word_embeddings is False now"
+            )
         return self.model
 
     @alone
@@ -238,6 +245,13 @@ class Tuner(PeerLosses, nn.Module):
 
     def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:
         names = self.selection.active if adapter_names is None else tuple(adapter_names)
+        if adapter_names is not None and not names:
+            raise StateError(
+                "adapter_names=[] merges nothing; leave it out to merge the active adapters, or call unload()",
+                field="adapter_names",
+                found=[],
+                expected=list(self.peft_config),
+            )
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise AdapterNameError(
@@ -252,18 +266,16 @@ class Tuner(PeerLosses, nn.Module):
                 raise MergeError(f"adapter {name!r} is {graft.unmergeable}; it cannot be merged", found=[name])
         return names
 
-    def _untie(self) -> None:
+    def _untie(self) -> bool:
         """A merged embedding differs from the head that was tied to it: say so in the model's config."""
         config = getattr(self.model, "config", None)
         if not getattr(config, "tie_word_embeddings", False):
-            return
+            return False
         inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore
-        if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-            warn(
-                "the merged embedding and the output layer no longer share their weights: "
-                "config.tie_word_embeddings is False now"
-            )
+        if inputs is None or outputs is None or inputs.weight is outputs.weight:
+            return False
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return True
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
@@ -331,6 +343,40 @@ class Tuner(PeerLosses, nn.Module):
             if name in graft.verbs:
                 return getattr(graft, name)
         return getattr(self._modules["model"], name)
+
+
+def _tell_loss(losses: dict[str, float], most: float | None) -> None:
+    path, lost = max(losses.items(), key=lambda item: item[1])
+    hint = "merge into a float32 copy of the base to keep it"
+    if most is not None and lost > most:
+        raise MergeError(
+            f"{path}: rounding to the base's precision would lose {lost:.1%} of the update, more than max_loss={most}; "
+            + hint,
+            field="max_loss",
+            path=path,
+            found=lost,
+            expected=most,
+        )
+    if lost > LOST_WORTH_SAYING:
+        warn(
+            f"merge_adapter: rounding to the base's precision lost up to {lost:.0%} of the update (at {path}; "
+            f"base_model.merge_loss has every layer); {hint}"
+        )
+
+
+def _put_all(planned: list[tuple[Any, Merged]]) -> None:
+    """Into all layers, or into none."""
+    _keep_tied(planned)
+    before = [(layer, layer.stash and layer._present(layer.stash)) for layer, _ in planned]
+    try:
+        for layer, merged in planned:
+            layer.swap_in(merged)
+    except BaseException:
+        for layer, merged in before:
+            layer.unmerge()
+            if merged is not None:
+                layer.swap_in(merged)
+        raise
 
 
 def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:

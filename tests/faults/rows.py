@@ -241,14 +241,71 @@ ROWS = [
         ),
     ),
     # G5: merging
-    Row(63, "NaN, Inf or overflow in the k-th layer of a merge", REFUSED, waits=7),
-    Row(64, "merge twice, unknown adapter, empty list", OURS, waits=7),
-    Row(65, "unmerge", HOLDS, waits=7),
-    Row(66, "merge into low precision loses the change", HOLDS, waits=7),
-    Row(67, "load, replace, train, delete while merged", OURS, waits=7),
-    Row(68, "merge of bias without bias, tied weights, quantised base", REFUSED, waits=7),
-    Row(69, "combine: NaN weights, other count, name exists, other ranks", REFUSED, waits=7),
-    Row(70, "memory, kill, full disk during a merge that is saved", HOLDS, waits=7),
+    Row(
+        63,
+        "NaN, Inf or overflow in the k-th layer of a merge",
+        REFUSED,
+        (
+            "faults/test_merge.py::test_a_value_that_is_not_finite_in_any_layer_stops_the_merge_before_the_first",
+            "faults/test_merge.py::test_an_update_that_half_precision_cannot_hold",
+            "faults/test_merge.py::test_a_failure_at_any_layer_leaves_all_as_they_were",
+            "faults/test_merge.py::test_experts_in_one_parameter_too",
+        ),
+    ),
+    Row(
+        64,
+        "merge twice, unknown adapter, empty list",
+        OURS,
+        (
+            "faults/test_merge.py::test_merging_twice_nothing_or_what_is_not_there",
+            "faults/test_merge.py::test_merging_some_of_the_active_adapters_leaves_the_others_acting",
+        ),
+    ),
+    Row(
+        65,
+        "unmerge",
+        HOLDS,
+        (
+            "faults/test_merge.py::test_fifty_merges_leave_no_trace",
+            "faults/test_merge.py::test_a_model_that_is_cast_or_moved_while_merged_comes_back_as_that",
+            "laws/test_merge.py::test_in_half_precision_too",
+        ),
+    ),
+    Row(
+        66,
+        "merge into low precision loses the change",
+        HOLDS,
+        (
+            "faults/test_merge.py::test_what_rounding_loses_is_told_or_refused",
+            "bases/test_packed.py::test_merging_packs_again_says_what_that_lost_and_unmerging_is_exact",
+        ),
+    ),
+    Row(
+        67,
+        "load, replace, train, delete while merged",
+        OURS,
+        (
+            "faults/test_merge.py::test_what_would_make_merged_weights_stale_is_refused",
+            "faults/test_merge.py::test_an_optimizer_step_on_what_is_merged_is_told_and_leaves_the_base",
+        ),
+    ),
+    Row(
+        68,
+        "merge of bias without bias, tied weights, quantised base",
+        REFUSED,
+        (
+            "faults/test_merge.py::test_a_bias_that_a_layer_has_no_room_for",
+            "faults/test_merge.py::test_a_tied_embedding_parts_from_its_head_and_both_are_right",
+            "bases/test_packed.py::test_merging_packs_again_says_what_that_lost_and_unmerging_is_exact",
+        ),
+    ),
+    Row(
+        69,
+        "combine: NaN weights, other count, name exists, other ranks",
+        REFUSED,
+        ("faults/test_merge.py::test_combinations_that_cannot_be",),
+    ),
+    Row(70, "memory, kill, full disk during a merge that is saved", HOLDS, waits=9),
     # G6: training and resuming
     Row(71, "killed at any file operation of a checkpoint, at random instants", HOLDS, waits=8),
     Row(72, "disk full while checkpointing", HOLDS, waits=8),
