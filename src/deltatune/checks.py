@@ -39,8 +39,17 @@ def describe(annotation: Any) -> str:
 
 def refuse(owner: str, field: str, value: Any, expected: str) -> typing.NoReturn:
     raise ConfigError(
-        f"{owner}: {field}={value!r} is not allowed, expected {expected}", field=field, found=value, expected=expected
+        f"{owner}: {field}={shown(value)} is not allowed, expected {expected}",
+        field=field,
+        found=value,
+        expected=expected,
     )
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a file could give one of any length."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def positive_int(owner: str, field: str, value: Any) -> None:

@@ -25,6 +25,7 @@ from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.gate import STANDING
 from deltatune.inputs import rows as input_rows
 from deltatune.inputs.stage import INPUT
+from deltatune.memory import SMALLER, told
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
 from deltatune.peer.verbs import PeerVerbs
@@ -252,7 +253,8 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         first = not self.peft_config
         with inject.unchanged_on_error(self.base_model.model) if first else nullcontext():
             if METHODS[config.peft_type].graft is not None:
-                self._add_prompt(adapter_name, config)
+                with told(f"building adapter {adapter_name!r}", SMALLER):
+                    self._add_prompt(adapter_name, config)
             else:
                 with empty.without_numbers(low_cpu_mem_usage):
                     inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)

@@ -239,7 +239,8 @@ class Persistence:
             kwargs: For the hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download` and
                 other arguments of `hf_hub_download`. `ignore_mismatched_sizes`: leave out, with a warning, tensors of
                 other sizes. `load_embedding_layers`: True replaces the base's embeddings by those in the file; "auto"
-                (default) if its vocabulary was changed here too. `allow_nonfinite`: take NaN. `torch_device`: accepted.
+                (default) if its vocabulary was changed here too. `allow_nonfinite`: take NaN. `allow_unknown`: fields
+                of a newer version's config to pass over. `torch_device`: accepted.
 
         Raises:
             PeftError: The folder is damaged or does not fit the model, which is left as it was.
@@ -250,7 +251,7 @@ class Persistence:
         check_name(adapter_name)
         checked_device(kwargs.pop("torch_device", "cpu") or "cpu")
         allowed, hub = options.loading(allow_base_mismatch, kwargs)
-        saved = storage.read(model_id, config=config, key_mapping=key_mapping, **hub)
+        saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
         storage.check_base(saved, model, allowed.base_mismatch)
         saved.config.inference_mode = not is_trainable
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
@@ -292,7 +293,7 @@ class Persistence:
         """
         checked_device(torch_device or "cpu")
         allowed, hub = options.loading(allow_base_mismatch, kwargs)
-        saved = storage.read(model_id, key_mapping=key_mapping, **hub)
+        saved = storage.read(model_id, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
         return self.load_saved(adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, allowed)
 
     def load_saved(

@@ -39,8 +39,8 @@ class LayerConfig(PeftConfig):
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+            if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+                setattr(self, name, set(value))  # anything else is refused by `validate`
         super().__post_init__()
 
     def validate(self) -> None:
