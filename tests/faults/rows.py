@@ -473,24 +473,169 @@ ROWS = [
     ),
     Row(70, "memory, kill, full disk during a merge that is saved", HOLDS, waits=9),
     # G6: training and resuming
-    Row(71, "killed at any file operation of a checkpoint, at random instants", HOLDS, waits=8),
-    Row(72, "disk full while checkpointing", HOLDS, waits=8),
-    Row(73, "SIGINT and SIGTERM", HOLDS, waits=8),
-    Row(74, "file of a checkpoint missing, cut, changed", HOLDS, waits=8),
-    Row(75, "resumed under other conditions", REFUSED, waits=8),
-    Row(76, "pickle in a checkpoint", REFUSED, waits=8),
-    Row(77, "loss or gradient not finite", REFUSED, waits=8),
-    Row(78, "data empty, malformed, without labels", REFUSED, waits=8),
-    Row(79, "memory runs out at step k", REFUSED, waits=8),
-    Row(80, "settings out of range", REFUSED, waits=8),
-    Row(81, "two runs in one folder", REFUSED, waits=8),
-    Row(82, "clock jumps, copied checkpoints", HOLDS, waits=8),
+    Row(
+        71,
+        "killed at any file operation of a checkpoint, at random instants",
+        HOLDS,
+        (
+            "train/test_checkpoint.py::test_death_at_any_operation_leaves_the_old_or_the_new_checkpoint",
+            "train/test_resume.py::test_a_run_killed_at_random_moments_ends_in_the_same_bits",
+            "train/test_faults.py::test_many_kills_end_in_the_same_bits",
+        ),
+    ),
+    Row(
+        72,
+        "disk full while checkpointing",
+        HOLDS,
+        (
+            "train/test_checkpoint.py::test_a_full_disk_leaves_the_previous_checkpoint_and_says_so",
+            "train/test_faults.py::test_a_disk_that_fails_at_any_operation_leaves_a_whole_checkpoint",
+        ),
+    ),
+    Row(
+        73,
+        "SIGINT and SIGTERM",
+        HOLDS,
+        (
+            "train/test_loop.py::test_a_signal_ends_the_run_after_the_step_with_a_checkpoint",
+            "train/test_loop.py::test_a_signal_during_an_evaluation_does_not_lose_it",
+            "train/test_faults.py::test_the_command_ends_with_the_code_of_the_signal_and_a_checkpoint",
+            "train/test_faults.py::test_a_second_signal_ends_at_once",
+        ),
+    ),
+    Row(
+        74,
+        "file of a checkpoint missing, cut, changed",
+        HOLDS,
+        (
+            "train/test_resume.py::test_a_torn_checkpoint_is_passed_over_and_told",
+            "train/test_resume.py::test_resuming_is_refused_when_no_checkpoint_is_whole",
+            "train/test_checkpoint.py::test_a_broken_manifest_is_told",
+        ),
+    ),
+    Row(
+        75,
+        "resumed under other conditions",
+        REFUSED,
+        (
+            "train/test_resume.py::test_changed_settings_are_refused_by_name",
+            "train/test_resume.py::test_changed_data_is_refused_and_moved_data_is_not",
+            "train/test_resume.py::test_another_base_is_refused",
+            "train/test_resume.py::test_a_change_can_be_allowed_by_name",
+        ),
+    ),
+    Row(
+        76,
+        "pickle in a checkpoint",
+        REFUSED,
+        (
+            "train/test_resume.py::test_no_pickle_is_written",
+            "train/test_faults.py::test_a_pickle_in_a_checkpoint_is_never_opened",
+        ),
+    ),
+    Row(
+        77,
+        "loss or gradient not finite",
+        REFUSED,
+        (
+            "train/test_loop.py::test_numbers_that_are_not_finite_stop_the_run_at_that_step",
+            "cli/test_refusals.py::test_every_deliberate_error_has_a_code",
+        ),
+    ),
+    Row(
+        78,
+        "data empty, malformed, without labels",
+        REFUSED,
+        (
+            "cli/test_refusals.py::test_bad_data_file_is_told_by_file_line_and_field",
+            "cli/test_refusals.py::test_unlabelled_row_of_a_classifier",
+            "train/test_loop.py::test_bad_data_is_refused_before_the_model_is_looked_for_and_leaves_nothing",
+        ),
+    ),
+    Row(
+        79,
+        "memory runs out at step k",
+        REFUSED,
+        (
+            "train/test_loop.py::test_memory_that_runs_out_is_told_with_what_to_lower",
+            "cli/test_refusals.py::test_full_disk_and_memory_are_resources",
+        ),
+    ),
+    Row(
+        80,
+        "settings out of range",
+        REFUSED,
+        (
+            "train/test_settings.py::test_what_cannot_be_is_answered_in_one_line",
+            "train/test_faults.py::test_numbers_that_no_run_can_have",
+            "train/test_faults.py::test_fewer_steps_than_have_been_made",
+        ),
+    ),
+    Row(
+        81,
+        "two runs in one folder",
+        REFUSED,
+        (
+            "train/test_loop.py::test_two_runs_cannot_share_a_folder",
+            "train/test_faults.py::test_a_lock_left_by_a_killed_run_is_no_lock",
+        ),
+    ),
+    Row(
+        82,
+        "clock jumps, copied checkpoints",
+        HOLDS,
+        (
+            "train/test_checkpoint.py::test_order_is_by_step_and_not_by_time",
+            "train/test_checkpoint.py::test_folders_of_other_programs_are_neither_read_nor_removed",
+        ),
+    ),
     # G7: command line
-    Row(83, "unknown command or flag, bad number", REFUSED, waits=9),
-    Row(84, "output exists, is inside of the input, is the input", REFUSED, waits=9),
-    Row(85, "stdout closed, odd locale, path that is no UTF-8", HOLDS, waits=9),
-    Row(86, "package or device missing", REFUSED, waits=9),
-    Row(87, "crash inside", HOLDS, waits=9),
+    Row(
+        83,
+        "unknown command or flag, bad number",
+        REFUSED,
+        (
+            "cli/test_refusals.py::test_no_settings_and_unknown_verbs_and_options",
+            "cli/test_refusals.py::test_unknown_setting_is_answered_with_the_nearest",
+            "cli/test_refusals.py::test_wrong_type_and_value_out_of_range_name_the_setting",
+        ),
+    ),
+    Row(
+        84,
+        "output exists, is inside of the input, is the input",
+        REFUSED,
+        (
+            "train/test_loop.py::test_the_folder_of_another_run_is_not_overwritten_unasked",
+            "cli/test_train.py::test_a_finished_folder_is_not_overwritten_unasked",
+        ),
+    ),
+    Row(
+        85,
+        "stdout closed, odd locale, path that is no UTF-8",
+        HOLDS,
+        (
+            "cli/test_faults.py::test_a_reader_that_stops_early_gets_no_traceback",
+            "cli/test_faults.py::test_odd_locales_and_paths",
+        ),
+    ),
+    Row(
+        86,
+        "package or device missing",
+        REFUSED,
+        (
+            "train/test_loop.py::test_a_device_that_is_not_there_is_told",
+            "cli/test_faults.py::test_a_package_that_is_missing_is_named",
+        ),
+    ),
+    Row(
+        87,
+        "crash inside",
+        HOLDS,
+        (
+            "cli/test_refusals.py::test_a_fault_of_ours_is_one_line_unless_debug_is_asked_for",
+            "cli/test_faults.py::test_random_arguments_end_in_a_code_and_one_line",
+        ),
+    ),
     # G8: serving
     Row(88, "bad requests", REFUSED, waits=9),
     Row(89, "unknown or path-like adapter in a request, numbers too large", REFUSED, waits=9),

@@ -20,7 +20,7 @@ from deltatune.train import checkpoint as checkpoints
 from deltatune.train import randomness, snapshot
 from deltatune.train.base import Base, check_device, finish_base, load_base
 from deltatune.train.claim import claim, threads
-from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine
+from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine, refuse_fewer_steps
 from deltatune.train.events import Listener, Listeners, RunInfo
 from deltatune.train.finish import before_training, count_parameters, finish
 from deltatune.train.judge import Judge
@@ -175,6 +175,8 @@ def _train(
         settings.group_by_length,
     )
     pace = Pace.of(settings, order.steps_per_epoch)
+    if kept is not None:
+        refuse_fewer_steps(str(source), kept.state["progress"]["step"], pace.total_steps)
 
     randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
     bare = adapt(base.model, settings.method, settings.task, settings.options_of(pace.total_steps))
