@@ -171,7 +171,7 @@ loaded(33, "one flipped bit", WEIGHTS)(flip)
 loaded(35, "a key is missing", KEY)(tensors(lambda t: {k: v for k, v in t.items() if k != KEY}))
 loaded(35, "no key at all", "missing")(tensors(lambda t: {}))
 loaded(36, "keys of other layers", "h.1")(tensors(lambda t: {k.replace("layers", "h"): v for k, v in t.items()}))
-loaded(37, "a weight of the base", "q_proj.weight")(
+loaded(37, "a weight of the base", "_proj.weight")(
     tensors(lambda t: {**t, "base_model.model.model.layers.0.self_attn.k_proj.weight": torch.zeros(8, 16),
                        "base_model.model.model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 16)})
 )  # fmt: skip

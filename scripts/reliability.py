@@ -4,7 +4,8 @@
     python scripts/reliability.py --write           into that page
 
 clear: an exception whose message holds the words fixed for the case; obscure: any other; handled: right without one;
-warned: wrong, and a warning names it; silent: wrong without a word; lost: good data destroyed; hang: over twenty seconds.
+warned: wrong, and a warning names it; silent: wrong without a word; lost: good data destroyed;
+hang: over twenty seconds.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def judged(fault: Fault, lib: Any) -> str:
         try:
             result = fault.put(lib, Path(room))
         except Exception as error:
-            named = all(word in str(error) for word in fault.words) and not isinstance(
-                error, (KeyError, AttributeError)
+            named = (
+                fault.words
+                and all(word in str(error) for word in fault.words)
+                and not isinstance(error, (KeyError, AttributeError))
             )
             return "clear" if named else "obscure"
         if result == HANDLED:

@@ -22,7 +22,7 @@ ODD: list[Any] = [
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value of a JSON tree, the root included."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(inner for key, child in children for inner in paths_in(child, (*path, key)))]
 
 
@@ -33,7 +33,7 @@ def mutated(value: Any, draw: random.Random, known: list[str] | None = None) -> 
         known: Keys worth adding at the top.
     """
     value = copy.deepcopy(value)
-    path = draw.choice(paths_in(value)[1:] or [()])
+    path: tuple[Any, ...] = draw.choice(paths_in(value)[1:] or [()])
     if not path or (isinstance(value, dict) and draw.random() < 0.15):
         key = draw.choice([*(known or ()), "surplus", "lora_alhpa", "__init__", "", "a" * 300])
         odd = draw.choice(ODD)
@@ -41,7 +41,7 @@ def mutated(value: Any, draw: random.Random, known: list[str] | None = None) -> 
             value[key] = odd
             return value, f"add {key[:40]!r}: {odd!r:.60}"
         return odd, f"all becomes {odd!r:.60}"
-    holder = value
+    holder: Any = value
     for key in path[:-1]:
         holder = holder[key]
     last = path[-1]

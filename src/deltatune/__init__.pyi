@@ -43,6 +43,7 @@ from deltatune.helpers import shift_tokens_right as shift_tokens_right
 from deltatune.helpers import update_forward_signature as update_forward_signature
 from deltatune.helpers import update_generate_signature as update_generate_signature
 from deltatune.helpers import update_signature as update_signature
+from deltatune.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from deltatune.layer import AdaptedLayer as AdaptedLayer
 from deltatune.lora.arrow_model import create_arrow_model as create_arrow_model
 from deltatune.lora.config import LoraConfig as LoraConfig
@@ -63,6 +64,7 @@ from deltatune.lora.variants.caching import DoraCaching as DoraCaching
 from deltatune.lora.variants.kasa import KasaConfig as KasaConfig
 from deltatune.lora.variants.monteclora import MontecloraConfig as MontecloraConfig
 from deltatune.lora.variants.velora import VeloraConfig as VeloraConfig
+from deltatune.loss.stage import chunk_loss as chunk_loss
 from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from deltatune.methods.adamss import AdamssConfig as AdamssConfig
 from deltatune.methods.beft import BeftConfig as BeftConfig

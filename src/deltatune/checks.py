@@ -32,6 +32,12 @@ def fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
+def as_set(value: Any) -> Any:
+    """A list of names as a set; anything else as it is, to be refused by `validate`."""
+    listed = isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value)
+    return set(value) if listed else value
+
+
 def describe(annotation: Any) -> str:
     """An annotation as a user would say it: `int`, `list[str] | str | None`."""
     return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")

@@ -47,7 +47,9 @@ class Factor(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The tensor as a matrix: a convolution's kernel positions join its channels."""
-        return self.weight.flatten(1 + self.rows)
+        weight = self._parameters.get("weight", None)  # past nn.Module's look-up, for each layer and token
+        weight, axes = self.weight if weight is None else weight, 2 + self.rows
+        return weight if weight.ndim == axes else weight.flatten(axes - 1)
 
     def extra_repr(self) -> str:
         return str(tuple(self.weight.shape))

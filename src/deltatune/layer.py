@@ -19,7 +19,7 @@ from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
 from deltatune.live_names import say_names
-from deltatune.selection import Call, Selection
+from deltatune.selection import Call, Selection, has_scale
 from deltatune.weight import LazyWeight
 
 
@@ -66,6 +66,29 @@ class Merged:
         raise StateError(f"adapters {names} {what}", field="adapter_name", found=names)
 
 
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """A layer under the adapters that are active, kept from call to call until one of all this is another."""
+
+    call: Call
+    base: nn.Module
+    weight: nn.Parameter
+    adapters: dict[str, nn.Module | None]
+    layer: LinearMap
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies of a model start without
+
+    def holds(self, call: Call, modules: dict[str, Any]) -> bool:
+        base, present = modules["base_layer"], modules["adapters"]._modules
+        if call is not self.call or base is not self.base or base._parameters.get("weight") is not self.weight:
+            return False
+        for name, adapter in self.adapters.items():  # noqa: SIM110, as in `mixed.Plan.holds`
+            if present.get(name) is not adapter:
+                return False
+        return True
+
+
 class AdaptedLayer(LayerViews, nn.Module):
     """A layer, or a block of layers, under adapters.
 
@@ -84,6 +107,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         self.selection = selection
         self.stash = None
         self.plan: mixed.Plan | None = None  # of the last batch whose rows differed
+        self.standing: Standing | None = None  # of the last call that chose nothing by itself
         seen = as_map(base_layer)
         self.is_block = seen is None  # then layers in it keep the paths they had without it
         self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
@@ -113,6 +137,8 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
+        if adapter.configured_scaling is None and has_scale(adapter):
+            adapter.configured_scaling = adapter.scaling  # type: ignore[assignment]  # before any program changes it
         self.adapters[name] = adapter
         adapter.joins(self.adapters)
 
@@ -138,6 +164,8 @@ class AdaptedLayer(LayerViews, nn.Module):
             return self._merged_forward(x, call, args, kwargs)
         if call.rows is not None:
             return self._mixed_forward(x, call, args, kwargs)
+        if call is self.selection.standing and not args and not kwargs and not torch.compiler.is_compiling():
+            return self._under_active(call)(x)
         return self._adapted_forward(x, call, call.names, args, kwargs)
 
     def _adapted_forward(
@@ -145,6 +173,18 @@ class AdaptedLayer(LayerViews, nn.Module):
     ) -> Tensor:
         batch = x.shape[0] if x.ndim else 1
         return self.as_map(names, args, kwargs, lambda name: call.value(name, batch))(x)
+
+    def _under_active(self, call: Call) -> LinearMap:
+        """The layer under the active adapters; putting it together would cost as much as a token through it."""
+        kept = self.standing
+        if kept is not None and kept.holds(call, self._modules):
+            return kept.layer
+        layer, base = self.as_map(call.names), self.base_layer
+        weight, adapters = base._parameters.get("weight"), self.adapters._modules
+        if type(weight) is nn.Parameter and as_map(base).dense:  # type: ignore[union-attr]
+            found = {name: adapters.get(name) for name in call.names}
+            vars(self)["standing"] = Standing(call, base, weight, found, layer)
+        return layer
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""

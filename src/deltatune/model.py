@@ -92,6 +92,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
             if self.base_model.selection.choosing and not torch.compiler.is_compiling():
                 # a choice of this call alone, and checkpointing may have been switched on behind our back
                 recompute.bind(self.base_model.model, self.base_model.selection, self.prompts)
+            self.base_model.check_starts()
             for schedule in self.base_model.schedules.values():
                 if schedule.name in self.base_model.selection.active:
                     schedule.forward_begins()

@@ -18,6 +18,7 @@ from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
 from deltatune.notice import warn
+from deltatune.peer.tuner_verbs import TunerVerbs
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
 from deltatune.schedule import Schedule
@@ -42,7 +43,7 @@ def alone(
     return run
 
 
-class Tuner(PeerLosses, nn.Module):
+class Tuner(TunerVerbs, PeerLosses, nn.Module):
     """Holds the original model, whose layers are wrapped in place, and the selection that all wrappers share."""
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Tuner(PeerLosses, nn.Module):
         self.loss_given = True  # by the last training pass, and so with the penalty in it
         # Whether a training pass gave no loss that the penalty could have been added to; None once that is settled.
         self.penalty_due: bool | None = False
+        self.begun: set[str] = set()  # the adapters that have been trained
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,6 +151,20 @@ class Tuner(PeerLosses, nn.Module):
             return (outputs[0] + term.to(outputs[0]), *outputs[1:])
         outputs.loss = loss + term.to(loss)  # type: ignore[attr-defined]
         return outputs
+
+    def check_starts(self) -> None:
+        """In the first training pass of an adapter: say so if its start needs data that it has not got."""
+        names = () if torch.compiler.is_compiling() else self.selection.active
+        for name in [name for name in names if name not in self.begun]:
+            self.begun.add(name)
+            held = (layer.adapters[name] for _, layer in inject.adapted_layers(self.model) if name in layer.adapters)
+            if any(getattr(adapter, "awaits_data", False) for adapter in held):
+                init = self.peft_config[name].init_lora_weights  # type: ignore[attr-defined]
+                warn(
+                    f"adapter {name!r} has init_lora_weights={init!r} and has seen no data, so it trains as plain "
+                    "LoRA; call initialize_lora_eva_weights(model, dataloader) before the first step, or "
+                    "deltatune.lora.prepare(base, config, dataloader) before get_peft_model"
+                )
 
     def after_step(self, step: int | None = None) -> None:
         """After every optimizer step, before its gradients are cleared: the schedules of the adapters that train.

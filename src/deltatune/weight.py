@@ -34,7 +34,7 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FACTS:
+        if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func == _DATA:  # lazy too: written to, it would be a copy that nobody reads
@@ -70,7 +70,7 @@ def _dense(value: Any) -> Any:
 
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_FACTS = {
+FACTS = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda")),
     *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_sparse", "is_quantized", "is_nested", "requires_grad")),
     *(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltatune import LoraConfig, PeftConfig, PeftModel
+from deltatune import IA3Config, LoraConfig, PeftConfig, PeftModel
 from deltatune.errors import ConfigError, FormatError, LimitError, MismatchError, PeftError
 from deltatune.storage.tensors import read_file
 from tests.core.tiny import tiny
@@ -35,6 +35,8 @@ def test_targets_that_are_lists_of_lists(value):
     for field in ("target_modules", "exclude_modules"):
         with refused(ConfigError, field):
             LoraConfig(**{field: value})
+    with refused(ConfigError, "feedforward_modules"):
+        IA3Config(feedforward_modules=value)
 
 
 def test_floats_of_eight_bits_have_no_sum(folder):

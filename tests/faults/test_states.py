@@ -48,6 +48,7 @@ class Life(RuleBasedStateMachine):
         self.model = get_peft_model(base(), KINDS[kind](), adapter_name="p").eval()
         self.kinds, self.alone, self.saved = {"p": kind}, {}, {}
         self.active, self.merged, self.enabled = ["p"], [], True
+        self.sums = set()  # adapters with the config of a sum, onto which no other file is loaded
         self._made("p", seed)
 
     def _made(self, name, seed):
@@ -86,6 +87,7 @@ class Life(RuleBasedStateMachine):
             return
         self.model.add_adapter(name, KINDS[kind]())
         self.kinds[name] = kind
+        self.sums.discard(name)
         self.active = self.active or [name]
         self._made(name, seed)
 
@@ -145,18 +147,21 @@ class Life(RuleBasedStateMachine):
             return self.refused(lambda: self.model.save_pretrained(self.room.name, selected_adapters=[name]))
         folder = Path(self.room.name) / f"folder{len(self.saved)}"
         self.model.save_pretrained(folder, selected_adapters=[name])
-        self.saved[folder / name] = (self.kinds[name], self.alone[name])
+        self.saved[folder / name] = (self.kinds[name], self.alone[name], name in self.sums)
 
     @precondition(lambda self: bool(self.saved))
     @rule(name=names, data=st.data())
     def load(self, name, data):
         folder = data.draw(st.sampled_from(sorted(self.saved)))
-        kind, outputs = self.saved[folder]
+        kind, outputs, summed = self.saved[folder]
         if self.merged:
             return self.refused(lambda: self.model.load_adapter(folder, name)) if name in self.merged else None
         if self.kinds.get(name, kind) != kind:
             return self.refused(lambda: self.model.load_adapter(folder, name))
+        if name in self.kinds and (summed or name in self.sums):
+            return  # the options of the model stay, with a warning, and say how strongly the tensors act
         self.model.load_adapter(folder, name)
+        self.sums = self.sums | {name} if summed else self.sums - {name}
         self.kinds[name], self.alone[name] = kind, outputs
         fresh = PeftModel.from_pretrained(base(), folder).eval()
         assert close(ask(fresh), outputs)
@@ -174,6 +179,7 @@ class Life(RuleBasedStateMachine):
         if not known or name in self.kinds or self.merged:
             return self.refused(combine)
         combine()
+        self.sums.add(name)
         self.kinds[name] = self.kinds[one]
         self.alone[name] = self.alone[one] if weight == 1.0 else self._enabled(name)
 

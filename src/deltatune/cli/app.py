@@ -17,6 +17,11 @@ app = typer.Typer(
 )
 SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="What to prove it on; may be repeated.")]
+InputFile = Annotated[str | None, typer.Option("--file", "-f", help="Inputs from a jsonl, csv or txt file.")]
+Column = Annotated[str | None, typer.Option(help="Column of the file that holds the input.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Load what was written and compare.")]
+Kl = Annotated[float | None, typer.Option("--tolerance", min=0.0, help="Largest KL divergence allowed, in nats.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: folder, hub name or demo.")]
 
 
@@ -74,6 +79,26 @@ def train(
     run(words or [], config, dry_run, print_config)
 
 
+data = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command(context_settings=SETTINGS)
+def check(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]... [--NAME VALUE]...", help="Data files, and the settings of the run."),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Settings file of the run.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Rows of each part to show, as tokens.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """What would be trained on: tokens and what is learnt of them, lengths, duplicates, leaks, faulty rows."""
+    from deltatune.cli.data import check as run
+
+    run(words or [], config, samples, as_json)
+
+
 @app.command()
 def generate(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, or a model without adapter (folder, hub name).")],
@@ -117,6 +142,75 @@ def inspect(
     from deltatune.cli.inspect import inspect as run
 
     run(folder, tensors, as_json)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    out: Annotated[str, typer.Argument(help="New folder for the model.")],
+    model: Model = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's by default.")] = None,
+    inputs: Inputs = None,
+    file: InputFile = None,
+    column: Column = None,
+    verify: Verify = True,
+    tolerance: Kl = None,
+    as_json: Json = False,
+) -> None:
+    """Base and adapter as one plain model, proven against the two."""
+    from deltatune.cli.ship import Asked
+    from deltatune.cli.ship import merge as run
+
+    run(adapter, out, dtype, Asked(model, inputs or (), file, column, verify, tolerance, as_json))
+
+
+app.command(name="merge-lora", hidden=True)(merge)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, of any method that a weight can hold.")],
+    out: Annotated[str, typer.Argument(help="New folder for the LoRA adapter.")],
+    to: Annotated[str, typer.Option(help="lora")] = "lora",
+    rank: Annotated[
+        str | None, typer.Option(help="A rank, a share of energy such as 0.99, or auto: what --max-error needs.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option("--max-error", "--max_error", help="Of each layer's change; 1e-5 by default.")
+    ] = None,
+    model: Model = None,
+    inputs: Inputs = None,
+    file: InputFile = None,
+    column: Column = None,
+    verify: Verify = True,
+    tolerance: Kl = None,
+    as_json: Json = False,
+) -> None:
+    """An adapter of any method as plain LoRA, with the error of every layer, proven against itself."""
+    from deltatune.cli.ship import Asked
+    from deltatune.cli.ship import convert as run
+
+    run(adapter, out, to, rank, max_error, Asked(model, inputs or (), file, column, verify, tolerance, as_json))
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    out: Annotated[str, typer.Argument(help="New folder.")],
+    to: Annotated[str, typer.Option(help="peft, vllm, sglang, gguf or ollama.")],
+    model: Model = None,
+    inputs: Inputs = None,
+    file: InputFile = None,
+    column: Column = None,
+    verify: Verify = True,
+    tolerance: Kl = None,
+    as_json: Json = False,
+) -> None:
+    """An adapter as another program reads it, judged by its rules, read back and proven."""
+    from deltatune.cli.ship import Asked
+    from deltatune.cli.ship import export as run
+
+    run(adapter, out, to, Asked(model, inputs or (), file, column, verify, tolerance, as_json))
 
 
 @app.command()

@@ -15,6 +15,9 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _PAIR = re.compile(r"[A-Za-z][\w-]*=")
 _NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
 _WORDS = {"true", "false", "yes", "no", "on", "off"}
+# may be given several times: names of columns, files
+_COLUMNS = {"column", "columns", "column_mapping"}
+_FILES = {"train_file", "eval_file", "test_file", "data"}
 # given as one word, meant as a list of names; a pattern (anything else than plain names) stays a string
 _LISTS = {"target_modules", "modules_to_save", "exclude_modules", "lora_target_modules", "lora_target"}
 
@@ -25,10 +28,11 @@ class Arguments:
 
     config: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
 
 
-def parse(words: Sequence[str], flags: Collection[str] = ()) -> Arguments:
-    """`flags` are the settings that are true or false: they need no value."""
+def parse(words: Sequence[str], flags: Collection[str] = (), files: bool = False) -> Arguments:
+    """`flags` are the settings that are true or false: they need no value. With `files`, words alone are data files."""
     result = Arguments()
     rest = list(words)
     while rest:
@@ -49,6 +53,8 @@ def parse(words: Sequence[str], flags: Collection[str] = ()) -> Arguments:
             _set(result, key.replace("-", "_"), text)
         elif word.startswith("-") and len(word) > 1:
             raise ConfigError(f"option {word!r} is not known; settings are given as --name value", found=word)
+        elif files:
+            result.files.append(word)
         elif result.config is None:
             result.config = word
         else:
@@ -71,7 +77,14 @@ def value_of(text: str) -> Any:
 
 
 def _set(result: Arguments, key: str, text: str) -> None:
+    if key in _COLUMNS:
+        _map(result, text)
+        return
     value = value_of(text)
+    if key in _FILES and key in result.settings:
+        before = result.settings[key]
+        result.settings[key] = [*(before if isinstance(before, list) else [before]), *_listed(value)]
+        return
     if key in _LISTS and isinstance(value, str) and value != "all-linear" and _NAMES.fullmatch(value):
         value = value.split(",")
     if key in result.settings and result.settings[key] != value:
@@ -79,6 +92,28 @@ def _set(result: Arguments, key: str, text: str) -> None:
             f"{key} is given twice, as {result.settings[key]!r} and {value!r}; keep one", field=key, found=value
         )
     result.settings[key] = value
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    parts = [part.partition("=") for part in text.split(",")]
+    return {name: old for name, _, old in parts}
+
+
+def _map(result: Arguments, text: str) -> None:
+    """`prompt=question`, or several with commas, or a mapping as YAML writes it."""
+    value = value_of(text)
+    pairs = value if isinstance(value, dict) else _pairs(text)
+    if not all(name and old for name, old in pairs.items()):
+        raise ConfigError(
+            f"column {text!r} is not allowed, expected NAME=NAME_IN_THE_FILE such as prompt=question",
+            field="column_mapping",
+            found=text,
+        )
+    result.settings["column_mapping"] = {**result.settings.get("column_mapping", {}), **pairs}
 
 
 def _is_value(word: str, flag: bool) -> bool:

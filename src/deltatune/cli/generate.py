@@ -60,7 +60,7 @@ def _inputs(prompts: list[str], file: str | None, column: str | None) -> list[st
     if prompts:
         return prompts
     if file is not None:
-        return list(_rows(file, column))
+        return list(rows_of(file, column))
     lines = [line.rstrip("\n") for line in sys.stdin]
     found = [line for line in lines if line.strip()]
     if not found:
@@ -68,7 +68,7 @@ def _inputs(prompts: list[str], file: str | None, column: str | None) -> list[st
     return found
 
 
-def _rows(file: str, column: str | None) -> Iterator[str]:
+def rows_of(file: str, column: str | None) -> Iterator[str]:
     table = read_table(file)
     present: Sequence[str] = list(table.rows[0])
     name = column or next((known for known in COLUMNS if known in present), "")

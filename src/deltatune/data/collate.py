@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 
 from deltatune.data.features import IGNORE, Features
+from deltatune.data.pack import Pack
 from deltatune.data.passages import Window
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads inputs on the right (`left` for generation), labels with the ignored index."""
+    """Pads inputs on the right (`left` for generation), labels with the ignored index.
+
+    Packs get positions that begin anew instead of a mask; with `flat`, as flash kernels want it, in a single row.
+    """
 
     pad_token_id: int
     task: str
     task_ids: bool = True  # whether the model takes them
+    flat: bool = False
 
     def __call__(self, rows: list[Features]) -> dict[str, Tensor]:
+        packs = [row for row in rows if isinstance(row, Pack)]
+        if packs:
+            return self._packed(packs)
         batch = self.inputs([row.input_ids for row in rows])
         if self.task == "classification":
             batch["labels"] = torch.tensor([row.labels[0] for row in rows])
@@ -31,6 +39,18 @@ class Collator:
         if self.task_ids and rows[0].task_id is not None:
             batch["task_ids"] = torch.tensor([row.task_id for row in rows])
         return batch
+
+    def _packed(self, packs: list[Pack]) -> dict[str, Tensor]:
+        if self.flat:
+            packs = [Pack.of(packs)]
+        width = max(len(pack.input_ids) for pack in packs)
+        # what fills a row up is one more sequence of its own
+        places = [pack.positions + list(range(width - len(pack.input_ids))) for pack in packs]
+        return {
+            "input_ids": _padded([pack.input_ids for pack in packs], self.pad_token_id),
+            "position_ids": torch.tensor(places),
+            "labels": _padded([pack.labels for pack in packs], IGNORE),
+        }
 
     def inputs(self, ids: list[list[int]], left: bool = False) -> dict[str, Tensor]:
         mask = _padded([[1] * len(row) for row in ids], 0, left)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltatune.data.example import TEXT_TASKS, Example
+from deltatune.data.chat import prompt_ids, render
+from deltatune.data.conversation import Conversation
+from deltatune.data.example import TEXT_TASKS, Example, Fault
 from deltatune.data.features import IGNORE, Features
 from deltatune.data.labels import Labels
 from deltatune.data.passages import Passage, windows
@@ -14,18 +16,30 @@ from deltatune.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the limits cut."""
+    """What the limits cut.
+
+    Attributes:
+        dropped: Of `rows`, those that are left out, because they are too long or nothing to learn is left of them.
+        whole: Tokens of every row before it was cut.
+    """
 
     longest_input: int
     longest_target: int
     truncated: int
     rows: int
-    dropped: int = 0  # of `rows`, because nothing could be learnt from them
+    dropped: int = 0
+    whole: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Examples to features for one task and tokenizer."""
+    """Examples to features for one task and tokenizer.
+
+    Attributes:
+        truncation: What is cut of a row that is too long: 'left' (its beginning), 'right' (its end), or the row is left
+            out ('drop'). None: as suits the task, which for pairs of a causal model is the beginning of the input.
+        train_on: What of a conversation is learnt: 'assistant', 'last' or 'all'.
+    """
 
     tokenizer: Any
     task: str
@@ -34,9 +48,14 @@ class Encoder:
     separator: str = "\n"
     answer_only: bool = True
     labels: Labels | None = None
+    truncation: str | None = None
+    train_on: str = "assistant"
 
     def __call__(self, example: Example, source: str = "data") -> tuple[Features, bool]:
-        """The features and whether a limit cut something."""
+        """The features and whether a limit cut something; without targets where it cut all there was to learn."""
+        source = example.source or source
+        if isinstance(example, Conversation):
+            return self._chatted(example, source)
         if isinstance(example, Tagged):
             made, cut = tagged_features(self, example, source)
             self._check(made.input_ids if made.targets else [], example, source)
@@ -47,8 +66,16 @@ class Encoder:
             return self._translated(example, source)
         return self._continued(example, source)
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, asked: str | Example) -> list[int]:
         """The token numbers that generation starts from: the same as in training, without the answer."""
+        if self.task == "chat":
+            asked = asked if isinstance(asked, Conversation) else Conversation.of(str(asked))
+            try:
+                ids = prompt_ids(self.tokenizer, asked)
+            except Fault as fault:
+                raise _refused(fault, asked, "input") from fault
+            return ids[-max(1, self.max_length - 1) :]
+        text = asked if isinstance(asked, str) else asked.text
         if self.task == "causal":
             ids = self._ids(text + self.separator, special=True, closed=False)
             return ids[-max(1, self.max_length - 1) :]
@@ -58,32 +85,58 @@ class Encoder:
         assert self.labels is not None
         ids = self._ids(example.text, special=True)
         kept = self.cut(ids)
-        return Features(kept, [self.labels.number(example.target or "", example.line, source)], 1), len(kept) < len(ids)
+        label = self.labels.number(example.target or "", example.line, source)
+        return Features(kept, [label], 1, whole=len(ids)), len(kept) < len(ids)
 
     def _translated(self, example: Example, source: str) -> tuple[Features, bool]:
         ids, answer = self._ids(example.text, special=True), self._answer(example.target or "")
         kept, wanted = self.cut(ids), answer[: self.max_target_length]
         self._check(wanted, example, source)
-        return Features(kept, wanted, len(wanted)), len(kept) < len(ids) or len(wanted) < len(answer)
+        cut = len(kept) < len(ids) or len(wanted) < len(answer)
+        return Features(kept, wanted, len(wanted), whole=len(ids)), cut
 
     def _continued(self, example: Example, source: str) -> tuple[Features, bool]:
         if example.target is None:
-            whole = [*self._ids(example.text, special=True, closed=False), *self._end()]
-            ids = whole[: self.max_length]
-            labels = [IGNORE, *ids[1:]]
-            cut = len(ids) < len(whole)
+            ids = [*self._ids(example.text, special=True, closed=False), *self._end()]
+            return self._limited(ids, [True] * len(ids), example, source)
+        question = self._ids(example.text + self.separator, special=True, closed=False)
+        answer = [*self._ids(example.target, special=False), *self._end()]
+        if self.truncation in ("right", "drop"):
+            learnt = [not self.answer_only] * len(question) + [True] * len(answer)
+            return self._limited(question + answer, learnt, example, source)
+        wanted = answer[: min(self.max_target_length, self.max_length - 1)]
+        kept = question[-(self.max_length - len(wanted)) :]  # the end of a question is nearest to its answer
+        ids, learnt = kept + wanted, [not self.answer_only] * len(kept) + [True] * len(wanted)
+        cut = len(ids) < len(question) + len(answer)
+        return self._learnt(ids, learnt, example, source, len(question) + len(answer)), cut
+
+    def _chatted(self, example: Conversation, source: str) -> tuple[Features, bool]:
+        try:
+            found = render(self.tokenizer, example, self.train_on if self.answer_only else "all")
+        except Fault as fault:
+            raise _refused(fault, example, source) from fault
+        return self._limited(found.ids, found.learnt, example, source)
+
+    def _limited(self, ids: list[int], learnt: list[bool], example: Example, source: str) -> tuple[Features, bool]:
+        """At most `max_length` tokens; the first stays where it only marks a beginning."""
+        if len(ids) <= self.max_length or self.truncation == "drop":
+            return self._learnt(ids, learnt, example, source, len(ids)), len(ids) > self.max_length
+        if self.truncation == "left":
+            mark = int(ids[0] == self.tokenizer.bos_token_id)
+            chosen = [*range(mark), *range(len(ids) - self.max_length + mark, len(ids))]
         else:
-            question = self._ids(example.text + self.separator, special=True, closed=False)
-            answer = [*self._ids(example.target, special=False), *self._end()]
-            wanted = answer[: min(self.max_target_length, self.max_length - 1)]
-            kept = question[-(self.max_length - len(wanted)) :]  # the end of a question is nearest to its answer
-            ids = kept + wanted
-            labels = ([IGNORE] * len(kept) if self.answer_only else [IGNORE, *kept[1:]]) + wanted
-            cut = len(kept) < len(question) or len(wanted) < len(answer)
-        count = sum(label != IGNORE for label in labels[1:])
-        self._check(ids if count else [], example, source)
+            chosen = [*range(self.max_length)]
+        kept, told = [ids[i] for i in chosen], [learnt[i] for i in chosen]
+        if not any(told[1:]) and any(learnt[1:]) and (self.truncation or self.task == "chat"):
+            return Features(kept, [IGNORE] * len(kept), 0, whole=len(ids)), True
+        return self._learnt(kept, told, example, source, len(ids)), True
+
+    def _learnt(self, ids: list[int], learnt: list[bool], example: Example, source: str, whole: int) -> Features:
         # the first token is predicted by nothing, or by a virtual token: never scored, so that methods compare
-        return Features(ids, [IGNORE, *labels[1:]], count), cut
+        labels = [IGNORE, *(token if told else IGNORE for token, told in zip(ids[1:], learnt[1:]))]
+        count = sum(learnt[1:])
+        self._check(ids if count else [], example, source)
+        return Features(ids, labels, count, whole=whole)
 
     def _ids(self, text: str, special: bool, closed: bool = True) -> list[int]:
         # verbose=False: the limit is ours, and the report tells what it cut
@@ -96,6 +149,9 @@ class Encoder:
         """At most `max_length` tokens, the closing one among them."""
         if len(ids) <= self.max_length:
             return ids
+        if self.truncation == "left":  # with the mark that every input begins with
+            mark = int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
+            return ids[:mark] + ids[len(ids) - self.max_length + mark :]
         closing = self.tokenizer.eos_token_id if self.task == "seq2seq" else self.tokenizer.sep_token_id
         if closing is not None and ids[-1] == closing:
             return [*ids[: self.max_length - 1], closing]
@@ -123,38 +179,73 @@ class Encoder:
 
 
 def encode(
-    examples: list[Example], encoder: Encoder, source: str, vocabulary: int | None, training: bool = True
+    examples: list[Example],
+    encoder: Encoder,
+    source: str,
+    vocabulary: int | None,
+    training: bool = True,
+    faults: list[DataError] | None = None,
 ) -> tuple[list[Features], Lengths]:
     """All examples, with what was cut; a token the model has no embedding for is refused before the first step.
 
     Each example gives one row of features, but passages give a row for each window outside of training, and none for
-    training where no window holds the answer.
+    training where no window holds the answer. A row that is too long gives none where rows are to be dropped, or where
+    nothing to learn is left of it. With `faults`, faulty rows are left out too and told there.
     """
     made: list[Features] = []
+    whole: list[int] = []
     cut = dropped = 0
     for number, example in enumerate(examples):
-        if isinstance(example, Passage):
-            found: list[Features] = [*windows(encoder, example, number)]
-            truncated = len(found) > 1
-            found = [row for row in found if row.targets][:1] if training else found
-        else:
-            features, truncated = encoder(example, source)
-            found = [features]
-        if example.task_id is not None:
-            found = [replace(row, task_id=example.task_id) for row in found]
+        try:
+            found, truncated, tokens = _rows_of(example, encoder, example.source or source, number, training)
+            _check_vocabulary(found, encoder.task, vocabulary, example, example.source or source)
+        except DataError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+            continue
         cut += truncated
         dropped += not found
+        whole.append(tokens)
         made += found
-        _check_vocabulary(found, encoder.task, vocabulary, example, source)
-    if not made:
+    if not made and not faults:
         raise DataError(
             f"{source}: no answer fits into {encoder.max_length} tokens beside its question; raise max_length",
             path=source,
             field="max_length",
             found=encoder.max_length,
         )
-    longest_target = max(f.targets for f in made)
-    return made, Lengths(max(len(f.input_ids) for f in made), longest_target, cut, len(examples), dropped)
+    longest = (max((len(f.input_ids) for f in made), default=0), max((f.targets for f in made), default=0))
+    return made, Lengths(*longest, cut, len(examples), dropped, tuple(whole))
+
+
+def _rows_of(
+    example: Example, encoder: Encoder, source: str, number: int, training: bool
+) -> tuple[list[Features], bool, int]:
+    """The features that an example gives, whether a limit cut something, and its tokens before that."""
+    if isinstance(example, Passage):
+        cuts = windows(encoder, example, number)
+        truncated = len(cuts) > 1
+        context = {place for row in cuts for place in row.places if place is not None}
+        whole = len(context) + sum(place is None for place in cuts[0].places)
+        found: list[Features] = [*([row for row in cuts if row.targets][:1] if training else cuts)]
+    else:
+        features, truncated = encoder(example, source)
+        left_out = truncated and (encoder.truncation == "drop" or not features.targets)
+        found, whole = [] if left_out else [features], features.whole or features.length
+    if example.task_id is not None:
+        found = [replace(row, task_id=example.task_id) for row in found]
+    return found, truncated, whole
+
+
+def _refused(fault: Fault, example: Example, source: str) -> DataError:
+    return DataError(
+        f"{source} line {example.line}: {fault.field} {fault.problem}; expected {fault.expected}",
+        path=source,
+        key=str(example.line),
+        field=fault.field,
+        expected=fault.expected,
+    )
 
 
 def _check_vocabulary(rows: list[Features], task: str, vocabulary: int | None, example: Example, source: str) -> None:

@@ -1,26 +1,38 @@
 """A checked row of a table, and the fault of one that is not as it should be."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltatune.suggest import did_you_mean
+
 # tasks whose answer is text that the model writes; the others have a head on top of the model
-TEXT_TASKS = ("seq2seq", "causal")
+TEXT_TASKS = ("seq2seq", "causal", "chat")
+# those of a model that goes on writing where its input ends
+CAUSAL_TASKS = ("causal", "chat")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table are what. `form` is 'pairs', 'labelled', 'text', 'tagged' or 'passages'."""
+    """Which columns of a table are what.
+
+    `form` is 'pairs', 'labelled', 'text', 'tagged', 'passages', 'messages' (whole conversations) or 'turns'
+    (conversations of one exchange, as pairs have it).
+    """
 
     form: str
     inputs: tuple[str, ...]
     target: str | None = None
     label_names: str | None = None
     task_id: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    history: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One checked row: `text` in, `target` out (None for plain text), `line` to name it by.
+    """One checked row: `text` in, `target` out (None for plain text), `line` and `source` to name it by.
 
     `task_id` is for prompts that several tasks share.
     """
@@ -29,6 +41,7 @@ class Example:
     target: str | None
     line: int
     task_id: int | None = field(default=None, kw_only=True)
+    source: str = field(default="", kw_only=True, compare=False)
 
 
 class Fault(Exception):
@@ -43,7 +56,7 @@ def string(row: dict[str, Any], name: str, blank: bool = False, missing: bool = 
     if name not in row:
         if missing:
             return ""
-        raise Fault(name, f"is missing (the row has {sorted(row)})", "text")
+        raise Fault(name, absent(name, row), "text")
     value = row[name]
     if value is None and missing:
         return ""
@@ -52,6 +65,12 @@ def string(row: dict[str, Any], name: str, blank: bool = False, missing: bool = 
     if not value.strip() and not blank:
         raise Fault(name, "is empty", "text")
     return value
+
+
+def absent(name: str, present: Iterable[str]) -> str:
+    """That a field is not there, with the nearest that is."""
+    names = sorted(map(str, present))
+    return f"is missing (the row has {names}{did_you_mean(name, names)})"
 
 
 def name_of_class(value: Any) -> str | None:

@@ -1,14 +1,15 @@
-"""From the columns of a table to checked examples: pairs, plain text, text with a label, tagged words, passages."""
+"""From the columns of a table to checked examples, of the form that the task reads."""
 
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
+from deltatune.data.conversation import HISTORY, MESSAGES, SYSTEM, TOOLS, conversation
 from deltatune.data.example import Columns, Example, Fault, kind, name_of_class, short, string
 from deltatune.data.passages import passage
 from deltatune.data.read import Table
 from deltatune.data.tagging import TAGS, WORDS, tagged
 from deltatune.errors import DataError
+from deltatune.suggest import did_you_mean, nearest
 
 # (input columns, target column), in the order in which they are looked for
 PAIRS = (
@@ -20,6 +21,9 @@ PAIRS = (
     (("mr",), "ref"),
     (("question",), "answer"),
     (("prompt",), "response"),
+    (("instruction",), "response"),
+    (("query",), "response"),
+    (("question",), "response"),
     (("input",), "output"),
     (("document",), "summary"),
     (("article",), "highlights"),
@@ -74,48 +78,96 @@ def detect(
             return Columns("passages", (question, context), answers)
         wanted = "a question, its context and answers (question, context, answers)"
         raise _unknown(table, present, wanted, "input_column, text_column and target_column")
+    if task == "chat":
+        return _chat(table, present, input_column, target_column)
     if (text_column or (not (input_column or target_column) and present == ["text"])) and task == "causal":
         return Columns("text", (text_column or "text",))
-    if input_column or target_column:
-        given = next((p for p in PAIRS if p[0] == (input_column,) or p[1] == target_column), ((None,), None))
-        source, target = input_column or given[0][-1], target_column or given[1]
-        if source in present and target in present and source is not None:
-            return Columns("pairs", (source,), target)
-        raise _unknown(table, present, "an input and a target", "both input_column and target_column")
-    for sources, target in PAIRS:
-        if target in present and all(source in present for source in sources):
-            return Columns("pairs", sources, target)
+    found = _pairs(table, present, input_column, target_column)
+    if found is not None:
+        return Columns("pairs", *found)
     if task == "causal" and "text" in present:
         return Columns("text", ("text",))
+    chat = next((name for name in MESSAGES if name in present), None)
+    if chat is not None:
+        raise DataError(
+            f"{table.source}: column {chat!r} holds conversations, which task {task} does not read; use task: chat",
+            path=table.source,
+            field="task",
+            found=task,
+            expected="chat",
+        )
     known = ", ".join("+".join(sources) + "/" + target for sources, target in PAIRS)
     raise _unknown(table, present, f"one of {known}", "input_column and target_column")
 
 
-def examples(table: Table, columns: Columns) -> list[Example]:
-    """Every row checked before anything is trained: the first fault is shown, with how many rows share it."""
+def _pairs(
+    table: Table, present: list[str], input_column: str | None, target_column: str | None
+) -> tuple[tuple[str, ...], str] | None:
+    """The columns of inputs and of the target: named ones, else the first known pattern; None where there is none."""
+    if input_column or target_column:
+        given = next((p for p in PAIRS if p[0] == (input_column,) or p[1] == target_column), ((None,), None))
+        source, target = input_column or given[0][-1], target_column or given[1]
+        if source in present and target in present and source is not None:
+            return (source,), target
+        raise _unknown(table, present, "an input and a target", "both input_column and target_column")
+    return next((pair for pair in PAIRS if pair[1] in present and all(name in present for name in pair[0])), None)
+
+
+def _chat(table: Table, present: list[str], input_column: str | None, target_column: str | None) -> Columns:
+    def beside(name: str) -> str | None:
+        return name if name in present else None
+
+    listed = next((name for name in MESSAGES if name in present), None)
+    if input_column and not target_column:
+        listed = input_column
+    if listed is not None and not target_column:
+        return Columns("messages", (listed,), system=beside(SYSTEM), tools=beside(TOOLS))
+    found = _pairs(table, present, input_column, target_column)
+    if found is not None:
+        return Columns("turns", *found, system=beside(SYSTEM), tools=beside(TOOLS), history=beside(HISTORY))
+    known = ", ".join([*MESSAGES[:2], *("+".join(sources) + "/" + target for sources, target in PAIRS[:5])])
+    near = next((hint for name in present if (hint := did_you_mean(name, MESSAGES))), "")
+    raise _unknown(table, present, f"one of {known}, ...{near}", "column_mapping, or input_column and target_column")
+
+
+def examples(table: Table, columns: Columns, faults: list[DataError] | None = None) -> list[Example]:
+    """Every row checked before anything is trained: the first fault is shown, with how many rows share it.
+
+    With `faults`, faulty rows are left out and all told there.
+    """
     made: list[Example] = []
-    faults: list[tuple[str, int, str, str]] = []
+    found: list[tuple[int, Fault]] = []
     for index, row in enumerate(table.rows):
         try:
-            example = _example(table, index, row, columns)
-            made.append(
-                example if columns.task_id is None else replace(example, task_id=_task_id(row, columns.task_id))
-            )
+            task_id = None if columns.task_id is None else _task_id(row, columns.task_id)
+            made.append(replace(_example(table, index, row, columns), task_id=task_id, source=table.source))
         except Fault as fault:
-            faults.append((fault.field, index, fault.problem, fault.expected))
-    if not faults:
-        return made
-    field, index, problem, expected = faults[0]
-    same = [i for f, i, p, _ in faults if f == field]
-    more = f" ({len(same) - 1} more rows like it)" if len(same) > 1 else ""
-    raise DataError(
-        f"{table.where(index)}: field {field!r} {problem}{more}; expected {expected}",
+            found.append((index, fault))
+    if faults is not None:
+        faults += [_told(table, index, fault) for index, fault in found]
+    elif found:
+        index, fault = found[0]
+        same = sum(other.field == fault.field for _, other in found) - 1
+        raise _told(table, index, fault, f" ({same} more rows like it)" if same else "")
+    return made
+
+
+def _told(table: Table, index: int, fault: Fault, more: str = "") -> DataError:
+    column, dot, rest = _column(fault.field)
+    name = table.names.get(column, column) + dot + rest  # as the file calls it
+    return DataError(
+        f"{table.where(index)}: field {name!r} {fault.problem}{more}; expected {fault.expected}",
         path=table.source,
         key=str(table.lines[index]),
-        field=field,
-        found=table.rows[index].get(field),
-        expected=expected,
+        field=name,
+        found=table.rows[index].get(column),
+        expected=fault.expected,
     )
+
+
+def _column(field: str) -> tuple[str, str, str]:
+    """A field within a column, such as `messages[2].role`."""
+    return field.partition("[")
 
 
 def _example(table: Table, index: int, row: dict[str, Any], columns: Columns) -> Example:
@@ -124,6 +176,8 @@ def _example(table: Table, index: int, row: dict[str, Any], columns: Columns) ->
         return tagged(row, columns, line)
     if columns.form == "passages":
         return passage(row, columns, line)
+    if columns.form in ("messages", "turns"):
+        return conversation(row, columns, line)
     if columns.form == "labelled":
         assert columns.target is not None
         label = _label(row, columns.target)
@@ -168,7 +222,7 @@ def _first(names: tuple[str, ...], present: list[str]) -> str | None:
 
 
 def _nearest(name: str, present: list[str]) -> str:
-    close = get_close_matches(name, present, 1, 0.6)
+    close = nearest(name, present)
     return f" (nearest: {close[0]!r})" if close else ""
 
 

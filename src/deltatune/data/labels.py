@@ -1,5 +1,6 @@
 """Class names and their numbers, fixed by the training rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltatune.data.example import Columns, Example
@@ -38,20 +39,23 @@ def keys_of(example: Example) -> tuple[str, ...]:
     return example.tags if isinstance(example, Tagged) else (example.target or "",)
 
 
-def collect_labels(table: Table, columns: Columns, examples: list[Example]) -> Labels:
-    """The classes in a stable order: by number where all are numbers, else by name."""
-    keys = {key for example in examples for key in keys_of(example)}
+def collect_labels(tables: Sequence[Table], columns: Sequence[Columns], examples: Sequence[list[Example]]) -> Labels:
+    """The classes of all tables in a stable order: by number where all are numbers, else by name."""
+    keys = {key for rows in examples for example in rows for key in keys_of(example)}
     numeric = all(key.lstrip("-").isdigit() for key in keys)
     ordered: tuple[str, ...] = tuple(sorted(keys, key=int) if numeric else sorted(keys))
     if len(ordered) < 2:
+        source = ", ".join(table.source for table in tables)
         raise DataError(
-            f"{table.source}: every row has the label {next(iter(keys))!r}; classification needs two classes or more",
-            path=table.source,
-            field=columns.target,
+            f"{source}: every row has the label {next(iter(keys), '')!r}; classification needs two classes or more",
+            path=source,
+            field=columns[0].target,
             found=list(ordered),
             expected="at least two classes",
         )
-    shown = {}
-    if columns.label_names:
-        shown = {e.target: str(row.get(columns.label_names)) for e, row in zip(examples, table.rows, strict=True)}
+    shown: dict[str, str] = {}
+    for table, found, rows in zip(tables, columns, examples):
+        if found.label_names:
+            by_line = dict(zip(table.lines, table.rows))
+            shown |= {e.target: str(by_line[e.line].get(found.label_names)) for e in rows if e.target is not None}
     return Labels(ordered, tuple(shown.get(key, key) for key in ordered))

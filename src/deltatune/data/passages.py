@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltatune.data.example import Columns, Example, Fault, kind, short, string
+from deltatune.data.example import Columns, Example, Fault, absent, kind, short, string
 from deltatune.data.features import IGNORE, Features
 from deltatune.errors import ConfigError, DataError
 
@@ -128,7 +128,7 @@ def _spans(row: dict[str, Any], name: str) -> list[Span]:
     """Answers as a list of {text, start}, as SQuAD's {text, answer_start}, or as two lists of the same length."""
     expected = "answers, each with its text and the character it starts at"
     if name not in row:
-        raise Fault(name, f"is missing (the row has {sorted(row)})", expected)
+        raise Fault(name, absent(name, row), expected)
     value = row[name]
     if isinstance(value, dict):
         starts, texts = value.get("answer_start", value.get("start")), value.get("text")

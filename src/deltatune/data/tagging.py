@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from deltatune.data.example import Columns, Example, Fault, kind, name_of_class
+from deltatune.data.example import Columns, Example, Fault, absent, kind, name_of_class
 from deltatune.data.features import IGNORE, Features
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> tuple[list[int], list[i
 
 def _list(row: dict[str, Any], name: str, expected: str) -> list[Any]:
     if name not in row:
-        raise Fault(name, f"is missing (the row has {sorted(row)})", expected)
+        raise Fault(name, absent(name, row), expected)
     value = row[name]
     if not isinstance(value, list):
         raise Fault(name, f"is {kind(value)}", expected)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from deltatune.data.example import CAUSAL_TASKS
 from deltatune.data.features import IGNORE
 
 
@@ -31,7 +32,7 @@ def target_count(labels: Tensor, task: str) -> int:
     """How many predictions the model's own mean loss is over."""
     if task == "classification":
         return labels.shape[0]
-    return int(((labels[:, 1:] if task == "causal" else labels) != IGNORE).sum())
+    return int(((labels[:, 1:] if task in CAUSAL_TASKS else labels) != IGNORE).sum())
 
 
 @torch.no_grad()

@@ -74,8 +74,8 @@ def config_values(model: nn.Module, name: str, values: dict[str, Any]) -> dict[s
     }
     if changed["rank_pattern"] or changed["alpha_pattern"]:
         warn(
-            f"format={PER_EXPERT!r}: layers have ranks or alphas of their own, which vLLM does not read: it scales "
-            "every layer by lora_alpha / r of the whole adapter"
+            f"format={PER_EXPERT!r}: layers have ranks or alphas of their own, which older vLLM does not read: it "
+            "scales every layer by lora_alpha / r of the whole adapter"
         )
     return {**values, **changed}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltatune.data.collate import Collator
-from deltatune.data.example import TEXT_TASKS
+from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.evaluate import read
 from deltatune.generate.decoding import Decoding
 from deltatune.generate.load import Ready
@@ -39,7 +39,7 @@ def answers(ready: Ready, inputs: Sequence[str], decoding: Decoding, base: bool 
         device = next(model.parameters()).device
         for start in range(0, len(order), decoding.batch_size):
             chosen = order[start : start + decoding.batch_size]
-            batch = collator.inputs([prompts[i] for i in chosen], left=ready.task == "causal")
+            batch = collator.inputs([prompts[i] for i in chosen], left=ready.task in CAUSAL_TASKS)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             made = _classes(ready, model, batch) if ready.labels else _texts(ready, model, batch, decoding)
             found.update(zip(chosen, made))
@@ -55,7 +55,7 @@ def _read(ready: Ready, inputs: Sequence[str], decoding: Decoding, base: bool) -
 
 def _texts(ready: Ready, model: Any, batch: dict[str, Tensor], decoding: Decoding) -> list[Answer]:
     made = model.generate(**batch, **decoding.arguments(ready.encoder.max_target_length))
-    fresh = made[:, batch["input_ids"].shape[1] :] if ready.task == "causal" else made
+    fresh = made[:, batch["input_ids"].shape[1] :] if ready.task in CAUSAL_TASKS else made
     return [Answer(text.strip()) for text in ready.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from deltatune.config import TaskType
 from deltatune.errors import AdapterNameError, ConfigError, TargetError
+from deltatune.notice import warn
 from deltatune.patterns import modules_by_name
 from deltatune.prompts import files
 from deltatune.prompts.attention import SLOT, Slot
 from deltatune.prompts.capture import check_shift
-from deltatune.prompts.config import KeyValueConfig
+from deltatune.prompts.config import KeyValueConfig, Layout
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.own import Mount
@@ -67,12 +69,21 @@ class Prefix(Graft):
             raise AdapterNameError(f"adapter {name!r} already has a prefix on this {type(model).__name__}", found=name)
         sites = choose_sites(model, config.sites)
         values = _filled_in(model, config, sites)
-        shifted = config.layout == "peft" and _check_layout(model, sites)
-        start = start_rows(model, config, sites, {} if stage is None else stage.prefixes)
+        left_open = config.layout is None
+        values["layout"] = layout = _open_layout(model, sites) if left_open else config.layout
+        shifted = layout == "peft" and _check_layout(model, sites)
+        meant = copy.copy(config)
+        meant.layout = layout
+        start = start_rows(model, meant, sites, {} if stage is None else stage.prefixes)
         for field, value in values.items():
             setattr(config, field, value)
 
         built: Any = encoder(config).to(model.device)
+        if left_open and len(set(built.layer_of_site)) < len(sites):
+            warn(
+                f"{type(model).__name__}: a part of this prefix is never read, as in PEFT, which hands the layers of "
+                "an encoder-decoder each other's keys and values; with layout='native' every layer has its own"
+            )
         if start is not None:
             built.fill(start)
         if stage is None:
@@ -174,6 +185,16 @@ def _filled_in(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site]
     if config.num_transformer_submodules is not None:
         values["num_transformer_submodules"] = config.num_transformer_submodules
     return values
+
+
+def _open_layout(model: PreTrainedModel, sites: list[Site]) -> Layout:
+    """The layout of a config that leaves it open, as programs written for PEFT do."""
+    try:
+        _check_layout(model, sites)
+    except TargetError as reason:
+        warn(f"{reason}. That is what this prefix has; its numbers are not those that PEFT would compute")
+        return "native"
+    return "peft"
 
 
 def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:

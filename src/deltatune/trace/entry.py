@@ -109,6 +109,7 @@ def _traced(ready: Ready, model: PeftModel, texts: Sequence[str] | None, targets
 def batch_of(ready: Ready, texts: Sequence[str] | None, targets: Sequence[str] | None) -> dict[str, Any]:
     """Texts and targets as a padded batch with labels."""
     from deltatune.data.collate import Collator
+    from deltatune.data.conversation import Conversation
     from deltatune.data.example import Example
     from deltatune.data.features import Features
     from deltatune.data.passages import Passage, windows
@@ -134,6 +135,8 @@ def batch_of(ready: Ready, texts: Sequence[str] | None, targets: Sequence[str] |
         rows = [ready.encoder(Tagged.of(text), "trace")[0] for text in texts]
     elif ready.task == "question_answering":
         rows = [replace(windows(ready.encoder, Passage.of(text))[0], labels=[0, 0]) for text in texts]
+    elif ready.task == "chat":
+        rows = [ready.encoder(Conversation.exchange(text, answer), "trace")[0] for text, answer in zip(texts, wanted)]
     else:
         rows = [
             ready.encoder(Example(text, answer, line), "trace")[0]

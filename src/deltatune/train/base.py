@@ -49,19 +49,45 @@ def load_base(settings: TrainSettings, labels: Labels | None = None, device: tor
     return replace(finish_base(model, tokenizer, settings), notices=tuple(notices))
 
 
+def load_words(settings: TrainSettings) -> Base:
+    """The base without its weights: the tokenizer, and what is known of its limits. `model` is not to be used."""
+    if settings.model_name_or_path == DEMO:
+        model, tokenizer = _demo(settings)
+        return finish_base(model, tokenizer, settings)
+    import transformers
+
+    source = _place(settings.model_name_or_path)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(settings, error) from error
+    _fill_with_end(tokenizer)
+    text = config.get_text_config()
+    vocabulary, positions = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+    return Base(nn.Identity(), tokenizer, vocabulary, _positions(positions, tokenizer))
+
+
 def finish_base(model: nn.Module, tokenizer: Any, settings: TrainSettings) -> Base:
     """What loading and a model given in memory share."""
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
+    _fill_with_end(tokenizer)
     config: Any = model.config
     if settings.task == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers look for the last real token with it
     embedding = model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None  # type: ignore[operator]
     vocabulary = getattr(embedding, "num_embeddings", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None:  # some tables have rows beyond the last usable position: the tokenizer knows
-        positions = min(positions, tokenizer.model_max_length)
+    positions = _positions(getattr(config, "max_position_embeddings", None), tokenizer)
     return Base(model, tokenizer, vocabulary, positions)
+
+
+def _fill_with_end(tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
+
+
+def _positions(positions: int | None, tokenizer: Any) -> int | None:
+    """Some tables have rows beyond the last usable position: the tokenizer knows."""
+    return None if positions is None else min(positions, tokenizer.model_max_length)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -100,7 +126,31 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
     """Model, tokenizer, and the tensors that the files lack."""
     import transformers
 
-    name = settings.model_name_or_path
+    source = _place(settings.model_name_or_path)
+    classes = {
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "causal": transformers.AutoModelForCausalLM,
+        "chat": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "token_classification": transformers.AutoModelForTokenClassification,
+        "question_answering": transformers.AutoModelForQuestionAnswering,
+    }
+    options: dict[str, Any] = {"dtype": dtype}
+    if labels is not None:
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels.names))
+        options["label2id"] = {label: number for number, label in enumerate(labels.names)}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with quiet():
+            model, found = classes[settings.task].from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(settings, error) from error
+    return model, tokenizer, sorted(found["missing_keys"])
+
+
+def _place(name: str) -> str:
+    """A model folder that is there, or a hub name."""
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
@@ -111,32 +161,18 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
         )
     if not local and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise FormatError(f"model folder {name} does not exist; give a model folder, a hub name, or demo", path=name)
-    classes = {
-        "seq2seq": transformers.AutoModelForSeq2SeqLM,
-        "causal": transformers.AutoModelForCausalLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-        "token_classification": transformers.AutoModelForTokenClassification,
-        "question_answering": transformers.AutoModelForQuestionAnswering,
-    }
-    options: dict[str, Any] = {"dtype": dtype}
-    if labels is not None:
-        options["num_labels"] = len(labels)
-        options["id2label"] = dict(enumerate(labels.names))
-        options["label2id"] = {label: number for number, label in enumerate(labels.names)}
-    source = str(folder) if local else name
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        with quiet():
-            model, found = classes[settings.task].from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(
-            f"model {name!r} cannot be loaded for task {settings.task}: {reason.rstrip('.')}; check the name, and that "
-            "the architecture has this task",
-            path=name,
-            field="model_name_or_path",
-        ) from error
-    return model, tokenizer, sorted(found["missing_keys"])
+    return str(folder) if local else name
+
+
+def _unloadable(settings: TrainSettings, error: Exception) -> FormatError:
+    name = settings.model_name_or_path
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return FormatError(
+        f"model {name!r} cannot be loaded for task {settings.task}: {reason.rstrip('.')}; check the name, and that "
+        "the architecture has this task",
+        path=name,
+        field="model_name_or_path",
+    )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def finish(loop: Loop, tokenizer: Any, source: Path | None) -> TrainResult:
         "stopped_early": position.stopped_early,
         "trainable_parameters": trained,
         "total_parameters": total,
-        "train_rows": len(corpus.train.features),
+        "train_rows": corpus.train.rows,
         "train_seconds": round(position.seconds, 3),
         "train_tokens": position.tokens,
         "peak_memory_bytes": loop.memory.peak,

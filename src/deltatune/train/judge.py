@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltatune.data.encode import Encoder
-from deltatune.data.example import TEXT_TASKS, Example
+from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS, Example
 from deltatune.data.passages import Passage
 from deltatune.data.prepare import Corpus, Part
 from deltatune.data.tagging import Tagged
@@ -70,12 +70,15 @@ class Judge:
         assert self.corpus.encoder is not None
         if self.corpus.columns.form == "text":
             return [_continuation(self.corpus.encoder, e.text) for e in _spread(part.examples, count)]
-        answers: dict[tuple[str, int | None], list[str]] = {}
+        answers: dict[tuple[str, int | None], list[Example]] = {}
         for example in part.examples:
-            answers.setdefault((example.text, example.task_id), []).extend(self._references(example))
-        chosen = _spread(list(answers.items()), count)
+            answers.setdefault((example.text, example.task_id), []).append(example)
         prompt = self.corpus.encoder.prompt
-        return [Question(text, prompt(text), tuple(refs), task_id) for (text, task_id), refs in chosen]
+        made = []
+        for (text, task_id), same in _spread(list(answers.items()), count):
+            references = tuple(reference for example in same for reference in self._references(example))
+            made.append(Question(text, prompt(same[0]), references, task_id))
+        return made
 
     def answers(self, model: nn.Module, questions: list[Question]) -> list[str]:
         if not questions:
@@ -100,7 +103,7 @@ class Judge:
                 model,
                 self.tokenizer,
                 [question.prompt for question in questions],
-                causal=self.settings.task == "causal",
+                causal=self.settings.task in CAUSAL_TASKS,
                 task_ids=task_ids,
                 max_new_tokens=self.corpus.encoder.max_target_length,
                 max_length=self.corpus.encoder.max_length,

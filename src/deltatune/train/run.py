@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,27 @@ import torch
 from torch import nn
 
 from deltatune.data.order import Order
-from deltatune.data.prepare import Corpus, prepare
-from deltatune.data.source import load_tables
+from deltatune.data.prepare import Corpus
 from deltatune.errors import ConfigError
 from deltatune.train import checkpoint as checkpoints
 from deltatune.train import randomness, snapshot
 from deltatune.train.base import Base, check_device, finish_base, load_base
+from deltatune.train.begin import begin
+from deltatune.train.chunks import choose_loss
 from deltatune.train.claim import claim, threads
 from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine, refuse_fewer_steps
+from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
+from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
 from deltatune.train.finish import before_training, count_parameters, finish
 from deltatune.train.judge import Judge
 from deltatune.train.lock import output_lock
 from deltatune.train.loop import Loop, Position
 from deltatune.train.memory import MemoryMeter
-from deltatune.train.method import adapt, enable_checkpointing, positions_taken
+from deltatune.train.method import adapt, enable_checkpointing
 from deltatune.train.optim import build_optimizer, build_scheduler
 from deltatune.train.pace import Pace
+from deltatune.train.packing import check_packing, pack
 from deltatune.train.result import HISTORY, TrainResult, history_lines
 from deltatune.train.settings import TrainSettings
 from deltatune.train.step import Stepper
@@ -72,6 +77,7 @@ def train(
     if (model is None) != (tokenizer is None):
         raise ConfigError("model and tokenizer are given together, or neither", field="tokenizer")
     listener = Listeners(c for c in callbacks if isinstance(c, Listener))
+    settings = detected(settings, train_rows, None if model is None else model.config)
     # what AdapterCallback does the loop does anyway
     foreign = [c for c in callbacks if isinstance(c, TrainerCallback) and not isinstance(c, AdapterCallback)]
     foreign += tracker_callbacks(settings.report_to)
@@ -84,38 +90,6 @@ def train(
             corpus = load_corpus(settings, train_rows, eval_rows, test_rows, listener)
             given = None if model is None else finish_base(model, tokenizer, settings)
             return _train(settings, corpus, given, listener, foreign, source, kept)
-
-
-def load_corpus(
-    settings: TrainSettings,
-    train_rows: Rows | None = None,
-    eval_rows: Rows | None = None,
-    test_rows: Rows | None = None,
-    listener: Listener | None = None,
-) -> Corpus:
-    """Every row read and checked; no model is needed for it."""
-    if listener is not None:
-        listener.on_stage("data")
-    train_table, eval_table, test_table = load_tables(
-        settings.train_file if train_rows is None else train_rows,
-        settings.eval_file if eval_rows is None else eval_rows,
-        settings.test_file if test_rows is None else test_rows,
-        settings.dataset if train_rows is None else None,
-        settings.dataset_config,
-        settings.eval_split,
-        settings.seed,
-    )
-    return prepare(
-        train_table.head(settings.max_train_samples),
-        None if eval_table is None else eval_table.head(settings.max_eval_samples),
-        test_table,
-        settings.task,
-        input_column=settings.input_column,
-        target_column=settings.target_column,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-        task_column=settings.task_column,
-    )
 
 
 def _train(
@@ -139,17 +113,8 @@ def _train(
     for notice in base.notices:
         listener.on_notice(notice)
     listener.on_stage("tokens")
-    taken = positions_taken(settings.method, settings.task, settings.method_options)
-    limit = base.positions - taken if base.positions else settings.max_length
-    corpus = corpus.encode(
-        base.tokenizer,
-        max_length=min(settings.max_length, limit),
-        max_target_length=min(settings.max_target_length, limit),
-        separator=settings.separator,
-        answer_only=settings.completion_only_loss,
-        vocabulary=base.vocabulary,
-    )
-    _tell_lengths(corpus, listener)
+    corpus = encode_corpus(settings, corpus, base.tokenizer, base.vocabulary, base.positions)
+    tell_lengths(corpus, listener)
     facts = conditions(
         settings,
         corpus.digest,
@@ -162,10 +127,13 @@ def _train(
         compare_machines(kept.state["conditions"]["machine"], listener.on_notice)
 
     base.model.to(device)
+    choose_loss(base, settings, listener)
     judge = Judge(settings, corpus, base.tokenizer, device, listener)
     untrained = replace(judge, corpus=corpus.without_task_ids())
     before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]
 
+    if settings.packing:
+        corpus = pack(corpus, base.model)
     order = Order(
         [row.length for row in corpus.train.features],
         settings.seed,
@@ -179,7 +147,10 @@ def _train(
         refuse_fewer_steps(str(source), kept.state["progress"]["step"], pace.total_steps)
 
     randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
-    bare = adapt(base.model, settings.method, settings.task, settings.options_of(pace.total_steps))
+    options = settings.options_of(pace.total_steps)
+    bare = adapt(base.model, settings.method, settings.task, options, partial(begin, settings, corpus))
+    if settings.packing:
+        check_packing(bare, corpus, settings, device)
     if settings.gradient_checkpointing:
         enable_checkpointing(bare)
     for parameter in bare.parameters():
@@ -230,7 +201,7 @@ def _train(
             total_steps=pace.total_steps,
             start_step=loop.position.step,
             steps_per_epoch=pace.steps_per_epoch,
-            train_rows=len(corpus.train.features),
+            train_rows=corpus.train.rows,
             eval_rows=len(corpus.eval.features) if corpus.eval else 0,
             trainable_parameters=trained,
             total_parameters=total,
@@ -240,23 +211,3 @@ def _train(
         )
     )
     return loop.run(lambda: finish(loop, base.tokenizer, source))
-
-
-def _tell_lengths(corpus: Corpus, listener: Listener) -> None:
-    for part in (corpus.train, corpus.eval, corpus.test):
-        if part is None or part.lengths is None:
-            continue
-        lengths = part.lengths
-        if lengths.truncated and corpus.columns.form == "passages":
-            listener.on_notice(
-                f"{part.source}: {lengths.truncated} of {lengths.rows} contexts are longer than a window of max_length"
-            )
-        elif lengths.truncated:
-            listener.on_notice(
-                f"{part.source}: {lengths.truncated} of {lengths.rows} rows were cut to max_length or max_target_length"
-            )
-        if lengths.dropped:
-            listener.on_notice(
-                f"{part.source}: {lengths.dropped} of {lengths.rows} rows are left out, because their answers fit into "
-                "no window of max_length"
-            )

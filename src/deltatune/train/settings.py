@@ -10,12 +10,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deltatune.data.example import CAUSAL_TASKS
 from deltatune.errors import ConfigError, LimitError
 from deltatune.train.aliases import CANONICAL, canonical, unknown_key
 from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
 from deltatune.train.method import is_lora, method_fields, method_names, normal_method, peft_config, takes_tasks
 
-Task = Literal["seq2seq", "causal", "classification", "token_classification", "question_answering"]
+Task = Literal["seq2seq", "causal", "chat", "classification", "token_classification", "question_answering"]
+Files = str | list[str] | None
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
@@ -25,6 +27,7 @@ UNKNOWN_STEPS = 10**9  # of a run, before its data are read
 TASKS = {
     "seq2seq": "seq2seq", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "text2text": "seq2seq",
     "causal": "causal", "causal_lm": "causal", "lm": "causal", "clm": "causal",
+    "chat": "chat", "sft": "chat", "conversation": "chat", "instruct": "chat",
     "classification": "classification", "seq_cls": "classification", "sequence_classification": "classification",
     "text_classification": "classification",
     "token_classification": "token_classification", "token_cls": "token_classification",
@@ -40,16 +43,18 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
     model_name_or_path: str = Field("demo", min_length=1, description="model folder, hub name, or demo")
-    task: Task = Field("seq2seq", description=", ".join(dict.fromkeys(TASKS.values())))
+    task: Task = Field("seq2seq", description=f"by the data when left out; {', '.join(dict.fromkeys(TASKS.values()))}")
     method: str = Field("lora", description="name of a method, such as lora or prefix_tuning; full for no adapter")
     method_options: dict[str, Any] = Field(default_factory=dict, description="options of the method's config")
 
-    train_file: str | None = Field(None, description="jsonl, json, csv, tsv or txt, also compressed")
-    eval_file: str | None = Field(None, description="rows to evaluate on while training")
-    test_file: str | None = Field(None, description="rows to score once, at the end")
+    train_file: Files = Field(None, description="jsonl, json, csv, tsv, txt, parquet; folder, pattern, list; FILE#500")
+    eval_file: Files = Field(None, description="rows to evaluate on while training")
+    test_file: Files = Field(None, description="rows to score once, at the end")
+    data_weights: list[float] = Field(default_factory=list, description="shares of the training files, one for each")
     dataset: str | None = Field(None, description="a dataset of the datasets library, instead of files")
     dataset_config: str | None = None
     eval_split: float = Field(0.0, ge=0, lt=1, description="share of the training rows set aside for evaluation")
+    column_mapping: dict[str, str] = Field(default_factory=dict, description="name that we know: name in the file")
     input_column: str | None = None
     target_column: str | None = None
     text_column: str | None = None
@@ -58,11 +63,17 @@ class TrainSettings(BaseModel):
     max_train_samples: int | None = Field(None, ge=1)
     max_eval_samples: int | None = Field(None, ge=1)
     max_length: int = Field(
-        512, ge=2, description="tokens of an input (causal: with its answer; question_answering: of a window)"
+        512, ge=2, description="tokens of an input (causal, chat: with answers; question_answering: of a window)"
     )
     max_target_length: int = Field(128, ge=1, description="tokens of an answer")
     separator: str = Field("\n", description="between input and answer of a causal model")
-    completion_only_loss: bool = Field(True, description="causal: learn the answer only, not the input")
+    completion_only_loss: bool = Field(True, description="causal, chat: learn the answer only, not the input")
+    chat_template: str | None = Field(None, description="chat: chatml, plain, or a jinja file; default: its own")
+    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="chat: whose turns are learnt")
+    truncation: Literal["left", "right", "drop"] | None = Field(
+        None, description="what is cut of too long a row; unset: as suits the task"
+    )
+    packing: bool = Field(False, description="causal, chat: several rows in one of max_length, none seeing another")
     group_by_length: bool = Field(False, description="rows of like length share a batch")
 
     learning_rate: float | None = Field(None, gt=0, lt=1e3, description="default: by method")
@@ -83,6 +94,9 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     seed: int = Field(42, ge=0, lt=2**32)
 
+    loss: Literal["auto", "chunked", "model"] = Field(
+        "auto", description="chunked: never all logits of a text model at once; model: as it does it; auto: if it can"
+    )
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -120,6 +134,8 @@ class TrainSettings(BaseModel):
             raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
         if self.eval_file is not None and self.eval_split:
             raise _refused("eval_split", self.eval_split, "0 beside an eval_file")
+        if "task" in self.model_fields_set:  # else it is to be found by the data
+            self._check_data()
         if self.task_column is not None and not takes_tasks(self.method):
             raise _refused("task_column", self.task_column, f"a method with num_tasks beside it, not {self.method}")
         if self.optimizer != "adamw" and not is_lora(self.method):
@@ -132,6 +148,17 @@ class TrainSettings(BaseModel):
             if value is not None and value >= 1 and value != int(value):
                 raise _refused(name, value, "a whole number of steps, or a share below 1")
         return self
+
+    def _check_data(self) -> None:
+        if self.packing and self.task not in CAUSAL_TASKS:
+            raise _refused("packing", True, f"false with task {self.task}; only causal models can be packed")
+        if self.packing and self.task_column is not None:
+            raise _refused("packing", True, "false beside a task_column: rows of a pack share one task")
+        if self.truncation is not None and self.task in ("token_classification", "question_answering"):
+            raise _refused("truncation", self.truncation, f"none with task {self.task}, which cuts by its own rule")
+        for name in ("chat_template", "train_on"):
+            if getattr(self, name) not in (None, "assistant") and self.task != "chat":
+                raise _refused(name, getattr(self, name), f"to be left out with task {self.task}; it is for task chat")
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -152,7 +179,8 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
     """Canonical keys, options of the method sorted out, the method's config tried: what the model is built from."""
     own = set(TrainSettings.model_fields)
     given: dict[str, Any] = canonical(values, own)
-    given["task"] = _task(given.get("task", "seq2seq"))
+    if "task" in given:
+        given["task"] = _task(given["task"])
     method = given["method"] = normal_method(given.get("method", "lora"))
     options = given.pop("method_options", None) or {}
     if not isinstance(options, dict):
@@ -172,12 +200,14 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
             raise unknown_key(key, own | fields, method, [m for m in method_names() if key in method_fields(m)])
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [] if given["report_to"] in ("none", "") else given["report_to"].split(",")
+    if isinstance(given.get("column_mapping"), str):
+        given["column_mapping"] = dict(pair.split("=", 1) for pair in given["column_mapping"].split(",") if "=" in pair)
     if isinstance(given.get("allow_change"), str):
         given["allow_change"] = given["allow_change"].split(",")
     given["method_options"] = with_defaults(method, {k: v for k, v in options.items() if v is not None})
     if method != FULL:
         # refuses bad values before anything is loaded
-        peft_config(method, given["task"], for_run(method, given["method_options"], UNKNOWN_STEPS))
+        peft_config(method, given.get("task", "seq2seq"), for_run(method, given["method_options"], UNKNOWN_STEPS))
     return given
 
 
