@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.errors import StateError
+from deltatune.errors import ConfigError, StateError
 from deltatune.live_names import LiveNames
 
 
@@ -156,7 +156,7 @@ class LayerViews(Switches, LiveNames):
 
     def set_scale(self: Any, adapter: str, scale: float) -> None:
         """`scale` times the configured scaling; an adapter that is not on this layer is passed over."""
-        if adapter in self._modules["adapters"]:
+        if adapter in self._modules["adapters"] and "scaling" in self._modules["adapters"][adapter].views:
             self.scaling[adapter] = scale * self._configured(adapter)
 
     def scale_layer(self: Any, scale: float) -> None:
@@ -166,11 +166,18 @@ class LayerViews(Switches, LiveNames):
 
     def unscale_layer(self: Any, scale: float | None = None) -> None:
         """The active adapters' scaling divided by `scale`, or what their configs ask for."""
+        if scale == 0:
+            raise ConfigError(
+                "unscale_layer: scale=0 cannot be divided by; leave it out to go back to the config's scale",
+                field="scale",
+                found=scale,
+            )
         for name in self._scaled():
             self.scaling[name] = self._configured(name) if scale is None else self.scaling[name] / scale
 
     def _scaled(self: Any) -> list[str]:
-        return [name for name in self.selection.active if name in self._modules["adapters"]]
+        held = self._modules["adapters"]
+        return [name for name in self.selection.active if name in held and "scaling" in held[name].views]
 
     def _configured(self: Any, name: str) -> float:
         adapter = self._modules["adapters"][name]
