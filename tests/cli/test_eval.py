@@ -172,7 +172,7 @@ def test_the_harness_is_asked_for_only_where_it_is_installed(refused, lora):
 
     if find_spec("lm_eval") is not None:
         pytest.skip("lm-evaluation-harness is installed")
-    assert "lm_eval is not installed" in refused(4, "eval", lora, "--lm-eval", "hellaswag")
+    assert "deltatune[harness]" in refused(4, "eval", lora, "--lm-eval", "hellaswag")
 
 
 def test_the_harness_sees_each_adapter(lora, t5, rows, tmp_path):

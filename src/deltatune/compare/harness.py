@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from deltatune.data.example import TEXT_TASKS
-from deltatune.errors import ConfigError
+from deltatune.errors import ConfigError, LimitError
 from deltatune.generate.load import Ready
 
 
 def check_harness(task: str) -> None:
-    """Raises ConfigError where it cannot be asked, ModuleNotFoundError where it is not installed."""
+    """Raises ConfigError where it cannot be asked, LimitError where it is not installed."""
     if task not in TEXT_TASKS:
         raise ConfigError(
             f"lm-evaluation-harness asks models that write text, these are for {task}; leave lm_eval out",
             field="lm_eval",
             found=task,
         )
-    import lm_eval as lm_eval  # pyright: ignore[reportMissingImports]  # not a dependency
+    if find_spec("lm_eval") is None:
+        raise LimitError("lm-evaluation-harness is not installed: pip install 'deltatune[harness]'", field="lm_eval")
 
 
 def run_harness(
