@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from deltatune.compare import evaluate_adapters
+from deltatune.scoring import evaluate_adapters
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_harness_sees_each_adapter(lora, t5, rows, tmp_path):
     from transformers import AutoModelForSeq2SeqLM
 
     from deltatune import PeftModel
-    from deltatune.compare.harness import run_harness
+    from deltatune.scoring.harness import run_harness
     from deltatune.generate import load_ready
 
     read = [json.loads(line) for line in rows.read_text().splitlines()]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deltatune.chat.stream import stream
-from deltatune.compare.rows import run_settings
+from deltatune.scoring.rows import run_settings
 from deltatune.data.chat import prompt_ids
 from deltatune.data.conversation import Conversation
 from deltatune.data.encode import Encoder

@@ -13,8 +13,8 @@ from rich.status import Status
 
 from deltatune.cli.arguments import parse
 from deltatune.cli.show import console, facts, quiet_libraries, table
-from deltatune.compare.bootstrap import Interval
-from deltatune.compare.result import Comparison, Evaluated
+from deltatune.scoring.bootstrap import Interval
+from deltatune.scoring.result import Comparison, Evaluated
 from deltatune.report.words import plural
 from deltatune.storage.files import write_files
 from deltatune.train.events import Listener
@@ -31,7 +31,7 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    from deltatune.compare import evaluate_adapters
+    from deltatune.scoring import evaluate_adapters
 
     named = parse([f"--column={column}" for column in columns]).settings.get("column_mapping", {})
     tasks = [task for task in (lm_eval or "").split(",") if task]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from deltatune.compare.bootstrap import Interval
+from deltatune.scoring.bootstrap import Interval
 
 
 @dataclass(frozen=True)

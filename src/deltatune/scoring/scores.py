@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltatune.compare.rows import encoded, losses
-from deltatune.compare.sums import Score, answer_scores, class_scores, loss_scores, tagged_scores, text_scores
+from deltatune.scoring.rows import encoded, losses
+from deltatune.scoring.sums import Score, answer_scores, class_scores, loss_scores, tagged_scores, text_scores
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.prepare import Corpus, Part
 from deltatune.data.tagging import Tagged

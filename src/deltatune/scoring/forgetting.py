@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 
-from deltatune.compare.rows import encoded, losses
-from deltatune.compare.sums import Score, loss_scores
+from deltatune.scoring.rows import encoded, losses
+from deltatune.scoring.sums import Score, loss_scores
 from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.data.prepare import Corpus, Part, prepare
 from deltatune.data.read import table_of
@@ -25,7 +25,7 @@ def neutral_text(place: str, task: str) -> Corpus:
     """The texts as rows. `place` is a file, or `builtin`."""
     _check_task(task)
     if place == BUILTIN:
-        lines = files("deltatune.compare").joinpath("neutral.txt").read_text("utf-8").splitlines()
+        lines = files("deltatune.scoring").joinpath("neutral.txt").read_text("utf-8").splitlines()
         tables = [table_of([{"text": line} for line in lines if line.strip()], "built-in sentences")]
     else:
         tables, _, _ = load_tables(place, None, None, None, None, 0.0, 0)

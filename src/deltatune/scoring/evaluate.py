@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from deltatune.compare.bootstrap import DRAWS, LEVEL, Draws, Interval
-from deltatune.compare.forgetting import forgetting_score, neutral_text
-from deltatune.compare.harness import check_harness, run_harness
-from deltatune.compare.result import Comparison, Evaluated, Sample
-from deltatune.compare.rows import read, run_settings
-from deltatune.compare.scores import Asked, Seen, seen
-from deltatune.compare.sums import Score
+from deltatune.scoring.bootstrap import DRAWS, LEVEL, Draws, Interval
+from deltatune.scoring.forgetting import forgetting_score, neutral_text
+from deltatune.scoring.harness import check_harness, run_harness
+from deltatune.scoring.result import Comparison, Evaluated, Sample
+from deltatune.scoring.rows import read, run_settings
+from deltatune.scoring.scores import Asked, Seen, seen
+from deltatune.scoring.sums import Score
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.labels import Labels
 from deltatune.data.prepare import Corpus
@@ -55,7 +55,7 @@ def evaluate_adapters(
         task: What the base is asked to do, where there is no adapter to say it.
         base: Whether the base itself is asked too; without it there are no differences.
         answers: Whether answers are written and scored, where the task is one of text.
-        forgetting: A file of neutral text, or `builtin` (`deltatune.compare.forgetting`).
+        forgetting: A file of neutral text, or `builtin` (`deltatune.scoring.forgetting`).
         lm_eval: Tasks of lm-evaluation-harness; `lm_eval_include` is a folder with further ones.
 
     Raises:

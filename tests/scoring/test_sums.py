@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltatune.compare.bootstrap import Draws
-from deltatune.compare.sums import answer_scores, class_scores, loss_scores, mean_of, tagged_scores, text_scores
+from deltatune.scoring.bootstrap import Draws
+from deltatune.scoring.sums import answer_scores, class_scores, loss_scores, mean_of, tagged_scores, text_scores
 from deltatune.evaluate import (
     accuracy,
     bleu,

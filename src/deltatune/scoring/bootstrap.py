@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltatune.compare.sums import Array, Score
+from deltatune.scoring.sums import Array, Score
 
 DRAWS, LEVEL = 1000, 0.95
 
