@@ -1,6 +1,6 @@
 """Runs trainings in forked processes that meet through gloo: a script, because one import serves all of them.
 
-python crew.py JOBS.json PROCESSES
+python crew.py JOBS.json PROCESSES SECONDS
 
 A job is {"settings": ..., "break_at": step or null, "kill": [process, step] or null}. Prints one JSON line: for each
 job and process the exit of its training ("done", or the error's class and message) and its losses. A killed process
@@ -9,6 +9,7 @@ says nothing, and ends the list of jobs.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ def work(jobs: list[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    jobs, count = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    jobs, count, limit = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
     import accelerate  # noqa: F401  imported once, before the forks
     import transformers  # noqa: F401
 
@@ -74,6 +75,7 @@ def main() -> None:
         for rank in range(count):
             child = os.fork()
             if child == 0:
+                faulthandler.dump_traceback_later(limit, exit=True)  # nothing of a broken test waits for ever
                 os.environ.update(
                     {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
                 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltatune.errors import ConfigError
 from deltatune.train import checkpoint as checkpoints
 from deltatune.train import train
 from tests.train.test_resume import BreakAt, Notices, Stop
@@ -27,13 +28,13 @@ ONE = {"eval_split": 0.25, "eval_steps": 3, "save_steps": 2, "logging_steps": 1,
 TWO = {**ONE, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2}
 
 
-def crew(folder: Path, jobs: list[dict[str, Any]], count: int = 2, timeout: int = 300) -> dict[str, Any]:
+def crew(folder: Path, jobs: list[dict[str, Any]], count: int = 2, limit: int = 240) -> dict[str, Any]:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, str(CREW), str(file), str(count)],
-        capture_output=True, text=True, timeout=timeout, env=environment,
+        [sys.executable, str(CREW), str(file), str(count), str(limit)],
+        capture_output=True, text=True, timeout=limit + 60, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "stderr": done.stderr}
@@ -103,7 +104,7 @@ def test_two_processes_learn_what_one_does_and_go_on_where_the_other_left_off(se
 def check_kill(profile: str, settings: Any, tmp_path: Path) -> None:
     """The process that is left ends with an error that says so, and what it had saved goes on to the same end."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    told = crew(tmp_path, [job(settings, killed, profile=profile, kill=[1, 3], **TWO)], timeout=120)
+    told = crew(tmp_path, [job(settings, killed, profile=profile, kill=[1, 3], **TWO)], limit=120)
     assert told["codes"] == [0, -9]
     assert told["told"][1] is None
     exit = told["told"][0][0]["exit"]
@@ -165,3 +166,21 @@ def test_other_methods_in_two_processes(settings, tmp_path):
         a, b = load_file(one / name), load_file(two / name)
         assert a.keys() == b.keys()
         assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-4) for key in a), method
+
+
+@pytest.mark.parametrize(
+    ("environment", "profile", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "single", "profile='single' is not allowed in 2 processes"),
+        ({}, "ddp", "profile='ddp' needs processes: deltatune train --launcher torchrun"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "auto", "accelerate's configuration asks for FSDP"),
+    ],
+)
+def test_a_profile_that_the_processes_do_not_allow_is_refused_at_once(
+    environment, profile, told, settings, tmp_path, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=told):
+        train(settings("causal", profile=profile))
+    assert not (tmp_path / "out").exists()

@@ -46,14 +46,23 @@ def profile_of(settings: TrainSettings) -> str:
     """
     count = launched()
     name = settings.profile
+    for switch, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(switch, "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate's configuration asks for {what}, which `train` does not have; take it out, or use "
+                "accelerate launch --multi_gpu",
+                field="profile",
+                found=what,
+                expected="ddp",
+            )
     if name == "auto":
         return "single" if count == 1 else "ddp"
     if name == "single" and count > 1:
         raise ConfigError(
-            f"profile='single' is not allowed in {count} processes, expected ddp or fsdp2",
+            f"profile='single' is not allowed in {count} processes, expected ddp",
             field="profile",
             found=name,
-            expected=["ddp", "fsdp2"],
+            expected="ddp",
         )
     if name != "single" and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
