@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import json
 import os
 import statistics
 import tempfile
@@ -32,6 +33,7 @@ import transformers
 from harness.tables import markdown, put_between
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+RESULTS = Path(__file__).with_name("adapters.json")  # the rows of both tables, under their names in the document
 PACKAGES = ("deltatune", "peft")
 PARTS = ("inject", "load", "rows")
 PEFT_MOST = 64  # adapters; it gets slower with each
@@ -204,6 +206,9 @@ def main() -> None:
     rows = mixed_rows(asked.rounds) if "rows" in asked.parts else []
     if asked.no_write:
         return
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stored |= {name: table for name, table in (("adapters", counted), ("rows", rows)) if table}
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     text, state = (
         DOCUMENT.read_text(),
         f"Under a load of {load:.1f} to {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.",

@@ -42,8 +42,9 @@ class LinearMap(Protocol):
     kernel: int
     groups: int
     turned: bool
-    dense: bool
 
+    @property
+    def dense(self) -> bool: ...
     @property
     def weight(self) -> Tensor: ...  # (out, in), dense
     @property
@@ -298,6 +299,8 @@ class Applied:
     def __call__(self, x: Any) -> Any:
         if self.only_weight:
             return self.inner.apply(x, self.weight, self.bias)
+        if not self.adapter.reads:
+            return self.adapter(x, self.inner)
         return self.adapter(x, self.inner, **{value.name: self.read(value.name) for value in self.adapter.reads})
 
     def apply(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:

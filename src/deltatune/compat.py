@@ -6,11 +6,14 @@ Nothing in deltatune uses it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.errors import StateError
+from deltatune.bases import as_map
+from deltatune.bases.packed import PackedLinear
+from deltatune.errors import ConfigError, StateError
 from deltatune.live_names import LiveNames
 
 
@@ -101,6 +104,14 @@ class CopyViews(Switches):
         return {name: f"modules_to_save.{adapter_name}.{name}" for name in self.adapter_state_dict(adapter_name)}
 
 
+@dataclass(frozen=True)
+class QuantizationBackend:
+    """What PEFT's layers say of a quantised base layer."""
+
+    backend_name: str
+    supports_merge: bool
+
+
 class LayerViews(Switches, LiveNames):
     """PEFT's attributes of a tuner layer: `layer.lora_A["default"].weight`, `layer.scaling`, `layer.merged`, ..."""
 
@@ -132,6 +143,12 @@ class LayerViews(Switches, LiveNames):
     def get_base_layer(self: Any) -> nn.Module:
         return self.base_layer
 
+    @property
+    def quantization_backend(self: Any) -> QuantizationBackend | None:
+        """None for a layer that keeps its weight as it is."""
+        layer = as_map(self.base_layer)
+        return QuantizationBackend(layer.scheme, layer.can_pack) if isinstance(layer, PackedLinear) else None
+
     def get_base_weight(self: Any) -> Tensor:
         """The frozen weight, dense, in the layout of the base layer."""
         return self.stored_weight([]).detach()
@@ -156,7 +173,7 @@ class LayerViews(Switches, LiveNames):
 
     def set_scale(self: Any, adapter: str, scale: float) -> None:
         """`scale` times the configured scaling; an adapter that is not on this layer is passed over."""
-        if adapter in self._modules["adapters"]:
+        if adapter in self._modules["adapters"] and "scaling" in self._modules["adapters"][adapter].views:
             self.scaling[adapter] = scale * self._configured(adapter)
 
     def scale_layer(self: Any, scale: float) -> None:
@@ -166,11 +183,18 @@ class LayerViews(Switches, LiveNames):
 
     def unscale_layer(self: Any, scale: float | None = None) -> None:
         """The active adapters' scaling divided by `scale`, or what their configs ask for."""
+        if scale == 0:
+            raise ConfigError(
+                "unscale_layer: scale=0 cannot be divided by; leave it out to go back to the config's scale",
+                field="scale",
+                found=scale,
+            )
         for name in self._scaled():
             self.scaling[name] = self._configured(name) if scale is None else self.scaling[name] / scale
 
     def _scaled(self: Any) -> list[str]:
-        return [name for name in self.selection.active if name in self._modules["adapters"]]
+        held = self._modules["adapters"]
+        return [name for name in self.selection.active if name in held and "scaling" in held[name].views]
 
     def _configured(self: Any, name: str) -> float:
         adapter = self._modules["adapters"][name]

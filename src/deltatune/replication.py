@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from deltatune import checks
 from deltatune.errors import ConfigError, StateError
 from deltatune.layer import AdaptedLayer
 
@@ -75,20 +76,42 @@ def replicate(model: nn.Module, spans: list[Any] | None) -> bool:
             expected=present,
         )
     assert wanted is not None
+    _put_in(model, wanted)
+    return True
+
+
+def replicate_layers(model: nn.Module, layer_map: list[tuple[int, int]]) -> None:
+    """Make a model deeper for good: its layers in another order, some repeated, with the weights that they have.
+
+    `layer_replication` of a config does the same for as long as the adapter is there.
+
+    Args:
+        model: A bare decoder or encoder.
+        layer_map: (start, end) of the runs of layers, as in [[0, 4], [2, 5]].
+
+    Raises:
+        ConfigError: `layer_map` is no such list, or the model has no such layers.
+        StateError: The layers carry adapters, or are replicated by a config.
+    """
+    check("replicate_layers", layer_map)
+    if _replicated(model):
+        _refuse_state(layer_map, "are replicated for an adapter")
+    holder, name = _put_in(model, [list(span) for span in layer_map])
+    holder._modules[name] = nn.ModuleList(holder._modules[name])  # type: ignore[arg-type]
+
+
+def _put_in(model: nn.Module, spans: list[list[int]]) -> tuple[nn.Module, str]:
+    """Replicas in the place of the layers; where that is."""
     holder, name = _layers_of(model)
     layers: Any = holder._modules[name]
-    _check_range(model, wanted, len(layers))
+    _check_range(model, spans, len(layers))
     config = getattr(model, "config", None)
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise StateError(
-            f"layer_replication={spans!r}: the layers of this model carry adapters already; unload() those first",
-            field="layer_replication",
-            found=spans,
-        )
-    made = Replicas.of(layers, wanted, _counted(config))
+        _refuse_state(spans, "carry adapters already")
+    made = Replicas.of(layers, spans, _counted(config))
     holder._modules[name] = made
     _recount(config, made.order)
-    return True
+    return holder, name
 
 
 def restore(model: nn.Module) -> None:
@@ -117,9 +140,17 @@ def unshare(model: nn.Module) -> None:
                     seen.add(id(parameter))
 
 
-def _refuse(owner: str, spans: Any, why: str) -> None:
+def _refuse(owner: str, spans: Any, why: str) -> NoReturn:
     raise ConfigError(
-        f"{owner}: layer_replication={spans!r}: {why}; an example is [[0, 4], [2, 5]]",
+        f"{owner}: layer_replication={checks.shown(spans)}: {why}; an example is [[0, 4], [2, 5]]",
+        field="layer_replication",
+        found=spans,
+    )
+
+
+def _refuse_state(spans: Any, why: str) -> NoReturn:
+    raise StateError(
+        f"layer_replication={spans!r}: the layers of this model {why}; unload() first",
         field="layer_replication",
         found=spans,
     )
@@ -129,8 +160,8 @@ def _check_range(model: nn.Module, spans: list[list[int]], count: int) -> None:
     last = max(end for _, end in spans)
     if last > count:
         raise ConfigError(
-            f"layer_replication={spans!r}: {last} is past the end; {type(model).__name__} has {count} layers, so ends "
-            f"of up to {count} are possible",
+            f"layer_replication={checks.shown(spans)}: {last} is past the end; {type(model).__name__} has {count} "
+            f"layers, so ends of up to {count} are possible",
             field="layer_replication",
             found=spans,
             expected=count,
@@ -164,10 +195,18 @@ def _lists(module: nn.Module, count: int | None) -> Iterator[tuple[nn.Module, st
 def _replicated(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return [
         (holder, name, child)
-        for holder in model.modules()
+        for holder in dict.fromkeys(_own_modules(model))
         for name, child in holder._modules.items()
         if isinstance(child, Replicas)
     ]
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A model's modules without those of its adapters, of which there may be thousands."""
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and not (isinstance(module, AdaptedLayer) and name == "adapters"):
+            yield from _own_modules(child)
 
 
 def _replica(layer: nn.Module, place: int) -> nn.Module:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from deltatune.errors import StateError
-from deltatune.gate import Gate
+from deltatune.gate import STANDING, Gate, Uses
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
 _scales: ContextVar[Mapping[int, float]] = ContextVar("deltatune_scales", default=MappingProxyType({}))
@@ -85,6 +86,7 @@ class Selection:
         choosing: How many calls, in any thread, are running under a choice of their own. A plain number, so that a
             compiled model has something to guard on and needs the slow look-up only while such a call is running.
         gate: What passes and changes of the adapters' values wait at.
+        standing: What a call uses that chooses nothing by itself: the same object until adapters are switched.
     """
 
     active: tuple[str, ...] = ()
@@ -92,16 +94,28 @@ class Selection:
     trained: frozenset[str] = frozenset()
     choosing: int = field(default=0, repr=False)
     gate: Gate = field(default_factory=Gate, repr=False)
+    standing: Call = field(init=False, repr=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("active", "enabled"):
+            super().__setattr__("standing", Call(self.active if self.enabled else (), scale=1.0))
 
     def current(self) -> Call:
-        names = self.active if self.enabled else ()
         if not self.choosing:
-            return Call(names, scale=1.0)
-        call = _look_up(self) or Call(names)  # type: ignore[arg-type]
-        return replace(call, scale=_scale(self)) if call.scale is None else call  # type: ignore[arg-type]
+            return self.standing
+        call = _look_up(self) or Call(self.standing.names)
+        return replace(call, scale=_scale(self)) if call.scale is None else call
 
     def names(self) -> tuple[str, ...]:
         return self.current().names
+
+    def uses(self) -> Uses:
+        """What a pass that begins now in this thread or task uses, in the words of the gate."""
+        chosen: Call | None = _look_up(self) if self.choosing else None  # type: ignore[arg-type]
+        if chosen is None:
+            return frozenset((STANDING, *self.active)) if self.enabled else frozenset((STANDING,))
+        return frozenset(name for name in chosen.rows or chosen.names if name is not None)
 
     @contextmanager
     def use(self, call: Call) -> Iterator[None]:
@@ -118,7 +132,7 @@ class Selection:
     def scaled(self, factor: float) -> Iterator[None]:
         """Within the block, calls of this thread or task see the scales of adapters multiplied."""
         product = factor * (self.current().scale or 0.0)
-        chosen: Call | None = _look_up(self)  # type: ignore[arg-type]
+        chosen = _look_up(self)
         token = _scales.set({**_scales.get(), id(self): product})
         self._count(1)
         try:
@@ -140,14 +154,25 @@ class Selection:
         return {**vars(self), "choosing": 0, "gate": Gate()}  # copies start outside of any call
 
 
-@torch.compiler.disable
-def _look_up(selection: Selection) -> Call | None:
+def _chosen_for(selection: Selection) -> Call | None:
     return _chosen.get().get(id(selection))
 
 
-@torch.compiler.disable
-def _scale(selection: Selection) -> float:
+def _scale_for(selection: Selection) -> float:
     return _scales.get().get(id(selection), 1.0)
+
+
+# The compiler cannot follow these. Its own decorator, `torch.compiler.disable`, would load the whole compiler with this
+# module, a second that programs without it have no use for; torch has another for such cases.
+_chosen_outside, _scale_outside = _disable_dynamo(_chosen_for), _disable_dynamo(_scale_for)
+
+
+def _look_up(selection: Selection) -> Call | None:
+    return (_chosen_outside if torch.compiler.is_compiling() else _chosen_for)(selection)
+
+
+def _scale(selection: Selection) -> float:
+    return (_scale_outside if torch.compiler.is_compiling() else _scale_for)(selection)
 
 
 def has_scale(adapter: Any) -> bool:
@@ -155,11 +180,17 @@ def has_scale(adapter: Any) -> bool:
     return "scaling" in adapter.views and isinstance(vars(adapter).get("scaling"), (int, float))
 
 
-@torch.compiler.disable
 def _rescaled(adapter: Any, factor: float) -> Any:
+    return (_twin_outside if torch.compiler.is_compiling() else _twin)(adapter, factor)
+
+
+def _twin(adapter: Any, factor: float) -> Any:
     twin = object.__new__(type(adapter))
     vars(twin).update(vars(adapter), scaling=adapter.scaling * factor)
     return twin
+
+
+_twin_outside = _disable_dynamo(_twin)
 
 
 def by_adapter(

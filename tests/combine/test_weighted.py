@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from deltatune import IA3Config, LoHaConfig, OFTConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
+from deltatune import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from deltatune.combine import dare_linear, dare_ties, magnitude_prune, ties
 from deltatune.combine.arguments import TYPES
 from deltatune.errors import AdapterNameError, MergeError, PeftError, PeftWarning, StateError
@@ -366,3 +375,20 @@ def test_a_clamp_limits_the_entries_of_the_factors():
     limit = torch.quantile(torch.cat([free[1].flatten(), free[0].flatten()]), 0.9)
     for before, after in zip(free, clamped):
         torch.testing.assert_close(after, before.clamp(-limit, limit))
+
+
+def test_the_base_model_of_a_peft_model_has_the_verb_as_in_peft():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), config, "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    tuner = model.base_model
+    tuner.add_weighted_adapter(["a", "b"], [0.5, 2.0], "both", combination_type="linear")
+    assert sorted(model.peft_config) == ["a", "b", "both"]
+    layer = model.get_base_model()[0]
+    expected = 0.5 * layer.get_delta_weight("a") + 2 * layer.get_delta_weight("b")
+    torch.testing.assert_close(layer.get_delta_weight("both"), expected)
+    assert tuner.supports_lora_conversion("both")
+    tuner.set_requires_grad("b")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-2] for name in trained} == {"a", "b"}

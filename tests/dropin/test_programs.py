@@ -8,7 +8,7 @@ import pytest
 
 from tests.dropin.side_by_side import PROGRAMS, differences, observed
 
-QUICK = ("quickstart", "adapters", "native", "trainer", "lowlevel", "accelerated")
+QUICK = ("quickstart", "adapters", "native", "trainer", "lowlevel", "accelerated", "virtual")
 SLOW = {
     "recipes": "trl",
     "sft": "trl",

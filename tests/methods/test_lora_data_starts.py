@@ -452,3 +452,23 @@ def test_what_a_start_from_data_is_not_for_is_refused_before_the_data_are_read()
     model = net()
     with pytest.raises(TargetError, match="it is for linear layers"):
         preprocess_corda(model, config("corda", target_modules=["embed"]), lambda: pytest.fail("read"))
+
+
+def test_eva_that_trains_without_data_is_told_of_once(recwarn):
+    data = batches()
+    model = get_peft_model(net(), config("eva")).train()
+    with pytest.warns(PeftWarning, match="'eva' and has seen no data.*initialize_lora_eva_weights"):
+        model(**data[0])
+    recwarn.clear()
+    model(**data[0])
+    later = get_peft_model(net(), config("eva"))
+    initialize_lora_eva_weights(later, data)
+    for ready in (later, _prepared(data), get_peft_model(net(), config(True))):
+        ready.train()(**data[0])
+    assert not [w for w in recwarn if "has seen no data" in str(w.message)]
+
+
+def _prepared(data):
+    base, options = net(), config("eva")
+    prepare(base, options, data)
+    return get_peft_model(base, options)

@@ -15,6 +15,7 @@ import sys
 from deltatune.as_peft.finder import FINDER, ROOT, ours
 from deltatune.errors import StateError
 from deltatune.kernels import low_rank
+from deltatune.prompts import config as prompts
 
 
 def install() -> None:
@@ -40,16 +41,22 @@ def install() -> None:
             "transformers has been imported in this process and remembers that there is no peft; "
             "import deltatune.as_peft before transformers"
         )
-    low_rank.own_dropout = False  # under equal seeds programs get the numbers that they got with PEFT
+    _speak(as_peft=True)
 
 
 def uninstall() -> None:
     """Take the hook and its modules away. Programs that have imported names keep them."""
-    low_rank.own_dropout = True
+    _speak(as_peft=False)
     if FINDER in sys.meta_path:
         sys.meta_path.remove(FINDER)
     for name in [name for name in sys.modules if name.split(".")[0] == ROOT and ours(name)]:
         del sys.modules[name]
+
+
+def _speak(as_peft: bool) -> None:
+    """Let what is left open mean what PEFT means by it, so that programs get the numbers that they got with PEFT."""
+    low_rank.own_dropout = not as_peft  # its own masks would be others under the same seed
+    prompts.usual_layout = "peft" if as_peft else "native"
 
 
 def _believed() -> bool:

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.bases.parameter import like, plainly_called
+from deltatune.bases.parameter import held, like, plainly_called
 
 
 class Linear:
     kind = "linear"
     kernel = groups = 1
     turned: bool = False
-    dense: bool = True
     types: tuple[str, ...] = ("Linear",)
     keeps: tuple[str, str] = ("weight", "bias")
     only_weight: bool = False
@@ -31,19 +30,22 @@ class Linear:
     def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         self.module, self.args, self.kwargs = cast(nn.Linear, module), args, kwargs or {}
         self.in_features, self.out_features = self.module.in_features, self.module.out_features
-        self.dense = self.dense and not args and plainly_called(module)
+
+    @property
+    def dense(self) -> bool:
+        return not self.args and plainly_called(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.module.weight.dtype
+        return held(self.module, "weight").dtype
 
     @property
     def weight(self) -> Tensor:
-        return self.matrix(self.module.weight)
+        return self.matrix(held(self.module, "weight"))
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias
+        return held(self.module, "bias")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x, *self.args, **self.kwargs)

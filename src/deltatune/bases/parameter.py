@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
 def like(value: Tensor, old: Tensor) -> nn.Parameter:
     """`value` in the precision of `old`, and trained as that was."""
     return nn.Parameter(value.detach().to(old.dtype).clone(), requires_grad=old.requires_grad)
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` of a parameter, past `nn.Module.__getattr__`, which counts once per layer and token."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 _PLAIN = (nn.Parameter, Tensor)  # the latter in a functional call

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def flags() -> set[str]:
 def _plan(settings: TrainSettings) -> None:
     """Everything up to the first step: rows read, model loaded and adapted. Nothing is written."""
     from deltatune.train.base import load_base
+    from deltatune.train.begin import begin
     from deltatune.train.corpus import encode_corpus, load_corpus
     from deltatune.train.detect import detected
     from deltatune.train.finish import count_parameters
@@ -87,7 +89,8 @@ def _plan(settings: TrainSettings) -> None:
     base = load_base(settings, corpus.labels)
     corpus = encode_corpus(settings, corpus, base.tokenizer, base.vocabulary, base.positions)
     options = settings.options_of(UNKNOWN_STEPS)
-    trained, total = count_parameters(adapt(base.model, settings.method, settings.task, options))
+    adapted = adapt(base.model, settings.method, settings.task, options, partial(begin, settings, corpus))
+    trained, total = count_parameters(adapted)
     lines: list[tuple[str, Any]] = [
         ("model", f"{settings.model_name_or_path} ({type(base.model).__name__})"),
         ("method", f"{settings.method} {json.dumps(settings.method_options)}"),

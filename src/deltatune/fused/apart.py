@@ -36,8 +36,10 @@ KNOWN = (Names("gate_proj", "up_proj", "down_proj"), Names("w1", "w3", "w2"))
 
 def renamed(keys: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Keys under the names that mixtures have now."""
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for old, new in CONTAINERS.items():
+    named = [old for old in CONTAINERS if any(f".{old}." in key for key in keys)]
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()} if named else ()
+    for old in named:
+        new = CONTAINERS[old]
         if old not in present and new in present:
             keys = {key.replace(f".{old}.", f".{new}."): tensor for key, tensor in keys.items()}
     return dict(keys)

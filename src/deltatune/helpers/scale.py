@@ -7,9 +7,8 @@ https://arxiv.org/abs/2109.01903
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -57,14 +56,14 @@ def _check(layers: list[AdaptedLayer]) -> None:
 
 def set_scale(layer: AdaptedLayer, adapter: str, scale: float) -> None:
     """Let one adapter of a layer act with `scale` times what its config says; an adapter it lacks is passed over."""
-    if adapter in layer.adapters:
-        _multiply(layer, adapter, scale, fresh=True)
+    _refuse_merged(layer, [adapter])
+    layer.set_scale(adapter, scale)
 
 
 def scale_layer(layer: AdaptedLayer, scale: float) -> None:
     """Multiply the scale of the active adapters of a layer."""
-    for name in _active(layer):
-        _multiply(layer, name, scale)
+    _refuse_merged(layer, layer.selection.active)
+    layer.scale_layer(scale)
 
 
 def unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
@@ -73,25 +72,11 @@ def unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
     Raises:
         ConfigError: The number is 0; leave it out to go back.
     """
-    if scale == 0:
-        raise ConfigError(
-            "unscale_layer: scale=0 cannot be divided by; unscale_layer(layer) goes back to the config's scale",
-            field="scale",
-            found=scale,
-        )
-    for name in _active(layer):
-        _multiply(layer, name, 1.0 if scale is None else 1 / scale, fresh=scale is None)
+    _refuse_merged(layer, layer.selection.active)
+    layer.unscale_layer(scale)
 
 
-def _active(layer: AdaptedLayer) -> list[str]:
-    return [name for name in layer.selection.active if name in layer.adapters]
-
-
-def _multiply(layer: AdaptedLayer, name: str, factor: float, fresh: bool = False) -> None:
-    adapter: Any = layer.adapters[name]
-    if not has_scale(adapter):
-        return
-    if layer.merged and name in layer.merged_adapters:
-        raise StateError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before scaling it")
-    born = vars(adapter).setdefault("scaling_at_birth", adapter.scaling)
-    adapter.scaling = (born if fresh else adapter.scaling) * factor
+def _refuse_merged(layer: AdaptedLayer, names: Iterable[str]) -> None:
+    for name in names:
+        if name in layer.merged_adapters:
+            raise StateError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before scaling it")

@@ -115,7 +115,7 @@ def _of_experts(config: Any, rows: int, path: str) -> bool:
 
 
 def _prefix(config: KeyValueConfig, tensors: dict[str, Tensor]) -> Iterator[str]:
-    name = NAMES[config.layout]
+    name = NAMES[config.layout or "native"]
     rows = tensors.get(name)
     whole = set(config.modules_to_save or ())
     rest = [k for k in tensors if k != name and not k.startswith(ENCODER) and not whole & set(k.split("."))]

@@ -19,6 +19,7 @@ from deltatune.adapter import LinearMap
 
 # Draw masks of dropout here. False: let torch draw them, as PEFT does, number for number under the same seed.
 own_dropout = True
+_FEW = 64  # rows, for which the products may have any order and the number of calls counts
 
 
 def fits(x: Tensor, layer: LinearMap, dropout: float = 0.0) -> bool:
@@ -29,27 +30,50 @@ def fits(x: Tensor, layer: LinearMap, dropout: float = 0.0) -> bool:
     """
     if layer.kind != "linear" or not layer.dense or layer.dtype != x.dtype or torch.compiler.is_compiling():
         return False
-    if dropout and not own_dropout:
+    if (dropout and not own_dropout) or torch._C._are_functorch_transforms_active():  # vmap has no rule for it
         return False
-    return x.device.type == "cpu" and x.is_floating_point() and not torch.is_autocast_enabled("cpu")
+    return x.is_cpu and x.is_floating_point() and not torch.is_autocast_enabled("cpu")
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dropout: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    dropout: float = 0.0,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """x (..., in) through W (out, in) and B A, with A (r, in) and B (out, r), the scale in B.
+    """x (..., in) through W (out, in) and scale B A, with A (r, in) and B (out, r).
 
     Args:
         dropout: Share of x that A does not see, on a CPU; drawn anew in every call, out of torch's generator.
+        scale: A number, or a tensor with one.
     """
-    if not dropout:
-        return _LowRankLinear.apply(x, weight, bias, A, B, 0.0, 0)
-    B = B * (_OF / _kept(dropout))  # what is kept is as much larger
-    return _LowRankLinear.apply(x, weight, bias, A, B, dropout, int(torch.randint(2**62, ())))
+    if dropout:
+        B = (scale * (_OF / _kept(dropout))) * B  # what is kept is as much larger
+        return _LowRankLinear.apply(x, weight, bias, A, B, dropout, int(torch.randint(2**62, ())))
+    if torch.is_grad_enabled():
+        return _LowRankLinear.apply(x, weight, bias, A, scale * B, 0.0, 0)
+    return _without_gradient(x, weight, bias, A, B, scale)
+
+
+def _without_gradient(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float | Tensor
+) -> Tensor:
+    """For few rows, while decoding, in the fewest calls: one of them costs what a factor's product does."""
+    if A.dtype != x.dtype or B.dtype != x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight, bias)
+    h = F.linear(rows, A) if len(rows) <= _FEW else (A @ rows.T).T
+    if isinstance(scale, Tensor):
+        h, scale = h.mul_(scale), 1.0
+    return y.addmm_(h, B.T, alpha=scale).view(*x.shape[:-1], y.shape[-1])
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Products with r rows or columns are written with r first: (r, T) = A x^T is three times as fast as (T, r)."""
+    """Products of many rows with r of a factor are written with r first: (r, T) is three times as fast as (T, r)."""
 
     @staticmethod
     def forward(
@@ -59,7 +83,7 @@ class _LowRankLinear(torch.autograd.Function):
         y = F.linear(rows, weight, bias)
         seen = _kept_of(rows, _mask(rows, dropout, seed)) if dropout else rows
         h = A.to(x.dtype) @ seen.T  # (r, T)
-        y.addmm_(h.T, B.to(x.dtype).T.contiguous())
+        y.addmm_(h.T, B.to(x.dtype).T)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

@@ -23,14 +23,16 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
             "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None and a forward_fn"
         )
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
-    if peft_config.eva_config.use_label_mask and "labels" in model_input:
-        mask = mask & (model_input["labels"] != peft_config.eva_config.label_mask_value)
+    labels = model_input.get("labels")
+    if peft_config.eva_config.use_label_mask and labels is not None and labels.shape == mask.shape:  # one per token
+        mask = mask & (labels != peft_config.eva_config.label_mask_value)
     return mask.nonzero()
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """The rows (n, in) of a layer's input (B, T, in) at these places."""
-    return first(layer_input, layer_name)[model_input.T.unbind()]
+    """The rows (n, in) of a layer's input (B, T, in) at these places; all of one without tokens (pooled)."""
+    x = first(layer_input, layer_name)
+    return x if x.ndim < 3 else x[model_input.T.unbind()]
 
 
 def every_row(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:

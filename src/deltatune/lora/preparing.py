@@ -65,7 +65,10 @@ def _lora_ga(model: nn.Module, config: Any, data: Iterable[Any], forward: Callab
 
 def _eva(model: nn.Module, config: Any, data: Iterable[Any], forward: Callable[[Any, Any], Any]) -> None:
     layers = targeted(model, config, "eva", frozenset({"linear"}), others=True)
-    components = get_eva_state_dict(model, data, config, forward)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # whose layers see one text or the other
+        components = get_eva_state_dict(model, data, config, forward, None, None)
+    else:
+        components = get_eva_state_dict(model, data, config, forward)
     changed = with_ranks(config, {path: len(A) for path, A in components.items()}, list(layers))
     for path, A in components.items():
         prepared.leave(layers[path].module, "eva", {"A": A})

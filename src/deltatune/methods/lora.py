@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.factors import NO_DROPOUT, Factor, block_diagonal, shift
 from deltatune.filling import Source, source
+from deltatune.kernels import fused_linear, gpu
 from deltatune.kernels import low_rank as fused
 from deltatune.lora import starts
 from deltatune.lora.config import LoraConfig
@@ -41,6 +42,7 @@ class LoRA(Adapter):
         summand: True, or the reason why the output is not that of the layer plus an update.
         start_A, start_B: Where the factors began, if the base gives way by their product.
         stand_in: What stands in the place of the layer's weight.
+        awaits_data: Whether its start needs data that have not been read.
     """
 
     views: ClassVar[tuple[str, ...]] = (
@@ -58,6 +60,7 @@ class LoRA(Adapter):
     start_A: Tensor | None
     start_B: Tensor | None
     stand_in: Quantised | None
+    awaits_data: bool
     scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
     room: int | None = None  # the rank that the tensors have, where it may be higher than its own
     variants: Sequence[Variant]
@@ -125,7 +128,7 @@ class LoRA(Adapter):
         return self.followed
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
-        own = config is None or isinstance(config, LoraConfig)
+        own = config is None or config.peft_type is PeftType.LORA
         return tying.follow(self, layer) if self.followed and own else None
 
     @property
@@ -140,7 +143,7 @@ class LoRA(Adapter):
         )
         if self.lora_B.bias is not None and start.bias is not None:
             self.lora_B.bias.data = start.bias
-        self.identity_at_birth, self.stand_in = start.at_birth, start.stand_in
+        self.identity_at_birth, self.stand_in, self.awaits_data = start.at_birth, start.stand_in, start.awaits_data
         if start.stand_in is not None:
             self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
         self.keeps_derived = start.gives_way and not start.again
@@ -234,13 +237,22 @@ class LoRA(Adapter):
 
     def _plain(self, x: Any, layer: LinearMap) -> Tensor:
         """The layer and B A x, whose scale is put on the smallest tensor on the way."""
+        down, up = cast(Factor, self._modules["lora_A"]), cast(Factor, self._modules["lora_B"])
+        A, B, bias = down.matrix, up.matrix, up.bias
+        if self.blocks > 1:
+            B = block_diagonal(B, self.blocks)
+        if gpu.backend != "plain" and bias is None:
+            dropping = self.training and isinstance(self.lora_dropout, nn.Dropout)
+            found = fused_linear.low_rank(x, layer, A, self.scaling * B, dropping)
+            if found is not None:
+                return found
         share = self.lora_dropout.p if self.training and isinstance(self.lora_dropout, nn.Dropout) else 0.0
-        if self.lora_B.bias is None and fused.fits(x, layer, share):
-            return fused.low_rank_linear(x, layer.weight, layer.bias, self.A, self.scaling * self.B, share)
-        y, h, bias = layer(x), layer.apply(self._dropped(x), self.A), self.lora_B.bias
+        if bias is None and fused.fits(x, layer, share):
+            return fused.low_rank_linear(x, layer.weight, layer.bias, A, B, share, self.scaling)
+        y, h = layer(x), layer.apply(self._dropped(x), A)
         if bias is None:
-            return y + layer.mix(self.scaling * h, self.B).to(y.dtype)
-        return y + (self.scaling * shift(layer.mix(h, self.B), bias, layer)).to(y.dtype)
+            return y + layer.mix(self.scaling * h, B).to(y.dtype)
+        return y + (self.scaling * shift(layer.mix(h, B), bias, layer)).to(y.dtype)
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
@@ -279,6 +291,7 @@ class LoRA(Adapter):
         return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.awaits_data = False
         with torch.no_grad():
             for name, tensor in self._held().items():
                 value = tensors[name] if self.room is None else of_rank(self, tensor, tensors[name], self.room)

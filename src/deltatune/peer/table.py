@@ -157,7 +157,8 @@ MODULES: dict[str, dict[str, str]] = {
         **_at(_UTILS, "check_target_module_exists clone_module find_parameter_name_by_module"),
         **_at(_UTILS, "get_device_map _get_submodules INCLUDE_LINEAR_LAYERS_SHORTHAND"),
         **_at("deltatune.functional", "set_adapter delete_adapter cast_adapter_dtype set_requires_grad"),
-        **_at("deltatune", "replicate_layers PeftConfig inspect_matched_modules"),
+        **_at("deltatune.replication", "replicate_layers"),
+        **_at("deltatune", "PeftConfig inspect_matched_modules"),
     },
     "peft.tuners.lycoris_utils": _at(_KINDS, "LycorisLayer"),
     "peft.tuners.mixed": _at(_KINDS, "MixedModel"),
@@ -170,7 +171,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.utils.error": _ERRORS,
     "peft.utils.warning": _ERRORS,
     "peft.utils.hotswap": _HOTSWAP,
-    "peft.utils.incremental_pca": _at("deltatune", "IncrementalPCA"),
+    "peft.utils.incremental_pca": _at("deltatune.lora.pca", "IncrementalPCA"),
     "peft.utils.integrations": _at(
         "deltatune|deltatune.helpers",
         "gather_params_ctx check_deepspeed_zero3_enabled dequantize_module_weight "

@@ -15,7 +15,7 @@ How it works, from top to bottom:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from deltatune import checks
 from deltatune.adapter import Method
 from deltatune.config import PeftConfig, PeftType, config
 from deltatune.errors import ConfigError
+from deltatune.prompts import config as prompts
 from deltatune.prompts.gates import Gates
 
 
@@ -36,7 +37,8 @@ class AdaptionPromptConfig(PeftConfig):
         adapter_len: Number of tokens of each prompt; the paper has 10.
         adapter_layers: How many of these modules get a prompt, counted from the last; all when left out.
         layout: "native": the gated part passes through the module's output projection, as in the paper. "peft": PEFT's
-            numbers; see `deltatune.prompts.gates`. Files without our marker are read so.
+            numbers; see `deltatune.prompts.gates`. Files without our marker are read so. None: "native", and under
+            `deltatune.as_peft` "peft".
         init_text: Start from what the projections read for this text; needs `tokenizer_name_or_path`.
         init_token_ids: The same, as token ids.
         tokenizer_name_or_path: Tokenizer for `init_text`.
@@ -49,7 +51,7 @@ class AdaptionPromptConfig(PeftConfig):
     target_modules: str | None = None
     adapter_len: int | None = None
     adapter_layers: int | None = None
-    layout: Literal["native", "peft"] = "native"
+    layout: prompts.Layout | None = None
     init_text: str | None = None
     init_token_ids: list[int] | None = None
     tokenizer_name_or_path: str | None = None
@@ -58,6 +60,7 @@ class AdaptionPromptConfig(PeftConfig):
     def __post_init__(self) -> None:
         if self.peft_type is None:
             self.peft_type = PeftType.ADAPTION_PROMPT
+        self.layout = self.layout or prompts.usual_layout
         super().__post_init__()
 
     def validate(self) -> None:

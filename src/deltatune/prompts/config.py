@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar, Literal
 
-from deltatune import checks
+from deltatune import bounded, checks
 from deltatune.config import PeftConfig, config
 from deltatune.errors import ConfigError
 
+Layout = Literal["native", "peft"]
+# What keys and values mean whose config does not say: "peft" under `deltatune.as_peft`, so that programs written for
+# PEFT get the numbers that they got.
+usual_layout: Layout = "native"
 SITE_KINDS = ("default", "self", "encoder", "cross", "all")
 
 
@@ -61,7 +64,8 @@ class KeyValueConfig(PromptLearningConfig):
 
     Attributes:
         layout: "native": every site has its own live prefix, which uses up no position. "peft": PEFT's numbers, with
-            its position shift and its order of layers; files without our marker are read so.
+            its position shift and its order of layers; files without our marker are read so. None: "native", and
+            under `deltatune.as_peft` "peft" wherever PEFT's numbers are known and no `sites` are chosen.
         sites: Attentions that get a prefix: "default" (self-attention, in encoder-decoders the decoder's), "self" (the
             same), "encoder", "cross", "all", a regular expression for module paths, or a list of kinds and paths.
         init_text: Start from the keys and values of this text; needs `tokenizer_name_or_path`.
@@ -81,7 +85,7 @@ class KeyValueConfig(PromptLearningConfig):
     # A file that PEFT wrote says nothing of a layout, and its numbers mean PEFT's.
     file_defaults: ClassVar[dict[str, str]] = {"layout": "peft"}
 
-    layout: Literal["native", "peft"] = "native"
+    layout: Layout | None = None
     sites: str | list[str] = "default"
     init_text: str | None = None
     init_token_ids: list[int] | None = None
@@ -91,16 +95,18 @@ class KeyValueConfig(PromptLearningConfig):
     site_names: list[str] | None = None
     site_shapes: list[list[int]] | None = None
 
+    def __post_init__(self) -> None:
+        if self.layout is None and (usual_layout == "native" or self.sites != "default"):
+            self.layout = "native"  # what is still open depends on the model
+        super().__post_init__()
+
     def validate(self) -> None:
         super().validate()
         wanted = [self.sites] if isinstance(self.sites, str) else self.sites
         if not wanted:
             checks.refuse(type(self).__name__, "sites", self.sites, "a kind, a regular expression or names")
         for pattern in wanted if isinstance(self.sites, str) else ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                checks.refuse(type(self).__name__, "sites", pattern, f"a regular expression ({error})")
+            bounded.check(type(self).__name__, "sites", pattern)
         if self.layout == "peft" and self.sites != "default":
             checks.refuse(type(self).__name__, "sites", self.sites, "'default' with layout='peft': PEFT knows no other")
         starts = [name for name in self.starts if getattr(self, name) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from deltatune.config import TaskType
 from deltatune.errors import AdapterNameError, ConfigError, TargetError
+from deltatune.notice import warn
 from deltatune.patterns import modules_by_name
 from deltatune.prompts import files
 from deltatune.prompts.attention import SLOT, Slot
 from deltatune.prompts.capture import check_shift
-from deltatune.prompts.config import KeyValueConfig
+from deltatune.prompts.config import KeyValueConfig, Layout
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.own import Mount
+from deltatune.prompts.peer import check_as_peft
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
 from deltatune.prompts.stage import STAGE, Stage
@@ -67,12 +70,22 @@ class Prefix(Graft):
             raise AdapterNameError(f"adapter {name!r} already has a prefix on this {type(model).__name__}", found=name)
         sites = choose_sites(model, config.sites)
         values = _filled_in(model, config, sites)
-        shifted = config.layout == "peft" and _check_layout(model, sites)
-        start = start_rows(model, config, sites, {} if stage is None else stage.prefixes)
+        left_open = config.layout is None
+        values["layout"] = layout = _open_layout(model, sites) if left_open else config.layout
+        shifted = layout == "peft" and _check_layout(model, sites)
+        meant = copy.copy(config)
+        meant.layout = layout
+        start = start_rows(model, meant, sites, {} if stage is None else stage.prefixes)
+        before = {field: getattr(config, field) for field in values}
         for field, value in values.items():
             setattr(config, field, value)
 
         built: Any = encoder(config).to(model.device)
+        if left_open and len(set(built.layer_of_site)) < len(sites):
+            warn(
+                f"{type(model).__name__}: a part of this prefix is never read, as in PEFT, which hands the layers of "
+                "an encoder-decoder each other's keys and values; with layout='native' every layer has its own"
+            )
         if start is not None:
             built.fill(start)
         if stage is None:
@@ -90,6 +103,18 @@ class Prefix(Graft):
                 stage.shifting = PositionShift(stage)
                 stage.shifting.attach(model, [site.name for site in sites])
         stage.prefixes[name] = prefix
+        if shifted and any(site.layout is not None for site in sites):
+            try:
+                check_as_peft(prefix)
+            except TargetError as reason:
+                prefix.detach()
+                for field, value in before.items():
+                    setattr(config, field, value)
+                if not left_open:
+                    raise
+                warn(_instead(reason))
+                config.layout = "native"
+                return cls.attach(model, config, name, selection, encoder)
         return prefix
 
     def detach(self) -> None:
@@ -176,6 +201,20 @@ def _filled_in(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site]
     return values
 
 
+def _open_layout(model: PreTrainedModel, sites: list[Site]) -> Layout:
+    """The layout of a config that leaves it open, as programs written for PEFT do."""
+    try:
+        _check_layout(model, sites)
+    except TargetError as reason:
+        warn(_instead(reason))
+        return "native"
+    return "peft"
+
+
+def _instead(reason: TargetError) -> str:
+    return f"{reason}. That is what this prefix has; its numbers are not those that PEFT would compute"
+
+
 def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
     """Raise TargetError where PEFT's numbers cannot be reproduced; True otherwise."""
     position_modules(model, [site.name for site in sites])
@@ -183,8 +222,6 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
     reason = None
     if len({site.shape for site in sites}) > 1 or any(site.shape[:2] != site.shape[2:] for site in sites):
         reason = "its attentions differ in shape"
-    elif any(site.layout is not None for site in sites):
-        reason = "its attention is code of its own, in which the shift of PEFT's positions is not known"
     elif any(site.calls > 1 for site in sites):
         reason = "its attention modules are called several times in a pass"
     elif getattr(text, "attention_chunk_size", None):

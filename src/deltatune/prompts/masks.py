@@ -61,13 +61,14 @@ def extend(
             key, value = key[:, :, :queries], value[:, :, :queries]
             bias = cut(bias, queries)
             mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
-        if mask is None and visible is not None:
+        sliding = past is not None and kwargs.get("sliding_window")
+        if mask is None and (visible is not None or sliding):
             mask = _all_seen(backend, query, key)
         mask = cut(mask, key.shape[2])
         if mask is not None:
             mask = _pad(mask, count, None if visible is None else visible[:, None, None])
-            if past is not None and kwargs.get("sliding_window"):
-                mask = _hide_beyond_window(mask, query, count, kwargs["sliding_window"], past)
+            if past is not None and sliding:
+                mask = _hide_beyond_window(mask, query, count, sliding, past)
     bias = cut(bias, key.shape[2])
     if bias is not None:
         bias = _pad(bias, count) if past is None else torch.cat([past.bias(module, query, count), bias], dim=-1)

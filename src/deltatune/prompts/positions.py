@@ -82,9 +82,9 @@ class PositionShift:
         if name is None:
             return args, {**kwargs, _position_arguments(module)[-1]: shift}
         if name in kwargs:
-            return args, {**kwargs, name: kwargs[name] + shift}
+            return args, {**kwargs, name: _moved(kwargs[name], shift)}
         index = list(given).index(name)
-        return (*args[:index], args[index] + shift, *args[index + 1 :]), kwargs
+        return (*args[:index], _moved(args[index], shift), *args[index + 1 :]), kwargs
 
     def before_lookup(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Look up row i + P instead of i; the row of padding stays (RoBERTa counts from it)."""
@@ -96,6 +96,13 @@ class PositionShift:
         if module.padding_idx is not None:
             moved = torch.where(rows == module.padding_idx, rows, moved)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "input": moved})
+
+
+def _moved(positions: Any, shift: int) -> Any:
+    """Positions moved on; a negative one (OPT's for padding) is none, and stays."""
+    if isinstance(positions, Tensor):
+        return torch.where(positions < 0, positions, positions + shift)
+    return positions + shift
 
 
 def position_modules(model: nn.Module, site_names: list[str]) -> list[tuple[str, nn.Module]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -78,13 +79,25 @@ def positions_taken(method: str, task: str, options: dict[str, Any]) -> int:
     return peft_config(method, task, options).length  # type: ignore[attr-defined]
 
 
-def adapt(model: nn.Module, method: str, task: str, options: dict[str, Any]) -> nn.Module:
-    """The model to train: adapted, or as it is with every parameter trainable."""
+def adapt(
+    model: nn.Module,
+    method: str,
+    task: str,
+    options: dict[str, Any],
+    begin: Callable[[nn.Module, PeftConfig], None] = lambda model, config: None,
+) -> nn.Module:
+    """The model to train: adapted, or as it is with every parameter trainable.
+
+    Args:
+        begin: Called with the model and the config before the adapter is there.
+    """
     if method == FULL:
         return model.requires_grad_(True)
     from deltatune import get_peft_model
 
-    return get_peft_model(model, peft_config(method, task, options))  # type: ignore[arg-type]
+    config = peft_config(method, task, options)
+    begin(model, config)
+    return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -15,6 +15,7 @@ from deltatune.data.collate import Collator
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.features import Features
 from deltatune.errors import LimitError, TrainError
+from deltatune.memory import ran_out
 from deltatune.model import PeftModel
 from deltatune.train.base import autocast
 from deltatune.train.optim import first_bad_gradient
@@ -62,7 +63,7 @@ class Stepper:
         try:
             (loss_sum,) = sums(self.accelerator, self._accumulate(micro, counts, total))
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not ran_out(error):
                 raise
             longest = max(row.length for rows in micro for row in rows)
             raise LimitError(
@@ -125,10 +126,3 @@ class Stepper:
             name = first_bad_gradient(self.bare) or "the parameters"
             self.refuse(f"gradient of {name} is not finite at step {step} (norm {norm})", step)
         return norm
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # the CPU's allocator has no class of its own for it
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate" in str(
-        error
-    )

@@ -28,6 +28,7 @@ class Start:
         stand_in: What takes the place of W.
         bias: B's own, if it has one and does not begin at zero.
         at_birth: True, or why a fresh adapter changes the output.
+        awaits_data: Whether A is only what there is until data have spoken.
     """
 
     A: Tensor
@@ -38,6 +39,7 @@ class Start:
     stand_in: Quantised | None = None
     bias: Tensor | None = None
     at_birth: bool | str = True
+    awaits_data: bool = False
 
 
 @dataclass(frozen=True)
