@@ -21,6 +21,7 @@ Files = str | list[str] | None
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+Profile = Literal["auto", "single", "ddp"]
 Optimizers = Literal["adamw", "loraplus", "lorafa", "riemannian"]
 MAX_VALUES = 10_000  # in a file of settings
 UNKNOWN_STEPS = 10**9  # of a run, before its data are read
@@ -101,6 +102,7 @@ class TrainSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
+    profile: Profile = Field("auto", description="of several processes: ddp, where each has the base")
 
     output_dir: str = Field("outputs", min_length=1)
     overwrite_output_dir: bool = Field(False, description="start anew where another run has left its files")
