@@ -1,0 +1,96 @@
+"""`compare`: candidates x seeds, scored on the same held-out rows; a table, a picture, and what is within noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltatune.compare import cell, cells
+from deltatune.compare.cell import Result, forget_settings, held_out
+from deltatune.compare.plan import CompareSettings, Plan, make_plan
+from deltatune.compare.statistics import why_undecided
+from deltatune.compare.summary import Summary, summarise, write_summary
+from deltatune.data.prepare import Corpus
+from deltatune.train.corpus import load_corpus
+from deltatune.train.lock import output_lock
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found; the same is in `compare.json`, `compare.md` and `compare.png`."""
+
+    plan: Plan
+    results: dict[tuple[str, int], Result]  # by candidate and seed
+    summary: Summary
+    output: Path
+
+
+def compare(
+    settings: dict[str, Any],
+    candidates: list[str | dict[str, Any]] | str = (),  # type: ignore[assignment]
+    *,
+    isolate: bool = True,
+    say: Say = lambda text: None,
+    **own: Any,
+) -> Comparison:
+    """Train every candidate under every seed, and judge which is better.
+
+    What a cell found is kept in its folder below `output_dir`: a comparison that was broken off goes on where it was,
+    and one with further candidates or seeds runs only these.
+
+    Args:
+        settings: What all runs share, by the names of `TrainSettings`.
+        candidates: Methods, or settings of one candidate each (`{"method": "lora", "r": 16, "learning_rate": 1e-3}`).
+        isolate: Each cell in a process of its own, so that the memory it is said to need is its own.
+        say: Told what goes on, a line at a time.
+        own: The fields of `CompareSettings`.
+
+    Raises:
+        PeftError: Settings or rows are wrong; nothing was trained. A candidate that fails is told in the table.
+    """
+    given = own if not candidates else {"candidates": candidates, **own}
+    plan = make_plan(CompareSettings(**given), settings)
+    for notice in plan.notices:
+        say(notice)
+    with output_lock(plan.output):
+        corpus, forget = _rows(plan)
+        part = held_out(corpus)
+        say(
+            f"{len(plan.candidates)} candidates, {len(plan.seeds)} seed{'s' if len(plan.seeds) > 1 else ''}; "
+            f"{plan.metric} over {len(part.examples):,} held-out rows of {part.source}"
+        )
+        if (reason := why_undecided(len(plan.seeds), len(part.examples))) is not None:
+            say(f"cannot decide: {reason}")
+        results = _run(plan, cells.specs(plan, corpus, forget), isolate, say)
+        summary = summarise(plan, results)
+        write_summary(plan, summary, plan.output)
+    return Comparison(plan, results, summary, plan.output)
+
+
+def _rows(plan: Plan) -> tuple[Corpus, Corpus | None]:
+    """All rows, read and checked before any model is loaded."""
+    file = plan.own.forget_file
+    return load_corpus(plan.shared), None if file is None else load_corpus(forget_settings(plan.shared, file))
+
+
+def _run(plan: Plan, specs: dict[tuple[str, int], cell.Spec], isolate: bool, say: Say) -> dict[tuple[str, int], Result]:
+    """Every cell's result: kept from earlier, or found now."""
+    results: dict[tuple[str, int], Result] = {}
+    for number, candidate in enumerate(plan.candidates, 1):
+        places = [(candidate.name, seed) for seed in plan.seeds]
+        kept = {place: result for place in places if (result := cells.done(specs[place])) is not None}
+        left = [place for place in places if place not in kept]
+        found = cells.run([specs[place] for place in left], isolate) if left else []
+        results |= kept | dict(zip(left, found))
+        where = f"[{number}/{len(plan.candidates)}] {candidate.name}"
+        said = ", ".join(_told(results[place]) for place in places)
+        say(f"{where}: {said}" + (f" ({len(kept)} kept from an earlier run)" if kept else ""))
+    return results
+
+
+def _told(result: Result) -> str:
+    return f"{result.rows.mean:.4g}" if result.rows is not None else f"failed: {result.failed}"
