@@ -129,3 +129,42 @@ def test_the_verb_takes_a_file_and_runs_cells_in_processes(shared, tmp_path):
 def test_a_broken_result_is_no_result(tmp_path):
     (tmp_path / "cell.json").write_text("{")
     assert read(tmp_path, "key") is None
+
+
+def test_one_pass_finds_what_lone_runs_find_and_leaves_adapters_that_load(shared, tiny):
+    given = ["lora", {"method": "lora", "r": 2}, "ia3"]
+    own = {"seeds": 2, "isolate": False, "forget_file": str(tiny / "other.jsonl")}
+    alone = compare({**shared, "lora_dropout": 0.0}, given, one_pass="never", **own)
+    said = []
+    folder = Path(shared["output_dir"]).with_name("at-once")
+    at_once = compare(
+        {**shared, "lora_dropout": 0.0, "output_dir": str(folder)}, given, one_pass="always", say=said.append, **own
+    )
+    assert sum("in one pass" in line for line in said) == 2
+    for one, other in zip(alone.summary.lines, at_once.summary.lines):
+        assert one.name == other.name and one.by_seed == pytest.approx(other.by_seed, abs=1e-5)
+        assert one.forgetting == pytest.approx(other.forgetting, abs=1e-5)
+        assert one.adapter_bytes == pytest.approx(other.adapter_bytes, rel=0.02)
+        assert (one.trainable_parameters, one.total_parameters) == (other.trainable_parameters, other.total_parameters)
+        assert (one.together, other.together) == (1, 3)
+    from deltatune import PeftModel
+    from deltatune.train.base import load_base
+
+    settings = at_once.plan.shared
+    PeftModel.from_pretrained(load_base(settings).model, str(folder / "cells" / "ia3" / "seed-42"))
+
+
+def test_auto_measures_each_candidate_by_itself_first(shared, monkeypatch):
+    from deltatune.compare import trial
+
+    monkeypatch.setattr(trial, "_lone_seconds", lambda *run: 1e9)  # however busy the machine is, one pass is faster
+    found = compare(shared, ["lora", "ia3", "full"], seeds=3, isolate=False)
+    together = {place: result.together for place, result in found.results.items()}
+    assert {place for place, count in together.items() if count == 1} == {
+        ("lora", 42), ("ia3", 42), ("full", 42), ("full", 43), ("full", 44),
+    }  # fmt: skip
+    assert all(line.together == 1 for line in found.summary.lines)
+    monkeypatch.setattr(trial, "_lone_seconds", lambda *run: 1e-9)
+    said = []
+    compare({**shared, "max_steps": 3}, ["lora", "ia3"], seeds=2, isolate=False, say=said.append)
+    assert any("times as long" in line for line in said)

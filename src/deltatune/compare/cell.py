@@ -99,7 +99,7 @@ def held_out_scores(
     spec: Spec, settings: TrainSettings, model: nn.Module, tokenizer: Any, device: torch.device
 ) -> RowScores:
     corpus = _encoded(settings, load_corpus(settings), model, tokenizer)
-    return score_rows(_judge(settings, corpus, tokenizer, device), model, held_out(corpus), spec.metric)
+    return score_rows(judge_of(settings, corpus, tokenizer, device), model, held_out(corpus), spec.metric)
 
 
 def held_out(corpus: Corpus) -> Part:
@@ -117,7 +117,7 @@ def forgetting(
         return None
     other = forget_settings(settings, spec.forget_file)
     corpus = _encoded(other, load_corpus(other), model, tokenizer)
-    judge = _judge(other, corpus, tokenizer, device)
+    judge = judge_of(other, corpus, tokenizer, device)
     after = judge.loss(model, corpus.train)["loss"]
     if settings.method == FULL:
         base = load_base(settings, corpus.labels, device).model.to(device)
@@ -163,7 +163,7 @@ def _encoded(settings: TrainSettings, corpus: Corpus, model: nn.Module, tokenize
     return encode_corpus(settings, corpus, tokenizer, words.vocabulary, words.positions)
 
 
-def _judge(settings: TrainSettings, corpus: Corpus, tokenizer: Any, device: torch.device) -> Judge:
+def judge_of(settings: TrainSettings, corpus: Corpus, tokenizer: Any, device: torch.device) -> Judge:
     return Judge(settings, corpus, tokenizer, device, Listener())
 
 

@@ -76,6 +76,19 @@ def run(specs: list[cell.Spec], isolate: bool) -> list[cell.Result]:
     return [read(spec, folder) for spec, folder in zip(specs, folders)]
 
 
+def run_together(specs: list[cell.Spec], isolate: bool, must_gain: bool) -> str | None:
+    """Run the cells of several candidates under one seed in one pass; the reason where they have to run alone."""
+    if not isolate:
+        from deltatune.compare.one_pass import run_together as here
+
+        return here(specs, must_gain)
+    folders = [Path(spec.settings["output_dir"]) for spec in specs]
+    answer = folders[0] / "one-pass.json"
+    told = {"specs": [asdict(spec) for spec in specs], "must_gain": must_gain, "answer": str(answer)}
+    in_process("deltatune.compare.one_pass", told, folders)
+    return json.loads(answer.read_text(encoding="utf-8"))
+
+
 def read(spec: cell.Spec, folder: Path) -> cell.Result:
     """What a process has left."""
     found = cell.read(folder, spec.key)

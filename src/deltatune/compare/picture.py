@@ -18,7 +18,7 @@ class Point:
     score: float
     error: tuple[float, float] | None
     parameters: float
-    memory: float
+    memory: float | None  # None where it is that of several candidates
     best: bool  # or within noise of the best
 
 
@@ -29,8 +29,8 @@ def draw(points: Sequence[Point], metric: str, lower_is_better: bool, path: Path
     figure = Figure(figsize=(11, 4.6), layout="constrained")  # not pyplot: no global state, no window
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    _scatter(left, points, [point.parameters for point in points])
-    _scatter(right, points, [point.memory / 1e6 for point in points])
+    _scatter(left, [(point, point.parameters) for point in points])
+    _scatter(right, [(point, point.memory / 1e6) for point in points if point.memory is not None])
     left.set(xscale="log", xlabel="parameters that train", ylabel=f"held-out {metric}")
     right.set(xlabel="peak memory (MB)")
     better = "lower" if lower_is_better else "higher"
@@ -42,8 +42,10 @@ def draw(points: Sequence[Point], metric: str, lower_is_better: bool, path: Path
     return path
 
 
-def _scatter(axes: Any, points: Sequence[Point], places: Sequence[float]) -> None:
-    for point, x in zip(points, places):
+def _scatter(axes: Any, places: Sequence[tuple[Point, float]]) -> None:
+    if not places:
+        axes.text(0.5, 0.5, "not measured: all trained in one pass", ha="center", transform=axes.transAxes)
+    for point, x in places:
         colour = BEST if point.best else OTHER
         bars = None if point.error is None else [[point.error[0]], [point.error[1]]]
         axes.errorbar(x, point.score, yerr=bars, fmt="o", color=colour, capsize=3, markersize=6)

@@ -12,11 +12,13 @@ from deltatune.compare.cell import Result, forget_settings, held_out
 from deltatune.compare.plan import CompareSettings, Plan, make_plan
 from deltatune.compare.statistics import why_undecided
 from deltatune.compare.summary import Summary, summarise, write_summary
+from deltatune.compare.together import shared_settings, why_alone
 from deltatune.data.prepare import Corpus
 from deltatune.train.corpus import load_corpus
 from deltatune.train.lock import output_lock
 
 Say = Callable[[str], None]
+Specs = dict[tuple[str, int], cell.Spec]
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,55 @@ def _rows(plan: Plan) -> tuple[Corpus, Corpus | None]:
     return load_corpus(plan.shared), None if file is None else load_corpus(forget_settings(plan.shared, file))
 
 
-def _run(plan: Plan, specs: dict[tuple[str, int], cell.Spec], isolate: bool, say: Say) -> dict[tuple[str, int], Result]:
-    """Every cell's result: kept from earlier, or found now."""
-    results: dict[tuple[str, int], Result] = {}
+def _run(plan: Plan, specs: Specs, isolate: bool, say: Say) -> dict[tuple[str, int], Result]:
+    """Every cell's result: kept from earlier, found in one pass with others, or alone."""
+    kept = {place: result for place, spec in specs.items() if (result := cells.done(spec)) is not None}
+    results = kept | _together(plan, {place: spec for place, spec in specs.items() if place not in kept}, isolate, say)
     for number, candidate in enumerate(plan.candidates, 1):
         places = [(candidate.name, seed) for seed in plan.seeds]
-        kept = {place: result for place in places if (result := cells.done(specs[place])) is not None}
-        left = [place for place in places if place not in kept]
+        left = [place for place in places if place not in results]
         found = cells.run([specs[place] for place in left], isolate) if left else []
-        results |= kept | dict(zip(left, found))
-        where = f"[{number}/{len(plan.candidates)}] {candidate.name}"
+        results |= dict(zip(left, found))
+        before = sum(place in kept for place in places)
         said = ", ".join(_told(results[place]) for place in places)
-        say(f"{where}: {said}" + (f" ({len(kept)} kept from an earlier run)" if kept else ""))
+        say(f"[{number}/{len(plan.candidates)}] {candidate.name}: {said}" + (f" ({before} kept)" if before else ""))
     return results
+
+
+def _together(plan: Plan, left: Specs, isolate: bool, say: Say) -> dict[tuple[str, int], Result]:
+    """What can be trained in one pass.
+
+    `auto` leaves the first seed to runs of their own, by which memory and time of each candidate are measured, and
+    takes one pass for the others where that is faster.
+    """
+    if plan.own.one_pass == "never":
+        return {}
+    must_gain, results = plan.own.one_pass == "auto", {}
+    seeds = plan.seeds[1:] if must_gain else plan.seeds
+    for names in _groups(plan, say if plan.own.one_pass == "always" else lambda text: None):
+        for seed in seeds:
+            mine = {(name, seed): left[name, seed] for name in names if (name, seed) in left}
+            if len(mine) < 2:
+                continue
+            reason = cells.run_together(list(mine.values()), isolate, must_gain)
+            if reason is not None:
+                say(f"{', '.join(names)}: each by itself, because {reason}")
+                break
+            say(f"seed {seed}: {', '.join(name for name, _ in mine)} in one pass")
+            results |= {place: cells.read(spec, Path(spec.settings["output_dir"])) for place, spec in mine.items()}
+    return results
+
+
+def _groups(plan: Plan, say: Say) -> list[list[str]]:
+    """Candidates that may share a pass; those that may not are told."""
+    found: dict[str, list[str]] = {}
+    for candidate in plan.candidates:
+        reason = why_alone(candidate.settings)
+        if reason is None:
+            found.setdefault(shared_settings(candidate.settings), []).append(candidate.name)
+        else:
+            say(f"{candidate.name}: by itself, because {reason}")
+    return list(found.values())
 
 
 def _told(result: Result) -> str:

@@ -23,7 +23,7 @@ JSON, TABLE, PICTURE = "compare.json", "compare.md", "compare.png"
 
 @dataclass(frozen=True)
 class Line:
-    """A candidate that was trained under every seed: means over the seeds, and the peak of memory of the first run.
+    """A candidate that was trained under every seed: means over the seeds; memory and time of runs by themselves.
 
     Attributes:
         groups: Letters; two candidates without a common one differ by more than noise.
@@ -97,6 +97,7 @@ def _judged(whole: list[list[Result]]) -> Findings:
 def _line(name: str, rate: float, mine: list[Result], place: int, findings: Findings) -> Line:
     forgotten = [result.forgetting for result in mine if result.forgetting is not None]
     decided = findings.undecided is None
+    alone = [result for result in mine if result.together == 1] or mine  # which alone say what one needs
     letters = [_letter(i) for i, group in enumerate(findings.groups) if place in group]
     return Line(
         name=name,
@@ -107,10 +108,10 @@ def _line(name: str, rate: float, mine: list[Result], place: int, findings: Find
         trainable_parameters=mine[0].trainable_parameters,
         total_parameters=mine[0].total_parameters,
         adapter_bytes=mine[0].adapter_bytes,
-        peak_memory_bytes=mine[0].peak_memory_bytes,
-        train_seconds=fmean(result.train_seconds for result in mine),
+        peak_memory_bytes=alone[0].peak_memory_bytes,
+        train_seconds=fmean(result.train_seconds for result in alone),
         forgetting=fmean(forgotten) if forgotten else None,
-        together=max(result.together for result in mine),
+        together=alone[0].together,
         learning_rate=rate,
     )
 
@@ -193,7 +194,8 @@ def _point(place: int, line: Line, findings: Findings) -> Point:
     if score.low is not None and score.high is not None:
         error = (score.mean - score.low, score.high - score.mean)
     best = findings.undecided is None and not findings.differ(0, place)
-    return Point(line.name, score.mean, error, line.trainable_parameters, line.peak_memory_bytes, best)
+    memory = line.peak_memory_bytes if line.together == 1 else None
+    return Point(line.name, score.mean, error, line.trainable_parameters, memory, best)
 
 
 def _markdown(summary: Summary) -> str:
