@@ -87,7 +87,7 @@ def test_the_same_rows_are_held_out_whatever_the_seed(shared, tiny):
         (["lora", {"method": "ia3", "train_file": "x"}], {}, "the same for all"),
         (["lora", "ia3"], {"seeds": [1, 1]}, "seeds"),
         (["lora", "ia3"], {"metric": "f1"}, "metric"),
-        (["lora", "ia3"], {"stop_losers": 1}, "stop_losers"),
+        (["lora", "ia3"], {"one_pass": "perhaps"}, "one_pass"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_the_model_is_loaded(shared, candidates, own, names):
@@ -154,6 +154,7 @@ def test_one_pass_finds_what_lone_runs_find_and_leaves_adapters_that_load(shared
     PeftModel.from_pretrained(load_base(settings).model, str(folder / "cells" / "ia3" / "seed-42"))
 
 
+@pytest.mark.slow
 def test_auto_measures_each_candidate_by_itself_first(shared, monkeypatch):
     from deltatune.compare import trial
 

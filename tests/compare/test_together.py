@@ -46,7 +46,7 @@ def trained(model, name):
     return get_peft_model_state_dict(model, adapter_name=name)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_each_candidate_equals_its_lone_run(shared, tmp_path, accumulate):
     shared = {
         **shared,

@@ -49,6 +49,4 @@ def _show(found: Comparison) -> None:
         out.print(text, soft_wrap=True, markup=False)
     for name, why in summary.failed.items():
         out.print(f"{name} failed: {why}", soft_wrap=True, markup=False)
-    for name, number in summary.stopped.items():
-        out.print(f"{name} was dropped in round {number}", soft_wrap=True, markup=False)
     out.print(f"Files: {', '.join(str(found.output / name) for name in (TABLE, PICTURE, JSON))}", soft_wrap=True)

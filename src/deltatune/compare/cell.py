@@ -59,7 +59,6 @@ class Result:
     peak_memory_bytes: int = 0
     train_seconds: float = 0.0
     steps: int = 0
-    stopped: int | None = None  # the round in which it was dropped
     together: int = 1  # candidates that trained in the same passes
     failed: str | None = None
 

@@ -40,7 +40,6 @@ class CompareSettings(BaseModel):
     forget_file: str | None = Field(None, description="rows of something else: how much worse does the base get on it?")
     one_pass: Literal["auto", "always", "never"] = "auto"
     learning_rates: list[float] = Field(default_factory=list, description="each candidate is tried with each of them")
-    stop_losers: int = Field(0, ge=0, description="keep one in so many after each round; 0: train all to the end")
 
     def __init__(self, **values: Any) -> None:
         for name in ("candidates", "learning_rates"):
@@ -56,8 +55,6 @@ class CompareSettings(BaseModel):
             raise ConfigError(
                 f"{field}={fault['input']!r} is not allowed: {fault['msg']}", field=field, found=fault["input"]
             ) from None
-        if self.stop_losers == 1:
-            raise ConfigError("stop_losers=1 stops nothing; expected 0, or 2 or more (3 is usual)", field="stop_losers")
 
 
 @dataclass(frozen=True)

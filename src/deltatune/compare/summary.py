@@ -47,26 +47,22 @@ class Line:
 
 @dataclass(frozen=True)
 class Summary:
-    """The table, best first, with what was not trained to its end beside it."""
+    """The table, best first, with what failed beside it."""
 
     metric: str
     lines: list[Line]
     findings: Findings  # its numbers are places in `lines`
     failed: dict[str, str]  # why, by candidate
-    stopped: dict[str, int]  # the round, by candidate
     verdict: list[str]
 
 
 def summarise(plan: Plan, results: dict[tuple[str, int], Result]) -> Summary:
     failed: dict[str, str] = {}
-    stopped: dict[str, int] = {}
     whole: list[tuple[str, float, list[Result]]] = []
     for candidate in plan.candidates:
         mine = [results[candidate.name, seed] for seed in plan.seeds if (candidate.name, seed) in results]
         if faults := [result.failed for result in mine if result.failed is not None]:
             failed[candidate.name] = faults[0]
-        elif rounds := [result.stopped for result in mine if result.stopped is not None]:
-            stopped[candidate.name] = rounds[0]
         else:
             whole.append((candidate.name, candidate.settings.resolved_learning_rate, mine))
     for name in _other_rows([(name, mine) for name, _, mine in whole]):
@@ -76,7 +72,7 @@ def summarise(plan: Plan, results: dict[tuple[str, int], Result]) -> Summary:
     whole.sort(key=lambda one: sign * fmean(result.rows.mean for result in one[2] if result.rows is not None))
     findings = _judged([mine for *_, mine in whole])
     lines = [_line(*one, i, findings) for i, one in enumerate(whole)]
-    return Summary(plan.metric, lines, findings, failed, stopped, _verdict(plan, lines, findings))
+    return Summary(plan.metric, lines, findings, failed, _verdict(plan, lines, findings))
 
 
 def _other_rows(whole: list[tuple[str, list[Result]]]) -> list[str]:
@@ -179,7 +175,6 @@ def write_summary(plan: Plan, summary: Summary, folder: Path) -> None:
         ],
         "groups": [[summary.lines[i].name for i in group] for group in summary.findings.groups if summary.lines],
         "failed": summary.failed,
-        "stopped": summary.stopped,
         "settings": {one.name: one.settings.resolved() for one in plan.candidates},
     }
     (folder / JSON).write_bytes(as_json(facts))
@@ -203,6 +198,5 @@ def _markdown(summary: Summary) -> str:
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *(cells_of(line) for line in summary.lines)]
     said = [*(f"- {text}" for text in summary.verdict)]
     said += [f"- {name} failed: {why}" for name, why in summary.failed.items()]
-    said += [f"- {name} was dropped in round {number}" for name, number in summary.stopped.items()]
     table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
     return f"{table}\n\n" + "\n".join(said) + "\n"

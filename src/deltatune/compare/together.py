@@ -146,11 +146,12 @@ class Together:
                 rows = self.order.epoch(epoch)
             micro = self.order.step(rows, index)
             self.clock.begin()
-            self._step([[self.corpus.train.features[i] for i in part] for part in micro])
+            self.make_step([[self.corpus.train.features[i] for i in part] for part in micro])
             self.seconds += self.clock.end(sum(len(part) for part in micro))
             after_step()
 
-    def _step(self, micro: list[list[Features]]) -> None:
+    def make_step(self, micro: list[list[Features]]) -> None:
+        """One optimizer step of every candidate, over these micro-batches."""
         self.model.train()
         members = self.training
         counts = [sum(row.targets for row in rows) for rows in micro]
