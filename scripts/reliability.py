@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import scripts.faultcases_run  # noqa: F401  (which registers its cases)
 from scripts.faultcases import FAULTS, HANDLED, Fault
 
 ROOT = Path(__file__).parents[1]

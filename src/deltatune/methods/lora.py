@@ -128,7 +128,7 @@ class LoRA(Adapter):
         return self.followed
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
-        own = config is None or isinstance(config, LoraConfig)
+        own = config is None or config.peft_type is PeftType.LORA
         return tying.follow(self, layer) if self.followed and own else None
 
     @property

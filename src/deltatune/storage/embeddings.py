@@ -102,7 +102,10 @@ def _ends(model: nn.Module) -> dict[int, bool]:
 
     found = {}
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        layer: nn.Module | None = getattr(model, get, lambda: None)()
+        try:
+            layer: nn.Module | None = getattr(model, get, lambda: None)()
+        except NotImplementedError:  # how transformers says that images and sound are no tokens
+            layer = None
         adapted = isinstance(layer, AdaptedLayer)
         if isinstance(layer, AdaptedLayer):
             layer = layer.base_layer

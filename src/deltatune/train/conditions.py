@@ -120,3 +120,19 @@ def _short(value: Any) -> str:
         return f"{value.get('class')} {str(value.get('values'))[:12]}"
     text = repr(value) if not (isinstance(value, str) and len(value) == 64) else value[:12]
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refuse_fewer_steps(source: str, made: int, total: int) -> None:
+    """
+    Raises:
+        ResumeError: The run was shortened to fewer steps than the checkpoint has made.
+    """
+    if made > total:
+        raise ResumeError(
+            f"{source} has made {made} steps, more than the {total} of this run; raise max_steps or num_train_epochs, "
+            "or resume from an earlier checkpoint",
+            field="max_steps",
+            path=source,
+            found=made,
+            expected=total,
+        )

@@ -22,7 +22,7 @@ from deltatune.train.base import Base, check_device, finish_base, load_base
 from deltatune.train.begin import begin
 from deltatune.train.chunks import choose_loss
 from deltatune.train.claim import claim, threads
-from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine
+from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine, refuse_fewer_steps
 from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
 from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
@@ -143,6 +143,8 @@ def _train(
         settings.group_by_length,
     )
     pace = Pace.of(settings, order.steps_per_epoch)
+    if kept is not None:
+        refuse_fewer_steps(str(source), kept.state["progress"]["step"], pace.total_steps)
 
     randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
     options = settings.options_of(pace.total_steps)
