@@ -183,8 +183,8 @@ def test_the_harness_sees_each_adapter(lora, t5, rows, tmp_path):
     from transformers import AutoModelForSeq2SeqLM
 
     from deltatune import PeftModel
-    from deltatune.scoring.harness import run_harness
     from deltatune.generate import load_ready
+    from deltatune.scoring.harness import run_harness
 
     read = [json.loads(line) for line in rows.read_text().splitlines()]
     asked = [{"q": row["input"], "a": row["target"], "b": row["input"]} for row in read]

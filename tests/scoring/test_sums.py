@@ -5,8 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltatune.scoring.bootstrap import Draws
-from deltatune.scoring.sums import answer_scores, class_scores, loss_scores, mean_of, tagged_scores, text_scores
 from deltatune.evaluate import (
     accuracy,
     bleu,
@@ -18,6 +16,8 @@ from deltatune.evaluate import (
     squad_f1,
     tag_scores,
 )
+from deltatune.scoring.bootstrap import Draws
+from deltatune.scoring.sums import answer_scores, class_scores, loss_scores, mean_of, tagged_scores, text_scores
 
 CLASSES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30)
 BIO = ["O", "B-a", "I-a", "B-b", "I-b"]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from deltatune.chat.stream import stream
-from deltatune.scoring.rows import run_settings
 from deltatune.data.chat import prompt_ids
 from deltatune.data.conversation import Conversation
 from deltatune.data.encode import Encoder
@@ -23,6 +22,7 @@ from deltatune.errors import ConfigError, DataError
 from deltatune.generate.decoding import Decoding
 from deltatune.generate.load import Ready
 from deltatune.generate.several import BASE, Several
+from deltatune.scoring.rows import run_settings
 
 PLAIN = "plain"  # the template where a decoder has none of its own
 

@@ -13,9 +13,9 @@ from rich.status import Status
 
 from deltatune.cli.arguments import parse
 from deltatune.cli.show import console, facts, quiet_libraries, table
+from deltatune.report.words import plural
 from deltatune.scoring.bootstrap import Interval
 from deltatune.scoring.result import Comparison, Evaluated
-from deltatune.report.words import plural
 from deltatune.storage.files import write_files
 from deltatune.train.events import Listener
 

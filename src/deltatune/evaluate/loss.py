@@ -22,12 +22,21 @@ class Loss:
         predicted: For each row its class, or the class at each labelled token, or two tensors (T,) of logits of being
             the first and the last token of a span. Empty for text.
         rows: For each row the sum of its losses and their number, where they were asked for.
+        batches: The sum of the losses of each batch, and how many targets it is over.
     """
 
     mean: float
     targets: int
     predicted: list[Any] = field(default_factory=list)
     rows: list[tuple[float, int]] = field(default_factory=list)
+    batches: list[tuple[float, int]] = field(default_factory=list)
+
+
+def joined(parts: list[Loss]) -> Loss:
+    """Losses over parts of a data set as one over all of it."""
+    count = sum(part.targets for part in parts)
+    total = sum(part.mean * part.targets for part in parts)
+    return Loss(total / max(count, 1), count, [found for part in parts for found in part.predicted])
 
 
 def target_count(labels: Tensor, task: str) -> int:
@@ -52,20 +61,21 @@ def dataset_loss(
     """
     was_training = model.training
     model.eval()
-    total, count, predicted = 0.0, 0, []
+    predicted: list[Any] = []
+    sums: list[tuple[float, int]] = []
     rows: list[tuple[float, int]] = []
     judged = _spans if task == "question_answering" else _labels
     try:
         for done, batch in enumerate(batches, 1):
             placed = {name: tensor.to(device) for name, tensor in batch.items()}
             loss, number, found = judged(model, placed, task, rows if by_row else None)
-            total += loss
-            count += number
+            sums.append((loss, number))
             predicted += found
             after_batch(done)
     finally:
         model.train(was_training)
-    return Loss(total / max(count, 1), count, predicted, rows)
+    count = sum(number for _, number in sums)
+    return Loss(sum(loss for loss, _ in sums) / max(count, 1), count, predicted, rows, sums)
 
 
 def _labels(

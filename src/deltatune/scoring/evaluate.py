@@ -5,13 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from deltatune.scoring.bootstrap import DRAWS, LEVEL, Draws, Interval
-from deltatune.scoring.forgetting import forgetting_score, neutral_text
-from deltatune.scoring.harness import check_harness, run_harness
-from deltatune.scoring.result import Comparison, Evaluated, Sample
-from deltatune.scoring.rows import read, run_settings
-from deltatune.scoring.scores import Asked, Seen, seen
-from deltatune.scoring.sums import Score
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.labels import Labels
 from deltatune.data.prepare import Corpus
@@ -19,6 +12,13 @@ from deltatune.data.source import Source
 from deltatune.errors import DataError
 from deltatune.generate.load import LABELLED
 from deltatune.generate.several import BASE, Several, load_several, plan_several
+from deltatune.scoring.bootstrap import DRAWS, LEVEL, Draws, Interval
+from deltatune.scoring.forgetting import forgetting_score, neutral_text
+from deltatune.scoring.harness import check_harness, run_harness
+from deltatune.scoring.result import Comparison, Evaluated, Sample
+from deltatune.scoring.rows import read, run_settings
+from deltatune.scoring.scores import Asked, Seen, seen
+from deltatune.scoring.sums import Score
 from deltatune.train import randomness
 from deltatune.train.events import Listener
 

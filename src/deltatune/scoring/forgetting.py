@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 
-from deltatune.scoring.rows import encoded, losses
-from deltatune.scoring.sums import Score, loss_scores
 from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.data.prepare import Corpus, Part, prepare
 from deltatune.data.read import table_of
 from deltatune.data.source import load_tables
 from deltatune.errors import ConfigError
 from deltatune.generate.load import Ready
+from deltatune.scoring.rows import encoded, losses
+from deltatune.scoring.sums import Score, loss_scores
 
 BUILTIN = "builtin"
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltatune.scoring.rows import encoded, losses
-from deltatune.scoring.sums import Score, answer_scores, class_scores, loss_scores, tagged_scores, text_scores
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.prepare import Corpus, Part
 from deltatune.data.tagging import Tagged
 from deltatune.evaluate import Question, shown
 from deltatune.generate.load import Ready
+from deltatune.scoring.rows import encoded, losses
+from deltatune.scoring.sums import Score, answer_scores, class_scores, loss_scores, tagged_scores, text_scores
 from deltatune.train.events import Listener
 from deltatune.train.judge import Judge
 from deltatune.train.scores import answers_and_truth, tags_and_truth
