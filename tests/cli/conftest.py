@@ -96,6 +96,26 @@ def bert(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chatty(tmp_path_factory):
+    """A tiny decoder with a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.data import test_chat as chat
+
+    folder = tmp_path_factory.mktemp("chatty")
+    words = chat.tokenizer(chat.PLAIN)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=words.eos_token_id, bos_token_id=words.bos_token_id,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def rows(tmp_path_factory) -> Path:
     """24 rows: three words and the same words backwards."""
     random.seed(0)

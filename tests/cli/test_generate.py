@@ -120,13 +120,13 @@ def test_brackets_of_the_data_are_shown_and_not_read_as_markup(capsys):
 
 
 def test_several_columns_and_lists_of_words_make_one_input(tmp_path):
-    from deltatune.cli.generate import _rows
+    from deltatune.cli.generate import rows_of
     from deltatune.errors import DataError
 
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "who?", "context": "a cat", "tokens": ["a", "cat"], "tags": [1, 2]}) + "\n")
-    assert list(_rows(str(file), "question,context")) == ["who?\na cat"]
-    assert list(_rows(str(file), "tokens")) == ["a cat"]
+    assert list(rows_of(str(file), "question,context")) == ["who?\na cat"]
+    assert list(rows_of(str(file), "tokens")) == ["a cat"]
     for column in ("question,answer", "tags"):
         with pytest.raises(DataError, match=r"line 1: field '(answer|tags)' is (missing or empty|not text)"):
-            list(_rows(str(file), column))
+            list(rows_of(str(file), column))

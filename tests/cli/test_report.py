@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from deltatune import LoraConfig, PrefixTuningConfig, get_peft_model
+from deltatune import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from deltatune.report.curves import loss_curves, ticks
 from deltatune.report.sites import adapter_map
 from deltatune.report.words import duration, share, size
@@ -89,6 +89,8 @@ def cells(place):
         LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM"),
         LoraConfig(r=2, target_modules=["q"], modules_to_save=["shared"], task_type="SEQ_2_SEQ_LM"),
         PrefixTuningConfig(num_virtual_tokens=3, sites="all", task_type="SEQ_2_SEQ_LM"),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
+        PromptEncoderConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
     ],
 )
 def test_the_map_counts_every_trained_parameter_once(config):

@@ -10,7 +10,6 @@ from deltatune.cli.show import warnings_as_lines
 
 app = typer.Typer(
     cls=Verbs,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -22,6 +21,17 @@ InputFile = Annotated[str | None, typer.Option("--file", "-f", help="Inputs from
 Column = Annotated[str | None, typer.Option(help="Column of the file that holds the input.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Load what was written and compare.")]
 Kl = Annotated[float | None, typer.Option("--tolerance", min=0.0, help="Largest KL divergence allowed, in nats.")]
+Separator = Annotated[str | None, typer.Option(help="Between input and answer; default: as trained.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Default: as trained.")
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")]
+Temperature = Annotated[float, typer.Option(min=0.0)]
+TopP = Annotated[float, typer.Option("--top-p", "--top_p", min=0.0, max=1.0)]
+TopK = Annotated[int, typer.Option("--top-k", "--top_k", min=0, help="0: no limit.")]
+Seed = Annotated[int, typer.Option()]
+NumBeams = Annotated[int, typer.Option("--num-beams", "--num_beams", min=1)]
+BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: folder, hub name or demo.")]
 
 
@@ -120,30 +130,31 @@ def check(
 def generate(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, or a model without adapter (folder, hub name).")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Inputs; without any, lines of stdin.")] = None,
+    further: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="Another adapter on the same base; may be repeated.")
+    ] = None,
     model: Model = None,
-    separator: Annotated[str | None, typer.Option(help="Between input and answer; default: as trained.")] = None,
+    separator: Separator = None,
     file: Annotated[str | None, typer.Option("--file", "-f", help="Inputs from a jsonl, csv or txt file.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the file that holds the input.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write jsonl here.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer too.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Default: as trained.")
-    ] = None,
-    num_beams: Annotated[int, typer.Option("--num-beams", "--num_beams", min=1)] = 1,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", "--top_p", min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", "--top_k", min=0, help="0: no limit.")] = 0,
-    seed: Annotated[int, typer.Option()] = 42,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1)] = 16,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = 1,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 42,
+    batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
-    """Answer inputs with an adapter on its base model; classifiers give their label."""
+    """Answer inputs with an adapter, or several, on their base model; classifiers give their label."""
     from deltatune.cli.generate import generate as run
     from deltatune.generate.decoding import Decoding
 
     decoding = Decoding(max_new_tokens, num_beams, sample, temperature, top_p, top_k, seed, batch_size)
-    run(adapter, prompts or [], model, separator, file, column, output, compare, decoding, as_json)
+    run([adapter, *(further or [])], prompts or [], model, separator, file, column, output, compare, decoding, as_json)
 
 
 app.command(name="infer", hidden=True)(generate)
@@ -256,6 +267,131 @@ def diff(
     from deltatune.cli.diff import diff as run
 
     run(first, second, every, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter folders, also as NAME=FOLDER.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", "--file", "-f", "--eval_file", help="Rows, as for train; may be repeated."),
+    ] = None,
+    model: Model = None,
+    task: Annotated[str | None, typer.Option(help="Of a base without adapters.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="NAME=NAME_IN_THE_FILE, such as prompt=question.")] = None,
+    separator: Separator = None,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Ask the base too.")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many rows, evenly spread.")] = None,
+    answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Write answers and score them.")] = True,
+    forgetting: Annotated[str | None, typer.Option(help="Loss on this neutral text: a file, or builtin.")] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", "--lm_eval", help="Tasks of lm-evaluation-harness, with commas.")
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option("--lm-eval-limit", min=1, help="Rows of each of them.")] = None,
+    lm_eval_include: Annotated[str | None, typer.Option("--lm-eval-include", help="Folder with your tasks.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Inputs to show with all answers.")] = 2,
+    draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws for the intervals.")] = 1000,
+    seed: Seed = 42,
+    max_new_tokens: MaxNewTokens = None,
+    num_beams: NumBeams = 1,
+    batch_size: BatchSize = 16,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the base and adapters side by side on one data file, with intervals; what they forgot."""
+    from deltatune.cli.evaluate import evaluate as run
+
+    run(
+        adapters or [],
+        data or [],
+        column or [],
+        lm_eval,
+        output,
+        as_json,
+        model=model,
+        task=task,
+        separator=separator,
+        base=base,
+        limit=limit,
+        answers=answers,
+        forgetting=forgetting,
+        lm_eval_limit=lm_eval_limit,
+        lm_eval_include=lm_eval_include,
+        num_samples=samples,
+        draws=draws,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        batch_size=batch_size,
+    )
+
+
+app.command(name="evaluate", hidden=True)(evaluate)
+
+
+@app.command()
+def chat(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Adapter folders, also as NAME=FOLDER.")
+    ] = None,
+    model: Model = None,
+    separator: Separator = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--chat-template", "--chat_template", help="chatml, plain or a jinja file; default: its own."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 42,
+) -> None:
+    """Talk with the base and adapters, switching between them; /help inside lists the commands."""
+    from deltatune.cli.chat import chat as run
+    from deltatune.generate.decoding import Decoding
+
+    decoding = Decoding(max_new_tokens, 1, sample, temperature, top_p, top_k, seed, 1)
+    run(adapters or [], model, separator, template, system, decoding)
+
+
+def _methods(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from deltatune.train.method import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from deltatune.recipes import TASKS
+
+    return [name for name in TASKS if name.startswith(incomplete)]
+
+
+@app.command()
+def init(
+    task: Annotated[str | None, typer.Argument(help="Without one: the list.", autocompletion=_recipes)] = None,
+    method: Annotated[str, typer.Option(help="Of fine-tuning.", autocompletion=_methods)] = "lora",
+    listed: Annotated[bool, typer.Option("--list", help="List tasks and methods.")] = False,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A new file, instead of stdout.")] = None,
+) -> None:
+    """A settings file to begin with, with comments: deltatune init classification > run.yaml"""
+    from deltatune.cli.recipes import init as run
+
+    run(None if listed else task, method, output)
+
+
+@app.command(name="config-schema")
+def config_schema(
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write it here.")] = None,
+) -> None:
+    """The settings of train as JSON schema, options of all methods included, for editors."""
+    from deltatune.cli.recipes import config_schema as run
+
+    run(output)
 
 
 @app.command(context_settings=SETTINGS)

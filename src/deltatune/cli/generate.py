@@ -18,7 +18,7 @@ COLUMNS = ("input", "prompt", "instruction", "source", "mr", "question", "text",
 
 
 def generate(
-    adapter: str,
+    adapters: Sequence[str],
     prompts: list[str],
     model: str | None,
     separator: str | None,
@@ -31,9 +31,28 @@ def generate(
 ) -> None:
     inputs = _inputs(prompts, file, column)
     quiet_libraries()
+    rows = (_of_several if len(adapters) > 1 else _of_one)(adapters, inputs, model, separator, compare, decoding)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is not None:
+        path = Path(output)
+        write_files(path.parent, {path.name: lines.encode()})
+    elif as_json:
+        print(lines, end="")
+    else:
+        _show(rows)
+
+
+def _of_one(
+    adapters: Sequence[str],
+    inputs: list[str],
+    model: str | None,
+    separator: str | None,
+    compare: bool,
+    decoding: Decoding,
+) -> list[dict[str, Any]]:
     from deltatune.generate import answers, load_ready
 
-    ready = load_ready(adapter, model, separator, compare)
+    ready = load_ready(adapters[0], model, separator, compare)
     found = answers(ready, inputs, decoding)
     base = answers(ready, inputs, decoding, base=True) if compare else [None] * len(inputs)
     rows: list[dict[str, Any]] = []
@@ -44,14 +63,30 @@ def generate(
         if before is not None:
             row["base"] = before.text
         rows.append(row)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if output is not None:
-        path = Path(output)
-        write_files(path.parent, {path.name: lines.encode()})
-    elif as_json:
-        print(lines, end="")
-    else:
-        _show(rows)
+    return rows
+
+
+def _of_several(
+    adapters: Sequence[str],
+    inputs: list[str],
+    model: str | None,
+    separator: str | None,
+    compare: bool,
+    decoding: Decoding,
+) -> list[dict[str, Any]]:
+    """`outputs` by the adapters' names, `probabilities` beside them; the base's among them where it is asked for."""
+    from deltatune.generate import BASE, answers, load_several, plan_several
+
+    several = load_several(plan_several(adapters, model, separator))
+    rows: list[dict[str, Any]] = [{"input": text, "outputs": {}} for text in inputs]
+    for name in [*([BASE] if compare else []), *several.adapters]:
+        with several.using(name) as ready:
+            found = answers(ready, inputs, decoding)
+        for row, answer in zip(rows, found):
+            row["outputs"][name] = answer.text
+            if answer.probability is not None:
+                row.setdefault("probabilities", {})[name] = round(answer.probability, 4)
+    return rows
 
 
 def _inputs(prompts: list[str], file: str | None, column: str | None) -> list[str]:
@@ -99,14 +134,25 @@ def _text(table: Table, index: int, name: str) -> str:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    """Answers alone, one a line, for pipes; with their inputs where a person reads."""
-    if not sys.stdout.isatty() and not any("base" in row for row in rows):
+    """Answers alone, one a line, for pipes; with their inputs where a person reads, or there are several."""
+    if not sys.stdout.isatty() and not any("base" in row or "outputs" in row for row in rows):
         for row in rows:
             print(" ".join(row["output"].split()))
         return
     out = console()
     for row in rows:
-        answer = row["output"] + (f"  ({row['probability']:.1%})" if "probability" in row else "")
-        pairs = [("input", row["input"]), *([("base", row["base"])] if "base" in row else []), ("answer", answer)]
-        out.print(facts(pairs))
+        out.print(facts([("input", row["input"]), *_answers(row)]))
         out.print()
+
+
+def _answers(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(who, what) of a row."""
+    if "outputs" in row:
+        sure = row.get("probabilities", {})
+        return [(name, text + _percent(sure.get(name))) for name, text in row["outputs"].items()]
+    base = [("base", row["base"])] if "base" in row else []
+    return [*base, ("answer", row["output"] + _percent(row.get("probability")))]
+
+
+def _percent(probability: float | None) -> str:
+    return "" if probability is None else f"  ({probability:.1%})"

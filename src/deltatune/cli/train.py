@@ -39,6 +39,7 @@ def train(words: Sequence[str], config: str | None, dry_run: bool, print_config:
         raise SystemExit(launch(how, ["train", *given]))
     from deltatune.cli.progress import ProgressBar
     from deltatune.generate.load import write_labels
+    from deltatune.report.card import write_card
     from deltatune.report.page import write_report
     from deltatune.train import train as run
 
@@ -51,6 +52,7 @@ def train(words: Sequence[str], config: str | None, dry_run: bool, print_config:
         result = run(settings, callbacks=[bar])
     end_processes()
     write_labels(result)
+    write_card(result)
     report = write_report(result, command=os.environ.get(COMMAND) or shlex.join(["deltatune", *sys.argv[1:]]))
     _results(result, report)
 

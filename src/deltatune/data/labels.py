@@ -53,9 +53,28 @@ def collect_labels(tables: Sequence[Table], columns: Sequence[Columns], examples
             found=list(ordered),
             expected="at least two classes",
         )
+    shown = _shown(tables, columns, examples)
+    return Labels(ordered, tuple(shown.get(key, key) for key in ordered))
+
+
+def known_labels(
+    names: Sequence[str], tables: Sequence[Table], columns: Sequence[Columns], examples: Sequence[list[Example]]
+) -> Labels:
+    """The classes of a trained model, as the tables write them: by their names, by a second column, or by number."""
+    keys = {key for rows in examples for example in rows for key in keys_of(example)}
+    written = {name: key for key, name in _shown(tables, columns, examples).items()}
+    found = [written.get(name, name) for name in names]
+    numbers = [str(number) for number in range(len(names))]
+    if not keys & set(found) and keys <= set(numbers):
+        found = numbers
+    return Labels(tuple(found), tuple(names))
+
+
+def _shown(tables: Sequence[Table], columns: Sequence[Columns], examples: Sequence[list[Example]]) -> dict[str, str]:
+    """Classes and the names that a second column gives them."""
     shown: dict[str, str] = {}
     for table, found, rows in zip(tables, columns, examples):
         if found.label_names:
             by_line = dict(zip(table.lines, table.rows))
             shown |= {e.target: str(by_line[e.line].get(found.label_names)) for e in rows if e.target is not None}
-    return Labels(ordered, tuple(shown.get(key, key) for key in ordered))
+    return shown

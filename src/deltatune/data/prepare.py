@@ -12,7 +12,7 @@ from deltatune.data.encode import Encoder, Lengths, check_tokenizer, encode
 from deltatune.data.example import Columns, Example
 from deltatune.data.features import Features
 from deltatune.data.formats import detect, examples
-from deltatune.data.labels import Labels, collect_labels, keys_of
+from deltatune.data.labels import Labels, collect_labels, keys_of, known_labels
 from deltatune.data.pack import packed
 from deltatune.data.read import Table
 from deltatune.errors import DataError
@@ -118,12 +118,14 @@ def prepare(
     text_column: str | None = None,
     label_column: str | None = None,
     task_column: str | None = None,
+    classes: Sequence[str] | None = None,
     faults: list[DataError] | None = None,
 ) -> Corpus:
     """Check every row of every table. Each training table has its own columns; the others are read as the first one
     where they have the same.
 
-    With `faults`, faulty rows are left out and told there, instead of being refused.
+    With `faults`, faulty rows are left out and told there, instead of being refused. `classes` are the names of the
+    classes that a trained model knows; else the training rows say what there is.
     """
     tables = _listed(train)
     names = (input_column, target_column, text_column, label_column)
@@ -137,7 +139,9 @@ def prepare(
                 found="seq2seq",
             )
     rows = [examples(table, columns, faults) for table, columns in zip(tables, found)]
-    labels = collect_labels(tables, found, rows) if found[0].form in ("labelled", "tagged") else None
+    labels = None
+    if found[0].form in ("labelled", "tagged"):
+        labels = collect_labels(tables, found, rows) if classes is None else known_labels(classes, tables, found, rows)
     made = _part(tables, rows, labels, None)
 
     def part(given: Table | Sequence[Table] | None) -> Part | None:

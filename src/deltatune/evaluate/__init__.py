@@ -24,3 +24,4 @@ from deltatune.evaluate.tags import tag_scores as tag_scores
 from deltatune.evaluate.text import bleu as bleu
 from deltatune.evaluate.text import exact_match as exact_match
 from deltatune.evaluate.text import rouge_l as rouge_l
+from deltatune.evaluate.text import rouge_n as rouge_n

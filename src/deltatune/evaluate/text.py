@@ -1,8 +1,9 @@
-"""Generated text against one or more references: corpus BLEU, ROUGE-L, exact match."""
+"""Generated text against one or more references: corpus BLEU, ROUGE, exact match."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from deltatune.errors import DataError
@@ -31,6 +32,13 @@ def rouge_l(outputs: Sequence[str], references: References) -> float:
     return 100 * sum(scores) / len(scores)
 
 
+def rouge_n(outputs: Sequence[str], references: References, n: int) -> float:
+    """Mean F1 of runs of n words (n = 1: ROUGE-1) with the best reference, 0 to 100; words as in `rouge_l`."""
+    check_references(outputs, references)
+    scores = [max(_runs_f1(_words(out), _words(ref), n) for ref in row) for out, row in zip(outputs, references)]
+    return 100 * sum(scores) / len(scores)
+
+
 def exact_match(outputs: Sequence[str], references: References) -> float:
     """Share of outputs that equal a reference, white space at the ends aside."""
     check_references(outputs, references)
@@ -40,6 +48,13 @@ def exact_match(outputs: Sequence[str], references: References) -> float:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _runs_f1(a: list[str], b: list[str], n: int) -> float:
+    said, meant = (Counter(zip(*(words[i:] for i in range(n)))) for words in (a, b))
+    if not said or not meant:
+        return 0.0
+    return 2 * (said & meant).total() / (said.total() + meant.total())
 
 
 def _lcs_f1(a: list[str], b: list[str]) -> float:

@@ -23,7 +23,11 @@ from deltatune.train.defaults import FULL
 from deltatune.train.result import SETTINGS, TrainResult, as_json
 from deltatune.train.settings import TrainSettings
 
-KEPT = ("task", "max_length", "max_target_length", "separator", "model_name_or_path")  # of the settings of training
+# of the settings of training
+KEPT = (
+    *("task", "max_length", "max_target_length", "separator", "model_name_or_path"),
+    *("completion_only_loss", "truncation", "train_on"),
+)
 LABELS = "labels.json"  # names of the classes, in order
 TASKS = {
     TaskType.SEQ_2_SEQ_LM: "seq2seq",
@@ -50,6 +54,7 @@ class Ready:
     encoder: Encoder
     labels: Labels | None = None
     base: nn.Module | None = None  # the untouched model, where it is not this one with its adapter switched off
+    settings: TrainSettings | None = None  # of the run that trained it, as far as answering needs them
 
     @contextmanager
     def untouched(self) -> Iterator[nn.Module]:
@@ -72,30 +77,45 @@ def load_ready(name: str, model: str | None = None, separator: str | None = None
 
     from deltatune.model import PeftModel
 
-    config = _adapter_config(name)
-    settings = _settings(Path(name), config, model, separator)
+    config = adapter_config(name)
+    settings = settings_of(Path(name), config, model, separator)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labels = _labels(Path(name), settings, name if config is not None else None)
+    labels = labels_of(Path(name), settings, name if config is not None else None)
     base = load_base(settings, labels if config is not None else None, device)
     tokenizer, loaded, bare = base.tokenizer, base.model, None
     if config is not None:
         loaded = PeftModel.from_pretrained(base.model, name)
-        tokenizer = _own_tokenizer(Path(name)) or tokenizer
+        tokenizer = own_tokenizer(Path(name)) or tokenizer
     elif compare:
         bare = _before(Path(name), device)
+    return make_ready(loaded.to(device).eval(), tokenizer, settings, labels, bare)
+
+
+def make_ready(
+    model: nn.Module, tokenizer: Any, settings: TrainSettings, labels: Labels | None, base: nn.Module | None = None
+) -> Ready:
+    """A loaded model, with inputs written as `settings` say."""
     if labels is None and settings.task in LABELLED:
-        known: Any = loaded.config
+        known: Any = model.config
         names = tuple(known.id2label[i] for i in range(known.num_labels))
         labels = Labels(names, names)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoder = Encoder(
-        tokenizer, settings.task, settings.max_length, settings.max_target_length, settings.separator, True, labels
+        tokenizer,
+        settings.task,
+        settings.max_length,
+        settings.max_target_length,
+        settings.separator,
+        settings.completion_only_loss,
+        labels,
+        settings.truncation,
+        settings.train_on,
     )
-    return Ready(loaded.to(device).eval(), tokenizer, settings.task, encoder, labels, bare)
+    return Ready(model, tokenizer, settings.task, encoder, labels, base, settings)
 
 
-def _adapter_config(name: str) -> PeftConfig | None:
+def adapter_config(name: str) -> PeftConfig | None:
     """The config of an adapter; None where `name` is a model."""
     folder = Path(name)
     is_model = (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file()
@@ -109,7 +129,7 @@ def _adapter_config(name: str) -> PeftConfig | None:
         return None  # perhaps the hub's name of a model; loading it will tell
 
 
-def _settings(folder: Path, config: PeftConfig | None, model: str | None, separator: str | None) -> TrainSettings:
+def settings_of(folder: Path, config: PeftConfig | None, model: str | None, separator: str | None) -> TrainSettings:
     """The settings of the training run beside the adapter, or what its config tells."""
     values: dict[str, Any] = {}
     if (folder / SETTINGS).is_file():
@@ -158,7 +178,7 @@ def _task_of(name: str) -> str:
     return head or ("seq2seq" if config.is_encoder_decoder else "causal")
 
 
-def _labels(folder: Path, settings: TrainSettings, adapter: str | None) -> Labels | None:
+def labels_of(folder: Path, settings: TrainSettings, adapter: str | None) -> Labels | None:
     """The classes of an adapter: their names from beside it, or their number from its head."""
     if settings.task not in LABELLED or adapter is None:
         return None
@@ -185,7 +205,7 @@ def write_labels(result: TrainResult) -> None:
         write_files(result.output_dir, {LABELS: as_json({"names": names})})
 
 
-def _own_tokenizer(folder: Path) -> Any:
+def own_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer

@@ -12,6 +12,7 @@ from deltatune.report.curves import loss_curves
 from deltatune.report.sites import AdapterMap, Cell, adapter_map
 from deltatune.report.words import duration, plural, share, size
 from deltatune.storage.files import write_files
+from deltatune.storage.locate import is_repository
 from deltatune.train.result import TrainResult
 
 NAME = "report.html"
@@ -35,7 +36,7 @@ def render(result: TrainResult, command: str | None = None) -> str:
     before = metrics.get("before", {}).get("eval", {})
     place = adapter_map(result.model)
     return template.render(
-        title=f"{settings['method']} on {settings['model_name_or_path']}",
+        title=f"{settings['method']} on {_base(settings['model_name_or_path'])}",
         metrics=metrics,
         facts=_facts(metrics, settings, place),
         scores=_scores(metrics),
@@ -59,7 +60,8 @@ def total(cells: dict[str, Cell]) -> Cell:
 
 def _tone(place: AdapterMap) -> Any:
     """Strength of a cell's colour, 0 to 4, by its share of everything that trains."""
-    most = max((c.trained for s in place.stacks for row in s.rows.values() for c in row.values()), default=0)
+    inside = (c.trained for s in place.stacks for row in s.rows.values() for c in row.values())
+    most = max(inside, default=0) or max((c.trained for c in place.outside.values()), default=0)
 
     def tone(cell: Cell) -> int:
         return 0 if not cell.trained else 1 + min(3, round(3 * cell.trained / most)) if most else 1
@@ -93,6 +95,11 @@ def _scores(metrics: dict[str, Any]) -> list[dict[str, Any]]:
                 better = (new > old) == (name in RISING)
             rows.append({"name": f"{part} {name.replace('_', ' ')}", "before": old, "after": new, "better": better})
     return rows
+
+
+def _base(name: str) -> str:
+    """A folder by its own name; where it lies is among the settings."""
+    return name if is_repository(name) else Path(name).name
 
 
 def _repeat(result: TrainResult) -> str:

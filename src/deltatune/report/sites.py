@@ -86,8 +86,24 @@ def adapter_map(model: nn.Module) -> AdapterMap:
             row[place] = Cell(row[place].parameters + cell.parameters, row[place].trained + cell.trained)
         else:
             row[place] = cell
+    if prefixed:
+        outside = {**_inputs(model), **outside}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return AdapterMap(list(stacks.values()), outside, trained, sum(p.numel() for p in model.parameters()))
+
+
+def _inputs(model: nn.Module) -> dict[str, Cell]:
+    """Adapters that sit before the first block: virtual tokens beside the embedded ones."""
+    from deltatune.model import PeftModel
+
+    assert isinstance(model, PeftModel)
+    found: dict[str, Cell] = {}
+    for name, graft in model.prompts.items():
+        encoder = getattr(graft, "encoder", None)
+        if name not in model.prefixes and isinstance(encoder, nn.Module):
+            trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+            found[f"virtual tokens ({name})"] = Cell(0, trained)
+    return found
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from deltatune.errors import SaveError
+from deltatune.storage.card import CARD_NAME
 from deltatune.storage.files import write_files
 from deltatune.train.base import quiet
 from deltatune.train.settings import TrainSettings
@@ -68,6 +69,8 @@ def write_results(result: TrainResult) -> None:
     temporary = output / f".results.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)
+        if (output / CARD_NAME).is_file():  # the user's own: saving adds to its head what it lacks
+            shutil.copyfile(output / CARD_NAME, temporary / CARD_NAME)
         with quiet():
             result.model.save_pretrained(str(temporary))  # type: ignore[operator]
         result.tokenizer.save_pretrained(str(temporary))
