@@ -267,3 +267,32 @@ def env(as_json: Json = False) -> None:
     from deltatune.cli.env import env as run
 
     run(as_json)
+
+
+@app.command()
+def combine(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[=WEIGHT]... OUT", help="Adapter folders, or a YAML recipe; and a new folder."),
+    ],
+    type: Annotated[
+        str | None,
+        typer.Option("--type", help="linear (the exact sum), svd, cat, ties_svd, dare_linear_svd, dare_ties_svd, ..."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that pruning keeps.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result.")] = None,
+    sign: Annotated[str, typer.Option(help="What TIES elects by: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="What DARE draws from.")] = 42,
+    model: Model = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    eval_file: Annotated[
+        str | None, typer.Option("--eval-file", "--eval_file", "-e", help="Score base, adapters and result on it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Several adapters of one base as one: sums, TIES, DARE, SVD; also from a YAML file as mergekit has it."""
+    from deltatune.cli.combine import combine as run
+    from deltatune.cli.combine import recipe_of
+
+    run(recipe_of(words[:-1], type, density, rank, sign, model, dtype), words[-1], eval_file, batch_size, seed, as_json)
