@@ -296,3 +296,27 @@ def combine(
     from deltatune.cli.combine import recipe_of
 
     run(recipe_of(words[:-1], type, density, rank, sign, model, dtype), words[-1], eval_file, batch_size, seed, as_json)
+
+
+@app.command(context_settings=SETTINGS)
+def plan(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [--NAME VALUE | NAME=VALUE]...", help="Settings of the run, as for train."),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Settings file, YAML or JSON.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", help="cpu, cuda, or a device by name: a100-80, h100, rtx4090, ...")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--device-memory", "--device_memory", help="24GB; shows what fits into it.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="What each of so many devices would hold and send.")] = 1,
+    probing: Annotated[bool, typer.Option("--probe", help="Load the weights and time a few small steps here.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory and time of a training run before it runs, and which settings fit. Exit code 4 where it does not."""
+    from deltatune.cli.plan import plan as run
+
+    if not run(words or [], config, target, memory, devices, probing, as_json):
+        raise typer.Exit(4)
