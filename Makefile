@@ -15,11 +15,12 @@ PYTEST   := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pyte
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format test-all test-long mutants bench-e2e bench-classification minilm bench-prompts clean
+.PHONY: help setup demo test lint types format test-all test-long fuzz mutants bench bench-e2e bench-classification minilm bench-prompts clean
 
 help:
 	@sed -n 's/^#\( *make .*\)/\1/p' Makefile
-	@echo "   make test-all      the slow tests too;  make test-long   the long ones;  make mutants   do the tests have teeth?"
+	@echo "   make test-all      the slow tests too;  make test-long   the long ones;  make mutants   do the tests have teeth?;  make fuzz   mutated files"
+	@echo "   make bench         time and memory beside PEFT and the frozen model (hours);  make bench-step, ...   one part of it"
 	@echo "   make bench-e2e     real text: E2E NLG;  make bench-classification   real sentences with MiniLM"
 	@echo "   make bench-prompts   every prompt method on four tasks;  make bench-prompts-sentence_polarity (-wnut17, -squad_newwiki, -e2e)   on one"
 	@echo "   make format        let ruff rewrite the code;  make clean   remove .venv and caches"
@@ -53,6 +54,12 @@ test-all: lint types
 test-long: $(STAMP)
 	@$(PYTEST) -m long tests
 
+# mutated adapter folders and configs: each a success or a deltatune error, within limits of time and memory
+FUZZ_CASES ?= 10000
+fuzz: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py folders --cases $(FUZZ_CASES)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py configs --cases $(FUZZ_CASES)
+
 # plants one fault after another into the methods; each has to make a test fall
 mutants: $(STAMP)
 	@$(BIN)/python scripts/mutants.py $(MUTANTS)
@@ -60,6 +67,13 @@ mutants: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
+
+# python benchmarks/bench.py --list shows the parts; every part has options of its own: --rounds, --only, --quick
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-%: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --only $* $(BENCH_ARGS)
 
 bench-e2e: $(STAMP)
 	$(BIN)/python benchmarks/e2e_nlg.py $(BENCH_ARGS)

@@ -24,6 +24,7 @@ import torch
 import transformers
 from harness.memory import peak_bytes, saved_bytes
 from harness.tables import markdown, put_between
+from harness.timing import cpu_seconds
 
 import deltatune
 
@@ -68,7 +69,7 @@ class Candidate:
         for turn in range(-1, rounds):  # the first round goes unmeasured
             took = {}
             for self.stage.enabled in (True, False) if turn % 2 else (False, True):
-                took[self.stage.enabled] = step.seconds(self.step)
+                took[self.stage.enabled] = cpu_seconds(self.step)
             ratios.append(took[True] / took[False])
         return statistics.median(ratios[1:])
 

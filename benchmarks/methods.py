@@ -1,132 +1,81 @@
-"""Every weight method beside PEFT's: time to inject it, time of a training step, size of its file.
+"""Every method beside PEFT's and beside the frozen floor: time to inject it, time of a training step, size of its file.
 
-    python benchmarks/methods.py                        all methods, and the table of docs/performance.md
-    python benchmarks/methods.py --only lora,vera --rounds 3 --no-write
+    python benchmarks/methods.py                        all methods, the table and the picture of docs/performance.md
+    python benchmarks/methods.py --only lora,vera --rounds 3
 
-A Llama of 4 layers of width 256 with random weights, all linear layers adapted, 4 rows of 64 tokens. Both packages get
-the same config: the defaults of the method, with block sizes that fit the width. They take turns in one process with
-one thread; what counts is process CPU time, and of it the median of the ratios within a round. Every method is measured
-beside our LoRA too: that column is what it costs.
+A Llama of 4 layers of width 256 with random weights, all linear layers adapted, 4 rows of 64 tokens, in float32 and in
+bfloat16. Both packages get the same config: the defaults of the method, with block sizes that fit the width. They take
+turns in one process with one thread; what counts is process CPU time, and of it the median of the ratios within a
+round. The floor is defined in harness/floor.py. Every method is measured beside our LoRA too: that column is what it
+costs.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import gc
-import json
 import os
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 
-import peft
 import torch
-import transformers
-from harness.tables import markdown, put_between
+from harness import configs
+from harness.alone import as_if_alone
+from harness.floor import floor, step
+from harness.llama import PACKAGES, ids_of
+from harness.part import Found, Part, main
+from harness.tables import markdown
+from harness.timing import beside, cpu_seconds, in_turns, milliseconds, ratio, turns, with_spread
 
-import deltatune
-from deltatune import METHODS
-from deltatune.errors import PeftError
-
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-RESULTS = Path(__file__).with_name("methods.json")
 ROWS, TOKENS = 4, 64
-COLUMNS = ("method", "inject, PEFT", "ours / PEFT", "step, PEFT", "ours / PEFT", "step / LoRA's", "file / trained")
-# Fields that a method cannot do without, or whose default does not fit a width of 256, by their name.
-FITTED: dict[str, Any] = {
-    "total_step": 1000,
-    "block_size": 64,
-    "num_virtual_tokens": 20,
-    "token_indices": [1, 2, 3],
-    "vector_length": 64,
-}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = (
+    *("method", "inject, ours", "PEFT", "step, ours / floor", "PEFT / floor", "ours / PEFT"),
+    *("bfloat16, ours / floor", "PEFT / floor", "ours / PEFT", "step / LoRA's", "file / trained"),
+)
 
 
-def bare() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).train()
+def measure(name: str, rounds: int, quick: bool) -> Found:
+    shape = "tiny" if quick else "narrow"
+    with tempfile.TemporaryDirectory() as place:
+        found = {dtype: steps(name, shape, dtype, rounds, Path(place)) for dtype in DTYPES}
+        build = partial(injection, name, shape, place=Path(place))
+        injected = in_turns({package: partial(build, package) for package in _packages(name)}, rounds)
+        model = configs.build("deltatune", name, configs.base(name, shape), Path(place))
+    return {**found, "inject": beside(injected, "deltatune"), "file": file_share(model)}
 
 
-def arguments(kind: type) -> dict[str, Any]:
-    """Keyword arguments that both packages take."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    given = {name: value for name, value in FITTED.items() if name in names}
-    return given if "token_indices" in names else {"target_modules": TARGETS, **given}
-
-
-def build(package: Any, kind: str, given: dict[str, Any], model: Any = None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = getattr(package, kind)(task_type="CAUSAL_LM", **given)
-        return package.get_peft_model(bare() if model is None else model, config)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    gc.collect()
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def injection(package: Any, kind: str, given: dict[str, Any]) -> float:
-    model = bare()  # making it is no part of the injection
-    return seconds(lambda: build(package, kind, given, model))
-
-
-def turns(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, taking turns; the first round goes unmeasured."""
-    names, spent = list(candidates), {name: [] for name in candidates}
-    for turn in range(-1, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took = candidates[name]()
-            if turn >= 0:
-                spent[name].append(took)
-    return spent
-
-
-def ratio(spent: dict[str, list[float]], one: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(spent[one], spent[other]))
-
-
-def step(model: Any, inputs: dict[str, Any]) -> None:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-
-
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    kind = METHODS[name.upper()].config
-    given, known = arguments(kind), hasattr(peft, kind.__name__)
-    packages = {"ours": deltatune, "peft": peft} if known else {"ours": deltatune}
-    models = {which: build(package, kind.__name__, given) for which, package in packages.items()}
-    models["lora"] = build(deltatune, "LoraConfig", {"target_modules": TARGETS})
-    ids = torch.randint(0, 1024, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "labels": ids}
-    tasks = {"task_ids": torch.zeros(ROWS, dtype=torch.long)} if hasattr(kind, "n_tasks") else {}
-    asked = {which: inputs if which == "lora" else inputs | tasks for which in models}
-    steps = turns({w: lambda w=w: seconds(lambda: step(models[w], asked[w])) for w in models}, rounds)
-    injected = turns({w: lambda p=p: injection(p, kind.__name__, given) for w, p in packages.items()}, rounds)
-    found = {"lora": ratio(steps, "ours", "lora"), "file": file_share(models["ours"])}
-    if known:
-        found |= {"inject_seconds": statistics.median(injected["peft"]), "inject": ratio(injected, "ours", "peft")}
-        found |= {"step_seconds": statistics.median(steps["peft"]), "step": ratio(steps, "ours", "peft")}
+def steps(name: str, shape: str, dtype: str, rounds: int, place: Path) -> Found:
+    """A training step of each package, of LoRA and of the frozen model, in turns; the reason where one cannot train."""
+    ids, given = ids_of(ROWS, TOKENS), configs.options(name, ROWS)
+    base = partial(configs.base, name, shape, DTYPES[dtype])
+    candidates: dict[str, Any] = {"floor": partial(floor, base().train(), ids)}
+    candidates["lora"] = partial(step, configs.build("deltatune", "lora", base(), place).train(), ids)
+    unable = {}
+    for package in _packages(name):
+        try:
+            with as_if_alone(package):
+                run = partial(step, configs.build(package, name, base(), place).train(), ids, **given)
+                run()
+        except Exception as error:  # whatever a package runs into in that precision
+            unable[package] = f"{type(error).__name__}: {error}"[:200]
+        else:
+            candidates[package] = run
+    spent = turns(candidates, rounds, within=lambda which: as_if_alone("deltatune" if which == "lora" else which))
+    found = {**beside(spent, "floor"), "unable": unable}
+    if "deltatune" in spent:
+        found["ours / lora"] = ratio(spent, "deltatune", "lora")
+    if "peft" in spent and "deltatune" in spent:
+        found["ours / PEFT"] = ratio(spent, "deltatune", "peft")
     return found
+
+
+def injection(name: str, shape: str, package: str, place: Path) -> float:
+    model = configs.base(name, shape)  # making it is no part of the injection
+    return cpu_seconds(lambda: configs.build(package, name, model, place))
 
 
 def file_share(model: Any) -> float:
@@ -138,38 +87,64 @@ def file_share(model: Any) -> float:
         return (Path(folder) / "adapter_model.safetensors").stat().st_size / trained
 
 
-def row(name: str, found: dict[str, Any]) -> list[str]:
-    def show(key: str, form: str) -> str:
-        return format(found[key], form) if key in found else ""
-
-    cells = [show("inject_seconds", ".3f"), show("inject", ".2f"), show("step_seconds", ".3f"), show("step", ".2f")]
-    cells = [f"{cell} s" if cell and place % 2 == 0 else cell for place, cell in enumerate(cells)]
-    return [name, *cells, show("lora", ".2f"), show("file", ".2f")]
+def _packages(name: str) -> tuple[str, ...]:
+    return tuple(package for package in PACKAGES if package == "deltatune" or configs.known_to_peer(name))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--only", help="methods, separated by commas")
-    parser.add_argument("--no-write", action="store_true", help="leave docs and methods.json as they are")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    known = sorted(method.name for method in METHODS.values() if method.graft is None)
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"methods": {}, "step": {}}
-    for name in asked.only.split(",") if asked.only else known:
-        try:
-            found = measure(name, asked.rounds)
-        except PeftError as error:
-            print(f"{name}: {error}", flush=True)
-            continue
-        stored["methods"][name], stored["step"][name] = found, found["lora"]
-        print(*row(name, found), sep=" | ", flush=True)
-    if not asked.no_write:
-        RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
-        lines = [row(name, found) for name, found in sorted(stored["methods"].items())]
-        DOCUMENT.write_text(put_between(DOCUMENT.read_text(), "methods", markdown(COLUMNS, lines), DOCUMENT.name))
+def row(name: str, found: Found) -> list[str]:
+    def seconds(package: str) -> str:
+        there = found["inject"].get(package)
+        return milliseconds(there["seconds"]["median"]) if there else ""
 
+    def figure(dtype: str, key: str) -> str:
+        return f"{found[dtype][key]:.2f}" if key in found[dtype] else ""
+
+    def ratios(dtype: str) -> list[str]:
+        cells = [
+            "cannot"
+            if package in found[dtype].get("unable", {})
+            else with_spread(found[dtype].get(package, {}).get("ratio"))
+            for package in ("deltatune", "peft")
+        ]
+        return [*cells, figure(dtype, "ours / PEFT")]
+
+    inject, cost = [seconds("deltatune"), seconds("peft")], figure("float32", "ours / lora")
+    return [name, *inject, *ratios("float32"), *ratios("bfloat16"), cost, f"{found['file']:.2f}"]
+
+
+def tables(kept: Found) -> dict[str, str]:
+    lines = [row(name, found) for name, found in kept.items()]
+    unable = sorted(
+        {(name, p, why) for name, f in kept.items() for d in DTYPES for p, why in f[d].get("unable", {}).items()}
+    )
+    reasons = "\n".join(f"- {name}, {package}: `{why}`" for name, package, why in unable)
+    return {"methods": markdown(COLUMNS, lines) + (f"\n\nWhat cannot train so:\n\n{reasons}" if unable else "")}
+
+
+def pictures(kept: Found) -> dict[str, Any]:
+    from harness.pictures import dots, figure, legend, plain_ticks
+
+    order = sorted(
+        (n for n in kept if "deltatune" in kept[n]["float32"]),
+        key=lambda n: kept[n]["float32"]["deltatune"]["ratio"]["median"],
+    )
+    if not order:
+        return {}
+    made, axes = figure(columns=2, width=9.5, height=1.4 + 0.2 * len(order), sharey=True)
+    for ax, dtype in zip(axes[0], DTYPES):
+        found = {p: [kept[name][dtype].get(p, {}).get("ratio") for name in order] for p in ("deltatune", "peft")}
+        dots(ax, order, found)
+        ax.axvline(1, color="#777777", lw=1)
+        ax.set_xscale("log")
+        widest = max(value["high"] for values in found.values() for value in values if value)
+        plain_ticks(ax.xaxis, [tick for tick in (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8) if tick < widest * 1.2])
+        ax.set_title(dtype, fontsize=10)
+        ax.set_xlabel("CPU time of a training step, in that of the frozen model", fontsize=9)
+    legend(made, axes[0][0])
+    return {"methods": made}
+
+
+PART = Part("methods", str(__doc__), 12, configs.names(), measure, tables, pictures, trial=("lora",))
 
 if __name__ == "__main__":
-    main()
+    main(PART)

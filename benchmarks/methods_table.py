@@ -50,10 +50,11 @@ def main() -> int:
 
 
 def table() -> str:
-    costs = json.loads(COSTS.read_text())["step"] if COSTS.exists() else {}
+    kept = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+    costs = {name: found["float32"].get("ours / lora") for name, found in kept.items()}
     rows = [layer_row(name, costs.get(name)) for name in sorted(examples.LAYER_METHODS)]
     prompts = [method for method in METHODS.values() if method.graft is not None]
-    rows += [prompt_row(method) for method in sorted(prompts, key=lambda method: method.name)]
+    rows += [prompt_row(method, costs.get(method.name)) for method in sorted(prompts, key=lambda method: method.name)]
     return markdown(COLUMNS, rows)
 
 
@@ -73,10 +74,14 @@ def layer_row(name: str, cost: Any) -> list[str]:
     ]
 
 
-def prompt_row(method: Method) -> list[str]:
+def prompt_row(method: Method, cost: Any) -> list[str]:
     assert method.graft is not None
     start = "the base" if method.graft.identity_at_birth else "changes it"
-    return [f"[{method.name}]({method.name}.md)", method.graft.place, "yes", "no", "yes", "yes", start, ""]
+    return [
+        f"[{method.name}]({method.name}.md)",
+        *(method.graft.place, "yes", "no", "yes", "yes", start),
+        f"{cost:.2f}" if cost else "",
+    ]
 
 
 def _adapted(name: str, layer: nn.Module) -> Any:

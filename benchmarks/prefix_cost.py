@@ -11,16 +11,12 @@ thread; what counts is process CPU time, and of it the median of the ratios with
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +24,19 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 import transformers
+from harness.alone import as_if_alone
+from harness.llama import PACKAGES
 from harness.memory import peak_bytes
 from harness.tables import markdown, put_between
+from harness.timing import Seconds, ratio, turns
 from torch import Tensor, nn
 
-from deltatune.prompts import attention
 from deltatune.prompts.stage import STAGE
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 WORDS, TOKENS, VIRTUAL, PROMPT, NEW = 8192, 128, 20, 32, 64
 MODELS = {"gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 TITLES = {"gpt2": "GPT-2 small's shape", "t5": "T5-small's shape"}
-PACKAGES = ("peft", "deltatune")
 
 
 def bare(name: str) -> Any:
@@ -77,19 +74,6 @@ def rows(name: str, batch: int) -> dict[str, Tensor]:
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
 
 
-@contextmanager
-def as_if_alone(package: str) -> Iterator[None]:
-    """The bare model and PEFT run without deltatune's hook, which is one for the whole process."""
-    if package == "deltatune":
-        yield
-        return
-    attention.uninstall()
-    try:
-        yield
-    finally:
-        attention.install()
-
-
 def train_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     model.zero_grad()
     model(**inputs).loss.backward()
@@ -99,33 +83,14 @@ def generate(model: Any, inputs: dict[str, Tensor]) -> None:
     model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
 
-def cpu_seconds(run: Callable[[], None]) -> float:
-    gc.collect()
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def ratios(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; they take turns, each time in another order; one goes unmeasured."""
-    names, seconds = list(candidates), {name: [] for name in candidates}
-    for turn in range(-1, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with as_if_alone(name):
-                spent = cpu_seconds(candidates[name])
-            if turn >= 0:
-                seconds[name].append(spent)
-    return seconds
-
-
-def relative(seconds: dict[str, list[float]], to: str) -> str:
-    return f"{statistics.median(a / b for a, b in zip(seconds['deltatune'], seconds[to])):.3f}"
+def relative(seconds: Seconds, to: str) -> str:
+    return f"{ratio(seconds, 'deltatune', to):.3f}"
 
 
 def step_times(name: str, batch: int, projection: bool, rounds: int) -> list[str]:
     inputs = rows(name, batch)
     models = {package: prefixed(package, name, projection).train() for package in PACKAGES}
-    seconds = ratios({p: lambda m=m: train_step(m, inputs) for p, m in models.items()}, rounds)
+    seconds = turns({p: lambda m=m: train_step(m, inputs) for p, m in models.items()}, rounds, within=as_if_alone)
     what = f"training step, {batch} rows" + (", projection" if projection else "")
     return [TITLES[name], what, f"{statistics.median(seconds['peft']):.2f} s", relative(seconds, "peft"), ""]
 
@@ -133,7 +98,7 @@ def step_times(name: str, batch: int, projection: bool, rounds: int) -> list[str
 def generation_times(name: str, batch: int, rounds: int) -> list[str]:
     inputs = {k: v[:, :PROMPT] for k, v in rows(name, batch).items() if k != "labels"}
     models = {"bare": bare(name).eval(), **{package: prefixed(package, name).eval() for package in PACKAGES}}
-    seconds = ratios({p: lambda m=m: generate(m, inputs) for p, m in models.items()}, rounds)
+    seconds = turns({p: lambda m=m: generate(m, inputs) for p, m in models.items()}, rounds, within=as_if_alone)
     what = f"generation, {batch} row" + "s" * (batch > 1)
     return [
         TITLES[name],

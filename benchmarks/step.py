@@ -4,20 +4,15 @@
     python benchmarks/step.py --only plain --rounds 4 --no-write
 
 A Llama of 8 layers of width 512 with random weights, 8 rows of 128 tokens, rank 8 on all seven linear layers. The floor
-is the same model frozen: forward, the same loss, and backward down to the output of the embeddings, which is what the
-gradient of the lowest adapter needs of it. Candidates take turns in one process with one thread; what counts is process
-CPU time, of it the median of the ratios within a round and the ratio of the best rounds.
+is the same model frozen (harness/floor.py). Candidates take turns in one process with one thread; what counts is
+process CPU time, of it the median of the ratios within a round and the ratio of the best rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
-import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +22,16 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 import peft
 import torch
 import transformers
+from harness import llama
+from harness.floor import floor, step
 from harness.tables import markdown, put_between
+from harness.timing import ratio, turns
 
 import deltatune
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = Path(__file__).with_name("step.json")
 ROWS, TOKENS = 8, 128
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "plain": (torch.float32, {}),
     "dropout 0.1": (torch.float32, {"lora_dropout": 0.1}),
@@ -44,73 +41,33 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 COLUMNS = ("LoRA", "floor", "PEFT / floor", "best", "ours / floor", "best", "ours / PEFT")
 
 
-def bare(dtype: torch.dtype, vocabulary: int = 1024) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    )
-    model: Any = transformers.LlamaForCausalLM(config)
-    return model.to(dtype).train()
+def bare(dtype: torch.dtype, vocabulary: int = llama.WORDS) -> Any:
+    return llama.bare("wide", dtype, vocab_size=vocabulary).train()
 
 
-def adapted(package: Any, dtype: torch.dtype, options: dict[str, Any], vocabulary: int = 1024) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = package.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=TARGETS, **options)
-        return package.get_peft_model(bare(dtype, vocabulary), config).train()
-
-
-def floor(model: Any, ids: torch.Tensor) -> None:
-    """Forward and backward through the frozen model alone."""
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model(inputs_embeds=embedded, labels=ids).loss.backward()
-
-
-def step(model: Any, ids: torch.Tensor) -> None:
-    model.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    gc.collect()
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+def adapted(package: Any, dtype: torch.dtype, options: dict[str, Any], vocabulary: int = llama.WORDS) -> Any:
+    name = package.__name__
+    return llama.adapted(name, llama.lora(name, **options), bare(dtype, vocabulary)).train()
 
 
 def measure(dtype: torch.dtype, options: dict[str, Any], rounds: int) -> dict[str, float]:
     frozen = bare(dtype).requires_grad_(False)
     ours, peers = adapted(deltatune, dtype, options), adapted(peft, dtype, options)
     ids = torch.randint(0, 1024, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    turns: dict[str, Callable[[], Any]] = {
+    candidates: dict[str, Callable[[], Any]] = {
         "floor": lambda: floor(frozen, ids),
         "peft": lambda: step(peers, ids),
         "ours": lambda: step(ours, ids),
     }
-    names, spent = list(turns), {name: [] for name in turns}
-    for turn in range(-1, rounds):  # the first round goes unmeasured
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            took = seconds(turns[name])
-            if turn >= 0:
-                spent[name].append(took)
-
-    def ratio(one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(spent[one], spent[other]))
-
+    spent = turns(candidates, rounds)
     best = {name: min(values) for name, values in spent.items()}
     return {
         "floor": best["floor"],
-        "peft": ratio("peft", "floor"),
+        "peft": ratio(spent, "peft", "floor"),
         "peft_best": best["peft"] / best["floor"],
-        "ours": ratio("ours", "floor"),
+        "ours": ratio(spent, "ours", "floor"),
         "ours_best": best["ours"] / best["floor"],
-        "beside": ratio("ours", "peft"),
+        "beside": ratio(spent, "ours", "peft"),
     }
 
 

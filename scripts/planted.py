@@ -367,6 +367,13 @@ MUTANTS = [
     Mutant("supertuning", "forgotten scale", "(self.scaling * update)", "update"),
     Mutant(
         "supertuning",
+        "gradient of the wrong entries, through the sum",
+        "of_sum.flatten().index_select",
+        "of_sum.T.flatten().index_select",
+        place="factors.py",
+    ),
+    Mutant(
+        "supertuning",
         "rows and columns swapped",
         "places // self.shape[1], places % self.shape[1]",
         "places % self.shape[0], places // self.shape[0]",

@@ -1,10 +1,15 @@
 """What all tests share: one thread, no network, and the place of the data sets that stand beside the project."""
 
+import importlib.util
 import os
 from datetime import date
 from pathlib import Path
 
 import pytest
+
+if importlib.util.find_spec("triton") and not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU too; read when triton is imported
+
 import torch
 from hypothesis import settings
 

@@ -32,6 +32,12 @@ def fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
+def as_set(value: Any) -> Any:
+    """A list of names as a set; anything else as it is, to be refused by `validate`."""
+    listed = isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value)
+    return set(value) if listed else value
+
+
 def describe(annotation: Any) -> str:
     """An annotation as a user would say it: `int`, `list[str] | str | None`."""
     return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
@@ -39,8 +45,17 @@ def describe(annotation: Any) -> str:
 
 def refuse(owner: str, field: str, value: Any, expected: str) -> typing.NoReturn:
     raise ConfigError(
-        f"{owner}: {field}={value!r} is not allowed, expected {expected}", field=field, found=value, expected=expected
+        f"{owner}: {field}={shown(value)} is not allowed, expected {expected}",
+        field=field,
+        found=value,
+        expected=expected,
     )
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a file could give one of any length."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def positive_int(owner: str, field: str, value: Any) -> None:

@@ -6,10 +6,13 @@ Nothing in deltatune uses it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from deltatune.bases import as_map
+from deltatune.bases.packed import PackedLinear
 from deltatune.errors import ConfigError, StateError
 from deltatune.live_names import LiveNames
 
@@ -101,6 +104,14 @@ class CopyViews(Switches):
         return {name: f"modules_to_save.{adapter_name}.{name}" for name in self.adapter_state_dict(adapter_name)}
 
 
+@dataclass(frozen=True)
+class QuantizationBackend:
+    """What PEFT's layers say of a quantised base layer."""
+
+    backend_name: str
+    supports_merge: bool
+
+
 class LayerViews(Switches, LiveNames):
     """PEFT's attributes of a tuner layer: `layer.lora_A["default"].weight`, `layer.scaling`, `layer.merged`, ..."""
 
@@ -131,6 +142,12 @@ class LayerViews(Switches, LiveNames):
 
     def get_base_layer(self: Any) -> nn.Module:
         return self.base_layer
+
+    @property
+    def quantization_backend(self: Any) -> QuantizationBackend | None:
+        """None for a layer that keeps its weight as it is."""
+        layer = as_map(self.base_layer)
+        return QuantizationBackend(layer.scheme, layer.can_pack) if isinstance(layer, PackedLinear) else None
 
     def get_base_weight(self: Any) -> Tensor:
         """The frozen weight, dense, in the layout of the base layer."""

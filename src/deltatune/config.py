@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import typing
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +20,7 @@ from deltatune.suggest import did_you_mean
 CONFIG_NAME = "adapter_config.json"
 PEER_VERSION = "0.21.2"  # the release of PEFT whose files and names we speak
 MAX_JSON_BYTES = 1_000_000
+MAX_JSON_DEPTH = 32
 
 
 class TaskType(str, Enum):
@@ -227,7 +230,11 @@ class PeftConfig:
         if unknown:
             warn(f"{source}: {target.__name__} does not know {sorted(unknown)}; kept and saved again, without effect")
         given = {key: value for key, value in values.items() if key in known}
-        result = target(**{**target.file_defaults, **given})
+        try:
+            result = target(**{**target.file_defaults, **given})
+        except ConfigError as error:
+            error.in_file(source)
+            raise
         result.unknown_fields = unknown
         return result
 
@@ -261,7 +268,7 @@ def _method_name(value: Any, source: str = "config") -> Any:
     """A member of `PeftType`, or the name under which another package has registered its method."""
     from deltatune.registry import METHODS
 
-    registered = METHODS.get(value)
+    registered = METHODS.get(value) if isinstance(value, str) else None
     return _member(PeftType, "peft_type", value, source) if registered is None else registered.peft_type
 
 
@@ -283,6 +290,13 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path}: {size} bytes, configs of up to {MAX_JSON_BYTES} bytes are read", path=str(path), found=size
             )
         text = path.read_bytes().decode("utf-8")
+        if (depth := _depth(text)) > MAX_JSON_DEPTH:
+            raise LimitError(
+                f"{path}: nested {depth} deep, up to {MAX_JSON_DEPTH} is read",
+                path=str(path),
+                found=depth,
+                expected=MAX_JSON_DEPTH,
+            )
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except LimitError:
         raise
@@ -290,8 +304,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}", path=str(path)
         ) from None
-    except RecursionError:
-        raise LimitError(f"{path}: nested too deeply", path=str(path)) from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read as JSON: {error}", path=str(path)) from None
     if not isinstance(values, dict):
@@ -299,12 +311,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _depth(text: str) -> int:
+    """How deep brackets are nested, without those in strings."""
+    deepest = depth = 0
+    for bracket in re.findall(r"[\[{\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} stands twice")
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {next(key for key in counts if counts[key] > 1)!r} stands twice")
+    return values
 
 
 def _no_constant(text: str) -> None:
@@ -317,7 +338,7 @@ def _member(enum: type[Enum], field: str, value: Any, source: str = "config") ->
     names = [member.value for member in enum]
     if value not in names:
         raise ConfigError(
-            f"{source}: {field}={value!r} is not known{did_you_mean(str(value).upper(), names)}",
+            f"{source}: {field}={checks.shown(value)} is not known{did_you_mean(str(value).upper(), names)}",
             field=field,
             found=value,
             expected=names,

@@ -9,6 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def _one_line(message: str) -> str:
+    """Names out of files may hold line ends and what moves a terminal's cursor."""
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
 class PeftError(Exception):
     """Base of all deliberate errors. Attributes that do not apply are None."""
 
@@ -23,9 +30,15 @@ class PeftError(Exception):
         expected: Any = None,
         hint: str | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_one_line(message))
         self.field, self.path, self.key = field, path, key
         self.found, self.expected, self.hint = found, expected, hint
+
+    def in_file(self, path: str) -> None:
+        """Name the file in which the fault is, where the message does not yet."""
+        if path not in str(self):
+            self.args = (f"{path}: {self}",)
+        self.path = self.path or path
 
 
 class ConfigError(PeftError, ValueError, TypeError):
@@ -62,6 +75,10 @@ class UnsafeError(PeftError, ValueError):
 
 class LimitError(PeftError, ValueError):
     """A size, count or time beyond what is accepted."""
+
+
+class OutOfMemoryError(LimitError, MemoryError):
+    """The memory that a call asks for is not there."""
 
 
 class SaveError(PeftError, OSError):

@@ -215,10 +215,49 @@ def through_sum(x: Tensor, layer: LinearMap, build: Callable[..., Tensor], *tens
     The sum is built again for the gradient instead of being kept. None where there is no such way: the layer's weight
     is packed, adapted already, or in half precision, which would round most of the update away; nor under autocast.
     """
-    fits = layer.kind == "linear" and layer.dense and layer.dtype == x.dtype and x.dtype.itemsize >= 4
-    if not fits or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if not _has_sum(x, layer):
         return None
     return _ThroughSum.apply(x, layer.weight, layer.bias, build, *tensors)
+
+
+def through_entries(x: Tensor, layer: LinearMap, places: Tensor, values: Tensor) -> Tensor | None:
+    """`through_sum` of an update by `values` at `places` (n,) of the matrix, counted row by row, each there once."""
+    if not _has_sum(x, layer):
+        return None
+    return _ThroughEntries.apply(x, layer.weight, layer.bias, places, values)
+
+
+def _has_sum(x: Tensor, layer: LinearMap) -> bool:
+    fits = layer.kind == "linear" and layer.dense and layer.dtype == x.dtype and x.dtype.itemsize >= 4
+    return fits and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+
+
+def with_entries(weight: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """A matrix with `values` added at `places`, counted row by row."""
+    return weight.flatten().index_add(0, places, values.to(weight.dtype)).view(weight.shape)
+
+
+class _ThroughEntries(torch.autograd.Function):
+    """Beside `_ThroughSum`, the gradient of the values is read off that of the sum."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, values: Tensor) -> Tensor:
+        return F.linear(x, with_entries(weight, places, values), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, places, values = inputs
+        ctx.save_for_backward(x, weight, places, values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, places, values = ctx.saved_tensors
+        of_x = grads[0] @ with_entries(weight, places, values) if ctx.needs_input_grad[0] else None
+        rows = grads[0].flatten(0, -2)
+        of_sum = rows.T @ x.flatten(0, -2)
+        of_values = of_sum.flatten().index_select(0, places).to(values.dtype)
+        of_weight = of_sum if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, of_values
 
 
 class _ThroughSum(torch.autograd.Function):
@@ -266,9 +305,14 @@ def sparse_linear(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, out:
     return y.view(*x.shape[:-1], out)
 
 
-def dense_enough(count: int, layer: LinearMap) -> bool:
-    """Whether a layer's matrix with `count` entries is multiplied faster as a dense one."""
-    return count * _DENSE > layer.out_features * layer.in_features
+def dense_enough(count: int, x: Tensor, layer: LinearMap) -> bool:
+    """Whether the update of a layer by `count` entries is faster as a part of the dense product with x.
+
+    The dense product costs the building of the sum, whatever the number of vectors in x, and a product for the
+    gradient; single entries cost their number for each vector.
+    """
+    size = layer.out_features * layer.in_features
+    return count * _DENSE > size or 2 * count * (x.numel() // layer.in_features) > 3 * size
 
 
 _AT_ONCE = 1 << 22  # products that `_SparseLinear` holds at a time

@@ -1,49 +1,75 @@
-"""`Gate`: passes of a model run side by side, and a change of its adapters happens while none of them is running."""
+"""`Gate`: passes of a model run side by side, and what they use of its adapters does not change under them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from deltatune.errors import StateError
 
+Uses = frozenset[str]
+STANDING = ""  # what a pass without a choice of its own uses besides: that of the model (no adapter has this name)
+
+
+@dataclass(eq=False)
+class _Change:
+    names: Uses | None  # None: everything
+    begun: bool = False  # it has stopped waiting
+
+    def meets(self, used: Uses) -> bool:
+        return self.names is None or not self.names.isdisjoint(used)
+
+
+class _Own(threading.local):
+    """Of this thread: what each of its running passes uses, and the changes it makes, innermost last."""
+
+    def __init__(self) -> None:
+        self.passes: list[Uses] = []
+        self.changes: list[_Change] = []
+
 
 class Gate:
-    """Whoever changes adapters waits for the passes that are running; passes that come meanwhile wait for the change.
+    """Whoever changes adapters waits for the running passes that use them; such passes that come later wait for it.
 
-    A pass within a pass of the same thread goes through.
+    One change goes on at a time. Passes of other adapters are not held up by it.
     """
 
     def __init__(self) -> None:
         self._free = threading.Condition()
-        self._passes, self._changing = 0, False
-        self._depth = threading.local()
-        self._turn = threading.Lock()
+        self._passes: list[Uses] = []
+        self._change: _Change | None = None
+        self._turn = threading.RLock()
+        self._own = _Own()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Gate, ()  # copies have a gate of their own
 
     @contextmanager
-    def passing(self, choice: AbstractContextManager[Any]) -> Iterator[None]:
-        """One pass, under its choice of adapters."""
-        if self._within:
-            with choice:
-                yield
-            return
+    def passing(self, uses: Callable[[], Uses], choice: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """One pass. What it uses, and its choice of adapters, are asked for once the way is free."""
+        own = self._own.passes
         with self._free:
-            self._free.wait_for(lambda: not self._changing)
-            self._passes += 1
-        self._depth.inside = True
+            self._free.wait_for(lambda: self._open(uses()))
+            used = uses()
+            self._passes.append(used)
+            own.append(used)
         try:
-            with choice:
+            with choice():
                 yield
         finally:
-            self._depth.inside = False
             with self._free:
-                self._passes -= 1
+                self._passes.remove(used)
+                own.remove(used)
                 self._free.notify_all()
+
+    def _open(self, used: Uses) -> bool:
+        change = self._change
+        if change is None or change in self._own.changes or not change.meets(used):
+            return True
+        return bool(self._own.passes) and not change.begun  # it may be waiting for the pass that this one is part of
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -52,24 +78,49 @@ class Gate:
         Raises:
             StateError: The thread is in a pass itself, which would never end.
         """
-        if self._within:
+        if self._own.passes:
             raise StateError("adapters cannot be swapped from within a forward pass; do it between two calls")
         with self._turn:
             yield
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """While nothing passes."""
-        with self._free:
-            self._changing = True
-            self._free.wait_for(lambda: not self._passes)
+    def changing(self, names: Iterable[str] | None = None) -> Iterator[None]:
+        """While no pass runs that uses one of these names; None: while no pass runs.
+
+        Raises:
+            StateError: The thread is in a pass itself, and so are others, which might wait for it in turn.
+        """
+        change, own = _Change(None if names is None else frozenset(names)), self._own
+        if own.passes and not self._turn.acquire(blocking=False):
+            raise _within()
+        if not own.passes:
+            self._turn.acquire()
+        outer = self._change
         try:
+            with self._free:
+                if own.passes and self._others(change):
+                    raise _within()
+                self._change = change
+                own.changes.append(change)
+                self._free.notify_all()  # passes within passes that a change around this one held up
+                self._free.wait_for(lambda: not self._others(change))
+                change.begun = True
             yield
         finally:
             with self._free:
-                self._changing = False
+                self._change = outer
+                if change in own.changes:
+                    own.changes.remove(change)
                 self._free.notify_all()
+            self._turn.release()
 
-    @property
-    def _within(self) -> bool:
-        return getattr(self._depth, "inside", False)
+    def _others(self, change: _Change) -> bool:
+        """Whether passes of other threads use what is to be changed."""
+        count = sum(change.meets(used) for used in self._passes)
+        return count > sum(change.meets(used) for used in self._own.passes)
+
+
+def _within() -> StateError:
+    return StateError(
+        "adapters cannot be changed from within a forward pass while other threads run passes; do it between two calls"
+    )

@@ -21,6 +21,7 @@ from deltatune.fused import graft as fused
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
+from deltatune.memory import SMALLER, told
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
 from deltatune.shared import SHARED, SharedModules, add_shared, remove_shared, strip_shared
@@ -55,7 +56,8 @@ def graft(
     config.validate()
     replicated = replication.replicate(model, getattr(config, "layer_replication", None))
     try:
-        _graft(model, config, name, selection, autocast_adapter_dtype)
+        with told(f"building adapter {name!r}", SMALLER):
+            _graft(model, config, name, selection, autocast_adapter_dtype)
     except BaseException:
         if replicated:
             replication.restore(model)

@@ -29,16 +29,41 @@ class Merged:
 
     Attributes:
         lost: What rounding to the layer's precision changed, as a share of the update: |held - W'| / |W' - W|.
+        merged_at: The parameters of the adapters, with the versions that are merged.
     """
 
     names: tuple[str, ...]
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     lost: float = 0.0
+    merged_at: tuple[tuple[nn.Parameter, int], ...] = ()
 
     def by_name(self, keeps: tuple[str, str]) -> dict[str, nn.Parameter | None]:
         """Parameters by their names in a layer that calls its two so."""
         return dict(zip(keeps, (self.weight, self.bias)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.merged_at = tuple(
+            (parameter, parameter._version) for parameter, _ in self.merged_at
+        )  # a copy's count anew
+
+    def refuse_stale(self, training: bool) -> None:
+        """Before a pass on them: steps that look like training leave the merged weights as they are.
+
+        Raises:
+            StateError: The adapters have changed since they were merged, or are to be trained.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if any(parameter._version != version for parameter, version in self.merged_at):
+            what = "have changed since they were merged; call unmerge_adapter(), and merge_adapter() again"
+        elif training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter, _ in self.merged_at):
+            what = "are merged, so no gradient reaches them; call unmerge_adapter() before training"
+        else:
+            return
+        names = list(self.names)
+        raise StateError(f"adapters {names} {what}", field="adapter_name", found=names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +161,18 @@ class AdaptedLayer(LayerViews, nn.Module):
             return self._block_forward(call, args, kwargs)
         x, args = args[0], args[1:]
         if self.stash is not None:
-            return self._merged_forward(x, args, kwargs)
+            return self._merged_forward(x, call, args, kwargs)
         if call.rows is not None:
             return self._mixed_forward(x, call, args, kwargs)
         if call is self.selection.standing and not args and not kwargs and not torch.compiler.is_compiling():
             return self._under_active(call)(x)
+        return self._adapted_forward(x, call, call.names, args, kwargs)
+
+    def _adapted_forward(
+        self, x: Tensor, call: Call, names: Iterable[str], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         batch = x.shape[0] if x.ndim else 1
-        return self.as_map(call.names, args, kwargs, lambda name: call.value(name, batch))(x)
+        return self.as_map(names, args, kwargs, lambda name: call.value(name, batch))(x)
 
     def _under_active(self, call: Call) -> LinearMap:
         """The layer under the active adapters; putting it together would cost as much as a token through it."""
@@ -229,12 +259,14 @@ class AdaptedLayer(LayerViews, nn.Module):
         """The adapted matrix under the name that the base layer has for it."""
         stored: Tensor = getattr(self.base_layer, name)
         call = self.selection.current()
-        names = [name for name in call.rows or call.names if name and name in self.adapters]
-        if not names or self.stash is not None or not stored.is_floating_point():  # packed: no matrix to be read
+        if self.stash is not None and self.stash.weight is not None and not (call.rows or call.names):
+            return self.stash.weight
+        names = self.unmerged(name for name in call.rows or call.names if name)
+        if not names or not stored.is_floating_point():  # packed: no matrix to be read
             return stored
 
         def compute() -> Tensor:
-            return self.stored_weight(self._one_for_all(call)).to(stored.dtype)
+            return self.stored_weight(self.unmerged(self._one_for_all(call))).to(stored.dtype)
 
         # Under the compiler an unused matrix is dropped from the graph, and a wrapper would only break it.
         can = all(self.adapters[name].mergeable is True for name in names)
@@ -242,9 +274,10 @@ class AdaptedLayer(LayerViews, nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        if self.stash is not None:
-            return self.base_layer.bias  # type: ignore[return-value]
-        return self.as_map(self._one_for_all(self.selection.current())).bias
+        call = self.selection.current()
+        if self.stash is not None and not (call.rows or call.names):
+            return self.stash.bias
+        return self.as_map(self.unmerged(self._one_for_all(call))).bias
 
     def stored_weight(self, names: Iterable[str]) -> Tensor:
         """The adapted weight in the base layer's own layout."""
@@ -272,13 +305,17 @@ class AdaptedLayer(LayerViews, nn.Module):
                 held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         finally:
             self.train(training)
-        if check and not all(part.isfinite().all() for part in (weight, bias) if part is not None):
-            raise MergeError(f"the merged weight is not finite; adapters {list(names)} are broken", found=list(names))
+        refuse_infinite(names, base, (weight, held, bias), check)
         if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
         assert old_weight is not None
         like_old = old_weight if old_bias is None else old_bias
-        return Merged(names, held, None if bias is None else like(bias, like_old), lost(base, weight, held))
+        new_bias = None if bias is None else like(bias, like_old)
+        return Merged(names, held, new_bias, lost(base, weight, held), self._versions(names))
+
+    def _versions(self, names: Iterable[str]) -> tuple[tuple[nn.Parameter, int], ...]:
+        parameters = [parameter for name in names for parameter in self.adapters[name].parameters()]
+        return tuple((parameter, parameter._version) for parameter in parameters)
 
     def more_merged(self, names: Iterable[str], check: bool) -> Merged:
         """The same with the named adapters beside those that are merged already, from the parameters that were kept."""
@@ -290,7 +327,8 @@ class AdaptedLayer(LayerViews, nn.Module):
         try:
             return self.merged_parameters((*before.names, *names), check)
         finally:
-            self.swap_in(now)
+            self._put(now)
+            self.stash = before
 
     def swap_in(self, new: Merged) -> None:
         """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
@@ -303,7 +341,7 @@ class AdaptedLayer(LayerViews, nn.Module):
         """What is in the places now that `like` fills."""
         weight, bias = self._kept()
         assert weight is not None
-        return Merged(like.names, weight, bias)
+        return Merged(like.names, weight, bias, merged_at=like.merged_at)
 
     def unmerge(self) -> None:
         if self.stash is not None:
@@ -325,19 +363,30 @@ class AdaptedLayer(LayerViews, nn.Module):
         if bias in self.base_layer._parameters:
             self.base_layer.register_parameter(bias, new.bias)
 
-    def _merged_forward(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """As long as adapters are merged they are what acts; a call without adapters runs on the kept weights."""
-        call, stash = self.selection.current(), self.stash
+    def _merged_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Merged adapters are in the weight, active ones that are not act on it; no adapters: on the kept weights."""
+        stash = self.stash
         assert stash is not None and stash.weight is not None
         if call.rows is not None:
             raise StateError(
                 "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
             )
-        if call.names:
-            return self.base_layer(x, *args, **kwargs)
-        layer = as_map(self.base_layer, args, kwargs)
-        assert layer is not None
-        return layer.apply(x, layer.matrix(stash.weight), stash.bias)
+        if not call.names:
+            layer = as_map(self.base_layer, args, kwargs)
+            assert layer is not None
+            return layer.apply(x, layer.matrix(stash.weight), stash.bias)
+        stash.refuse_stale(self.training)
+        rest = self.unmerged(call.names)
+        return self._adapted_forward(x, call, rest, args, kwargs) if rest else self.base_layer(x, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        """Moved or cast: the kept parameters too, which `unmerge` puts back."""
+        super()._apply(fn, recurse)
+        for kept in () if self.stash is None else self.stash.by_name(("weight", "bias")).values():
+            if kept is not None:
+                with torch.no_grad():
+                    kept.data = fn(kept.data)
+        return self
 
     # ------------------------------------------------------------------------------------------- like the base layer
 
@@ -366,3 +415,21 @@ def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
         return 0.0
     missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
     return (missed / update).item() if update > 0 else 0.0
+
+
+def refuse_infinite(names: Iterable[str], base: LinearMap, new: Iterable[Tensor | None], check: bool) -> None:
+    """
+    Args:
+        new: What is to be merged, before and after rounding to the layer's precision.
+        check: Also where the base has such values already.
+    """
+    plain = [part for part in new if type(part) in (Tensor, nn.Parameter)]  # others hold codes
+    parts = [part.detach() for part in plain if part.is_floating_point()]  # type: ignore[union-attr]
+    if all(part.isfinite().all() for part in parts) or not (check or base.weight.isfinite().all()):
+        return
+    largest = max(part.abs().max().item() for part in parts)
+    raise MergeError(
+        f"the merged weight is not finite (largest value {largest}); adapters {list(names)} are broken, or too large "
+        f"for {base.dtype}",
+        found=list(names),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -22,8 +22,10 @@ from deltatune.combine.convert import supports_lora_conversion
 from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
+from deltatune.gate import STANDING
 from deltatune.inputs import rows as input_rows
 from deltatune.inputs.stage import INPUT
+from deltatune.memory import SMALLER, told
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
 from deltatune.peer.verbs import PeerVerbs
@@ -82,11 +84,14 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            with self._passing(nullcontext()):
+            with self._passing(adapter_names):
                 return input_rows.forward(self, adapter_names, args, kwargs)
-        with self._choosing(adapter_names, kwargs):
+        with self._passing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
+            if self.base_model.selection.choosing and not torch.compiler.is_compiling():
+                # a choice of this call alone, and checkpointing may have been switched on behind our back
+                recompute.bind(self.base_model.model, self.base_model.selection, self.prompts)
             self.base_model.check_starts()
             for schedule in self.base_model.schedules.values():
                 if schedule.name in self.base_model.selection.active:
@@ -108,20 +113,43 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
         if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            with self._passing(nullcontext()):
+            with self._passing(adapter_names):
                 return input_rows.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
-        with self._choosing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
+        with self._passing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
-    def _choosing(self, *call: Any) -> Any:
-        return self._passing(self._chosen(*call))
+    def _passing(
+        self,
+        names: list[str] | None,
+        kwargs: dict[str, Any] | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> AbstractContextManager[Any]:
+        """A pass under its choice of adapters, which changes of these wait for.
 
-    def _passing(self, choice: Any) -> Any:
-        """A pass under its choice of adapters, which swaps of adapters wait for; a graph has no room for waiting."""
-        return choice if torch.compiler.is_compiling() else self.base_model.selection.gate.passing(choice)
+        Args:
+            names: One per row, or None.
+            kwargs: Arguments of the call; None where the rows are run in groups, each with a choice of its own.
+            generation: Those of generate.
+        """
+        selection = self.base_model.selection
 
-    def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Any:
+        def choice() -> Any:
+            return nullcontext() if kwargs is None else self._chosen(names, kwargs, generation)
+
+        def checked_choice() -> Any:
+            if STANDING not in (used := uses()):  # what was chosen some time ago may be gone
+                self._known(used)
+            return choice()
+
+        if torch.compiler.is_compiling():  # a graph has no room for waiting
+            return choice()
+        uses = (
+            selection.uses if names is None else lambda: frozenset(name for name in names if name not in (BASE, None))
+        )
+        return selection.gate.passing(uses, checked_choice)
+
+    def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None) -> Any:
         """What a call asks for beyond the arguments of the base model, which is taken out of them."""
         call = self.base_model.selection.current()
         if names is not None:
@@ -186,6 +214,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         hooked = bool(getattr(model, "_require_grads_hooks", None))
         if kwargs["use_reentrant"]:
             model.activation_checkpointing_enable(kwargs, **options)
+            recompute.bind(model, self.base_model.selection, self.prompts)
             return
         kwargs.setdefault("context_fn", Recomputation(self.base_model.selection, self.prompts))
         model.activation_checkpointing_enable(kwargs, **options)
@@ -209,6 +238,10 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
     ) -> None:
         """Graft one more adapter of any method. The first is active at once, later ones after `set_adapter`."""
         check_name(adapter_name)
+        with self._changing(adapter_name, peft_config):
+            self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _add(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool, autocast: bool | None) -> None:
         if adapter_name in self.peft_config:
             raise StateError(
                 f"an adapter named {adapter_name!r} is there already; delete_adapter({adapter_name!r}) first, or "
@@ -217,11 +250,12 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
                 found=adapter_name,
             )
         config = self._prepared(peft_config)
-        autocast = self.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
+        autocast = self.autocast_adapter_dtype if autocast is None else autocast
         first = not self.peft_config
         with inject.unchanged_on_error(self.base_model.model) if first else nullcontext():
             if METHODS[config.peft_type].graft is not None:
-                self._add_prompt(adapter_name, config)
+                with told(f"building adapter {adapter_name!r}", SMALLER):
+                    self._add_prompt(adapter_name, config)
             else:
                 with empty.without_numbers(low_cpu_mem_usage):
                     inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
@@ -235,6 +269,12 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
                 self.base_model.selection.active = (adapter_name,)
         trains = adapter_name in self.base_model.selection.active and not peft_config.inference_mode
         self.base_model.let_train([adapter_name], trains)
+
+    def _changing(self, name: str, config: PeftConfig) -> AbstractContextManager[None]:
+        """While no pass runs that an adapter which comes, goes or gets other values could disturb."""
+        method = METHODS.get(config.peft_type)  # type: ignore[arg-type]
+        alone = list(self.peft_config) in ([], [name]) or method is None or method.graft is not None
+        return self.base_model.selection.gate.changing(None if alone else [name])
 
     def _prepared(self, peft_config: PeftConfig) -> Any:
         """A copy of the config with what is known of the base and the task; the user's changes only on success."""
@@ -289,6 +329,11 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._known([adapter_name])
+        with self._changing(adapter_name, self.peft_config[adapter_name]):
+            self._delete(adapter_name)
+
+    def _delete(self, adapter_name: str) -> None:
+        self._known([adapter_name])  # still
         if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.base_model.model)):
             raise StateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it")
         inject.remove(self.base_model.model, adapter_name)
@@ -302,11 +347,11 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         if adapter_name not in selection.active:
             return
         left = tuple(name for name in selection.active if name != adapter_name)
-        if not left and self.peft_config:
-            left = (next(iter(self.peft_config)),)
-            warn(f"the active adapter was deleted; {left[0]!r} is active now")
-        selection.active = left
-        self.base_model.let_train(left, True)
+        instead = () if left else tuple(self.peft_config)[:1]
+        selection.active = left + instead
+        self.base_model.let_train(selection.active, True)
+        if instead:
+            warn(f"the active adapter was deleted; {instead[0]!r} is active now")
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several in order, the active ones; they train, those that trained before do not.
@@ -315,8 +360,9 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         others are left as they are (`set_requires_grad` is the verb for them).
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        self._known(names)
-        self.base_model.set_adapter(names, inference_mode)
+        with self.base_model.switching():
+            self._known(names)
+            self.base_model.set_adapter(names, inference_mode)
         for path, copies in inject.trained_copies(self.base_model.model):
             rivals = [name for name in names if name in copies.modules_to_save]
             if len(rivals) > 1:
@@ -424,14 +470,16 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> nn.Module:
         """The plain model with adapters in its weights, prompts that were left out of them gone."""
-        model = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
-        self._detach_prompts()
+        with self.base_model.selection.gate.changing():
+            model = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+            self._detach_prompts()
         return model
 
     def unload(self) -> nn.Module:
         """The base model as it was before; its parameters stay frozen."""
-        self._detach_prompts()
-        return self.base_model.unload()
+        with self.base_model.selection.gate.changing():
+            self._detach_prompts()
+            return self.base_model.unload()
 
     def _detach_prompts(self) -> None:
         for name in list(self.prompts):

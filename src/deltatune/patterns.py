@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltatune import checks
+from deltatune import bounded, checks
 from deltatune.errors import ConfigError
 
 Names = Iterable[str] | str | None
@@ -28,7 +28,7 @@ def name_matches(names: Names, path: str) -> bool:
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return bounded.fullmatch(names, path)
     parts = path.split(".")
     endings = {".".join(parts[start:]) for start in range(len(parts))}
     return not endings.isdisjoint(names)
@@ -47,7 +47,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value whose pattern matches the end of a path (`rank_pattern`, `alpha_pattern`), or the default."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if bounded.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
 
@@ -64,11 +64,13 @@ def check_patterns(config: Any) -> None:
     owner = type(config).__name__
     for field in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, field), str):
-            check_pattern(owner, field, getattr(config, field))
+            bounded.check(owner, field, getattr(config, field))
+    for pattern in [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ():
+        bounded.check(owner, "layers_pattern", pattern)
     for field, values in by_layer(config).items():
         check = PATTERNED.get(field)
         for pattern, value in values.items():
-            check_pattern(owner, field, pattern)
+            bounded.check(owner, field, pattern)
             if check is not None:
                 check(owner, f"{field}[{pattern!r}]", value)
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
@@ -81,15 +83,3 @@ def check_patterns(config: Any) -> None:
         raise ConfigError(
             f"{owner}: layers_pattern={config.layers_pattern!r} needs layers_to_transform", field="layers_pattern"
         )
-
-
-def check_pattern(owner: str, field: str, pattern: str) -> None:
-    """Refuse what is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{owner}: {field}={pattern!r} is no regular expression: {error.msg} at position {error.pos}",
-            field=field,
-            found=pattern,
-        ) from None

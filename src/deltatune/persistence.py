@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks, empty, inject
 from deltatune.config import PeftConfig
-from deltatune.errors import MismatchError
+from deltatune.errors import MismatchError, StateError
 from deltatune.filling import filled_from
 from deltatune.fused import export
 from deltatune.names import check_name
@@ -97,13 +97,24 @@ class Persistence:
 
     def fill_adapter(self: Any, name: str, tensors: dict[str, Tensor]) -> None:
         """Put checked tensors into one adapter."""
-        if name not in self.prompts:
-            fill(self.base_model.model, name, tensors)
-            return
-        of_prompt = {key: value for key, value in tensors.items() if self.prompts[name].owns(key)}
-        if of_prompt:
-            self.prompts[name].load_file_tensors(of_prompt)
-        fill(self.base_model.model, name, tensors, self.prompts[name].root)
+        self._refuse_merged(name)
+        with self.base_model.selection.gate.changing([name]):
+            if name not in self.prompts:
+                fill(self.base_model.model, name, tensors)
+                return
+            of_prompt = {key: value for key, value in tensors.items() if self.prompts[name].owns(key)}
+            if of_prompt:
+                self.prompts[name].load_file_tensors(of_prompt)
+            fill(self.base_model.model, name, tensors, self.prompts[name].root)
+
+    def _refuse_merged(self: Any, name: str) -> None:
+        if any(name in layer.merged_adapters for _, layer in inject.adapted_layers(self.base_model.model)):
+            raise StateError(
+                f"adapter {name!r} is merged, and other values would not reach the merged weights; call "
+                "unmerge_adapter() first",
+                field="adapter_name",
+                found=name,
+            )
 
     def save_pretrained(
         self: Any,
@@ -228,7 +239,8 @@ class Persistence:
             kwargs: For the hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download` and
                 other arguments of `hf_hub_download`. `ignore_mismatched_sizes`: leave out, with a warning, tensors of
                 other sizes. `load_embedding_layers`: True replaces the base's embeddings by those in the file; "auto"
-                (default) if its vocabulary was changed here too. `allow_nonfinite`: take NaN. `torch_device`: accepted.
+                (default) if its vocabulary was changed here too. `allow_nonfinite`: take NaN. `allow_unknown`: fields
+                of a newer version's config to pass over. `torch_device`: accepted.
 
         Raises:
             PeftError: The folder is damaged or does not fit the model, which is left as it was.
@@ -239,7 +251,7 @@ class Persistence:
         check_name(adapter_name)
         checked_device(kwargs.pop("torch_device", "cpu") or "cpu")
         allowed, hub = options.loading(allow_base_mismatch, kwargs)
-        saved = storage.read(model_id, config=config, key_mapping=key_mapping, **hub)
+        saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
         storage.check_base(saved, model, allowed.base_mismatch)
         saved.config.inference_mode = not is_trainable
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
@@ -281,7 +293,7 @@ class Persistence:
         """
         checked_device(torch_device or "cpu")
         allowed, hub = options.loading(allow_base_mismatch, kwargs)
-        saved = storage.read(model_id, key_mapping=key_mapping, **hub)
+        saved = storage.read(model_id, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
         return self.load_saved(adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, allowed)
 
     def load_saved(
@@ -296,7 +308,23 @@ class Persistence:
         """`load_adapter` for the content of a folder that has been read."""
         storage.check_base(saved, self.base_model.model, allowed.base_mismatch)
         saved.config.inference_mode = not is_trainable
+        with self._changing(adapter_name, saved.config):
+            return self._load_saved(
+                adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, allowed
+            )
+
+    def _load_saved(
+        self: Any,
+        adapter_name: str,
+        saved: storage.Saved,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        allowed: Allowed,
+    ) -> Any:
         fresh = adapter_name not in self.peft_config
+        if not fresh:
+            self._refuse_merged(adapter_name)
         before = {} if fresh else {k: t.clone() for k, t in self.adapter_tensors(adapter_name).items()}
         if fresh:
             numberless = low_cpu_mem_usage and not allowed.mismatched_sizes

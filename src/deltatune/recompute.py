@@ -1,28 +1,46 @@
-"""Gradient checkpointing that was switched on before any adapter: its recomputation learns of them."""
+"""Gradient checkpointing whose recomputation uses the adapters of the forward pass it repeats."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as rerun
 
-from deltatune.selection import Recomputation, Selection
+from deltatune.selection import Call, Recomputation, Selection
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for what recomputes a layer
 
 
 def bind(model: nn.Module, selection: Selection, grafts: Mapping[str, Any]) -> None:
-    """Let layers be recomputed with the adapters they ran with.
-
-    The reentrant engine has no place for that: under it a backward pass has to run under its forward pass's choice.
-    """
+    """Let layers be recomputed with the adapters they ran with, wherever checkpointing has been switched on."""
     for module in model.modules():
         function = vars(module).get(_CHECKPOINT)
-        if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False:
+        if not isinstance(function, functools.partial):
             continue
-        present = function.keywords.get("context_fn")
-        if present is None or isinstance(present, Recomputation):
-            options = {**function.keywords, "context_fn": Recomputation(selection, grafts)}
-            vars(module)[_CHECKPOINT] = functools.partial(function.func, *function.args, **options)
+        if function.keywords.get("use_reentrant") is False:
+            present = function.keywords.get("context_fn")
+            if present is None or isinstance(present, Recomputation):
+                options = {**function.keywords, "context_fn": Recomputation(selection, grafts)}
+                vars(module)[_CHECKPOINT] = functools.partial(function.func, *function.args, **options)
+        elif function.func is rerun:
+            # the reentrant engine takes no context, so what it runs brings its own
+            vars(module)[_CHECKPOINT] = functools.partial(
+                _reentrant, selection, function.func, *function.args, **function.keywords
+            )
+
+
+def _reentrant(
+    selection: Selection, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, **options)
+    return checkpoint(functools.partial(_under, selection, selection.current(), function), *args, **options)
+
+
+def _under(selection: Selection, call: Call, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with selection.use(call):
+        return function(*args, **options)

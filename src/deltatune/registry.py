@@ -1,84 +1,117 @@
-"""Every method there is: one import and one entry each, and `register_method` for methods of other packages."""
+"""Every method there is: one line each, and `register_method` for methods of other packages.
+
+A method's file is imported when it is first asked for: a program that uses one reads one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from typing import Any
 
 from deltatune.adapter import Method
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
-from deltatune.methods.adalora import METHOD as ADALORA
-from deltatune.methods.adamss import METHOD as ADAMSS
-from deltatune.methods.beft import METHOD as BEFT
-from deltatune.methods.bitfit import METHOD as BITFIT
-from deltatune.methods.boft import METHOD as BOFT
-from deltatune.methods.c3a import METHOD as C3A
-from deltatune.methods.deft import METHOD as DEFT
-from deltatune.methods.delora import METHOD as DELORA
-from deltatune.methods.diff_pruning import METHOD as DIFF_PRUNING
-from deltatune.methods.fourierft import METHOD as FOURIERFT
-from deltatune.methods.frod import METHOD as FROD
-from deltatune.methods.glora import METHOD as GLORA
-from deltatune.methods.gralora import METHOD as GRALORA
-from deltatune.methods.hira import METHOD as HIRA
-from deltatune.methods.hra import METHOD as HRA
-from deltatune.methods.ia3 import METHOD as IA3
-from deltatune.methods.ln_tuning import METHOD as LN_TUNING
-from deltatune.methods.loha import METHOD as LOHA
-from deltatune.methods.lokr import METHOD as LOKR
-from deltatune.methods.lora import METHOD as LORA
-from deltatune.methods.miss import METHOD as MISS
-from deltatune.methods.oft import METHOD as OFT
-from deltatune.methods.osf import METHOD as OSF
-from deltatune.methods.peanut import METHOD as PEANUT
-from deltatune.methods.psoft import METHOD as PSOFT
-from deltatune.methods.pvera import METHOD as PVERA
-from deltatune.methods.randlora import METHOD as RANDLORA
-from deltatune.methods.road import METHOD as ROAD
-from deltatune.methods.shira import METHOD as SHIRA
-from deltatune.methods.supertuning import METHOD as SUPERTUNING
-from deltatune.methods.tinylora import METHOD as TINYLORA
-from deltatune.methods.trainable_tokens import METHOD as TRAINABLE_TOKENS
-from deltatune.methods.unilora import METHOD as UNILORA
-from deltatune.methods.vblora import METHOD as VBLORA
-from deltatune.methods.vera import METHOD as VERA
-from deltatune.methods.waveft import METHOD as WAVEFT
-from deltatune.outputs.bottleneck import METHOD as BOTTLENECK
-from deltatune.outputs.compacter import METHOD as COMPACTER
-from deltatune.outputs.lily import METHOD as LILY
-from deltatune.outputs.poly import METHOD as POLY
-from deltatune.outputs.reft import METHOD as REFT
-from deltatune.prompts.adaption_prompt import METHOD as ADAPTION_PROMPT
-from deltatune.prompts.cartridge import METHOD as CARTRIDGE
-from deltatune.prompts.cpt import METHOD as CPT
-from deltatune.prompts.multitask import METHOD as MULTITASK_PROMPT_TUNING
-from deltatune.prompts.p_tuning import METHOD as P_TUNING
-from deltatune.prompts.prefix import METHOD as PREFIX_TUNING
-from deltatune.prompts.prompt_tuning import METHOD as PROMPT_TUNING
-from deltatune.shadow.graft import METHOD as SHADOW
-from deltatune.xlora.graft import METHOD as XLORA
 
-METHODS: dict[PeftType | str, Method] = {
-    method.peft_type: method
-    for method in (
-        # low-rank and other products added to the weight
-        *(LORA, ADALORA, LOHA, LOKR, HIRA, GRALORA, MISS, DELORA, GLORA),
-        # with tensors that layers share
-        *(VERA, PVERA, RANDLORA, VBLORA, UNILORA, TINYLORA, FROD),
-        # spectra, functions of the weight
-        *(C3A, FOURIERFT, WAVEFT, PEANUT),
-        # entries and subspaces of the weight
-        *(SHIRA, SUPERTUNING, DIFF_PRUNING, ADAMSS, OSF, PSOFT, DEFT),
-        # rotations and scales
-        *(OFT, BOFT, HRA, ROAD, IA3),
-        # biases, norms, rows
-        *(BITFIT, BEFT, LN_TUNING, TRAINABLE_TOKENS),
-        # outputs of layers and blocks
-        *(BOTTLENECK, COMPACTER, REFT, POLY, LILY),
-        # keys and values, inputs
-        *(PREFIX_TUNING, CARTRIDGE, ADAPTION_PROMPT, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING, CPT),
-        # beside the model
-        *(SHADOW, XLORA),
-    )
+# peft_type -> the module with its `METHOD`
+MODULES = {
+    # low-rank and other products added to the weight
+    "LORA": "deltatune.methods.lora",
+    "ADALORA": "deltatune.methods.adalora",
+    "LOHA": "deltatune.methods.loha",
+    "LOKR": "deltatune.methods.lokr",
+    "HIRA": "deltatune.methods.hira",
+    "GRALORA": "deltatune.methods.gralora",
+    "MISS": "deltatune.methods.miss",
+    "DELORA": "deltatune.methods.delora",
+    "GLORA": "deltatune.methods.glora",
+    # with tensors that layers share
+    "VERA": "deltatune.methods.vera",
+    "PVERA": "deltatune.methods.pvera",
+    "RANDLORA": "deltatune.methods.randlora",
+    "VBLORA": "deltatune.methods.vblora",
+    "UNILORA": "deltatune.methods.unilora",
+    "TINYLORA": "deltatune.methods.tinylora",
+    "FROD": "deltatune.methods.frod",
+    # spectra, functions of the weight
+    "C3A": "deltatune.methods.c3a",
+    "FOURIERFT": "deltatune.methods.fourierft",
+    "WAVEFT": "deltatune.methods.waveft",
+    "PEANUT": "deltatune.methods.peanut",
+    # entries and subspaces of the weight
+    "SHIRA": "deltatune.methods.shira",
+    "SUPERTUNING": "deltatune.methods.supertuning",
+    "DIFF_PRUNING": "deltatune.methods.diff_pruning",
+    "ADAMSS": "deltatune.methods.adamss",
+    "OSF": "deltatune.methods.osf",
+    "PSOFT": "deltatune.methods.psoft",
+    "DEFT": "deltatune.methods.deft",
+    # rotations and scales
+    "OFT": "deltatune.methods.oft",
+    "BOFT": "deltatune.methods.boft",
+    "HRA": "deltatune.methods.hra",
+    "ROAD": "deltatune.methods.road",
+    "IA3": "deltatune.methods.ia3",
+    # biases, norms, rows
+    "BITFIT": "deltatune.methods.bitfit",
+    "BEFT": "deltatune.methods.beft",
+    "LN_TUNING": "deltatune.methods.ln_tuning",
+    "TRAINABLE_TOKENS": "deltatune.methods.trainable_tokens",
+    # outputs of layers and blocks
+    "BOTTLENECK": "deltatune.outputs.bottleneck",
+    "COMPACTER": "deltatune.outputs.compacter",
+    "REFT": "deltatune.outputs.reft",
+    "POLY": "deltatune.outputs.poly",
+    "LILY": "deltatune.outputs.lily",
+    # keys and values, inputs
+    "PREFIX_TUNING": "deltatune.prompts.prefix",
+    "CARTRIDGE": "deltatune.prompts.cartridge",
+    "ADAPTION_PROMPT": "deltatune.prompts.adaption_prompt",
+    "PROMPT_TUNING": "deltatune.prompts.prompt_tuning",
+    "P_TUNING": "deltatune.prompts.p_tuning",
+    "MULTITASK_PROMPT_TUNING": "deltatune.prompts.multitask",
+    "CPT": "deltatune.prompts.cpt",
+    # beside the model
+    "SHADOW": "deltatune.shadow.graft",
+    "XLORA": "deltatune.xlora.graft",
 }
+
+
+class Methods(MutableMapping[PeftType | str, Method]):
+    """Methods by `peft_type`; those of `MODULES` come when they are asked for, going through all of them brings all."""
+
+    def __init__(self, modules: dict[str, str]) -> None:
+        self.entries: dict[str, str | Method] = dict(modules)
+
+    def __getitem__(self, name: PeftType | str) -> Method:
+        key = _text(name)
+        entry = self.entries[key]
+        if isinstance(entry, str):
+            entry = self.entries[key] = import_module(entry).METHOD
+        return entry
+
+    def __setitem__(self, name: PeftType | str, method: Method) -> None:
+        self.entries[_text(name)] = method
+
+    def __delitem__(self, name: PeftType | str) -> None:
+        del self.entries[_text(name)]
+
+    def __contains__(self, name: Any) -> bool:
+        return isinstance(name, str) and _text(name) in self.entries
+
+    def __iter__(self) -> Iterator[PeftType | str]:
+        for name in list(self.entries):
+            yield PeftType(name) if name in PeftType.__members__ else name
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def _text(name: PeftType | str) -> str:
+    return name.value if isinstance(name, PeftType) else name
+
+
+METHODS = Methods(MODULES)
 
 
 def register_method(method: Method) -> Method:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from deltatune import checks
 from deltatune.errors import ConfigError, StateError
 from deltatune.layer import AdaptedLayer
 
@@ -141,7 +142,7 @@ def unshare(model: nn.Module) -> None:
 
 def _refuse(owner: str, spans: Any, why: str) -> NoReturn:
     raise ConfigError(
-        f"{owner}: layer_replication={spans!r}: {why}; an example is [[0, 4], [2, 5]]",
+        f"{owner}: layer_replication={checks.shown(spans)}: {why}; an example is [[0, 4], [2, 5]]",
         field="layer_replication",
         found=spans,
     )
@@ -159,8 +160,8 @@ def _check_range(model: nn.Module, spans: list[list[int]], count: int) -> None:
     last = max(end for _, end in spans)
     if last > count:
         raise ConfigError(
-            f"layer_replication={spans!r}: {last} is past the end; {type(model).__name__} has {count} layers, so ends "
-            f"of up to {count} are possible",
+            f"layer_replication={checks.shown(spans)}: {last} is past the end; {type(model).__name__} has {count} "
+            f"layers, so ends of up to {count} are possible",
             field="layer_replication",
             found=spans,
             expected=count,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from deltatune.errors import StateError
-from deltatune.gate import Gate
+from deltatune.gate import STANDING, Gate, Uses
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
 _scales: ContextVar[Mapping[int, float]] = ContextVar("deltatune_scales", default=MappingProxyType({}))
@@ -109,6 +109,13 @@ class Selection:
 
     def names(self) -> tuple[str, ...]:
         return self.current().names
+
+    def uses(self) -> Uses:
+        """What a pass that begins now in this thread or task uses, in the words of the gate."""
+        chosen: Call | None = _look_up(self) if self.choosing else None  # type: ignore[arg-type]
+        if chosen is None:
+            return frozenset((STANDING, *self.active)) if self.enabled else frozenset((STANDING,))
+        return frozenset(name for name in chosen.rows or chosen.names if name is not None)
 
     @contextmanager
     def use(self, call: Call) -> Iterator[None]:

@@ -27,6 +27,7 @@ class TunerLayerStatus:
     requires_grad: dict[str, Answer]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None
 
 
 @dataclass
@@ -45,6 +46,7 @@ class TunerModelStatus:
     requires_grad: dict[str, Answer]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | Literal["irregular"] | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -76,6 +78,7 @@ def _entry(path: str, kind: str, wrapper: Any, holders: nn.ModuleDict, merged: l
         requires_grad={name: _one(p.requires_grad for p in _everything(module)) for name, module in holders.items()},
         available_adapters=sorted(holders),
         devices={name: sorted({p.device.type for p in _everything(module)}) for name, module in holders.items()},
+        quantization_backend=getattr(getattr(wrapper, "quantization_backend", None), "backend_name", None),
     )
 
 
@@ -112,6 +115,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         available_adapters=names,
         devices={name: sorted({d for layer in layers for d in layer.devices.get(name, [])}) for name in names},
+        quantization_backend=_same(layer.quantization_backend for layer in layers) if layers else None,
     )
 
 

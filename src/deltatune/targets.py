@@ -5,18 +5,19 @@ Paths are those of the bare model: a wrapped layer keeps its path, and nothing i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from deltatune import bounded, checks
 from deltatune.adapter import Adapter, LinearMap
 from deltatune.bases import as_map, supported
 from deltatune.bases.block import Block
 from deltatune.config import PeftConfig, TaskType
 from deltatune.copies import TrainedCopies
 from deltatune.errors import NoMatchingPeftModuleError, TargetError
+from deltatune.filling import Source, source
 from deltatune.layer import AdaptedLayer
 from deltatune.notice import warn
 from deltatune.patterns import by_layer, name_matches, pattern_value
@@ -68,6 +69,7 @@ def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) ->
         found = {path: module for path, module in modules.items() if path in found or _is_part(path, found)}
     found = {path: found[path] for path in found if not _excluded(config, path)}
     found = {path: found[path] for path in found if _in_layers(config, path)}
+    _check_numbers(model, modules, config)
     if not found:
         raise _nothing(model, modules, config)
     _refuse_unsupported(found, blocks)
@@ -132,12 +134,35 @@ def _in_layers(config: Any, path: str) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True
+    return _number(config, path) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _number(config: Any, path: str) -> int | None:
+    """Which of a list of layers a path is in, as `layers_to_transform` counts."""
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        numbered = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path)
+        numbered = bounded.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path)
         if numbered:
-            return int(numbered[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-    return False
+            return int(numbered[1])
+    return None
+
+
+def _check_numbers(model: nn.Module, modules: dict[str, nn.Module], config: Any) -> None:
+    """Refuse layer numbers that no target has; of files of other programs, where they were of no effect, say it."""
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted or []
+    present = {number for number in (_number(config, path) for path in modules if wanted) if number is not None}
+    dead = [number for number in wanted if number not in present]
+    if not present or not dead:
+        return  # with no number at all the names are wrong, which is told otherwise
+    text = (
+        f"layers_to_transform: {checks.shown(dead)} are no layers of {type(model).__name__}, which has {len(present)}, "
+        f"numbered {min(present)} to {max(present)}"
+    )
+    if source() is Source.PEER:
+        warn(text)
+        return
+    raise TargetError(text, field="layers_to_transform", found=dead, expected=sorted(present))
 
 
 def _refuse_unsupported(found: dict[str, nn.Module], blocks: bool) -> None:
@@ -182,6 +207,8 @@ def _warn_dead(config: Any, modules: dict[str, nn.Module], found: dict[str, nn.M
             dead = [name for name in sorted(names) if not any(name_matches([name], path) for path in paths)]
             if dead:
                 warn(f"{field}: {dead} match no module of the model")
+        elif field == "exclude_modules" and names and not any(name_matches(names, path) for path in modules):
+            warn(f"{field}: the pattern {names!r} matches no module of the model")
     if getattr(config, "target_parameters", None) is not None:
         return  # patterns may mean parameters
     for field, values in by_layer(config).items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deltatune import inject, replication
 from deltatune.config import PeftConfig
-from deltatune.errors import AdapterNameError, MergeError
+from deltatune.errors import AdapterNameError, MergeError, StateError
+from deltatune.gate import STANDING
 from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
@@ -23,6 +26,21 @@ from deltatune.selection import Selection
 from deltatune.state_dict import collect
 
 LOST_WORTH_SAYING = 0.01  # of the update, in one layer
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def alone(
+    verb: Callable[Concatenate[Tuner, Arguments], Result],
+) -> Callable[Concatenate[Tuner, Arguments], Result]:
+    """A verb that changes what every pass uses: it waits for those that are running."""
+
+    @wraps(verb)
+    def run(tuner: Tuner, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with tuner.selection.gate.changing():
+            return verb(tuner, *args, **kwargs)
+
+    return run
 
 
 class Tuner(TunerVerbs, PeerLosses, nn.Module):
@@ -65,11 +83,22 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
         return [path for path, _ in inject.adapted_layers(self.model)]
 
     def enable_adapter_layers(self) -> None:
-        self.selection.enabled = True
+        with self.switching():
+            self.selection.enabled = True
 
     def disable_adapter_layers(self) -> None:
         """Every call uses the base, bit for bit, until `enable_adapter_layers()`."""
-        self.selection.enabled = False
+        with self.switching():
+            self.selection.enabled = False
+
+    @contextmanager
+    def switching(self) -> Iterator[None]:
+        """While no pass runs that uses the model's standing choice; while none runs at all where merged weights go."""
+        gate = self.selection.gate
+        with gate.changing([STANDING]):
+            merged = any(layer.merged for _, layer in inject.adapted_layers(self.model))
+            with gate.changing() if merged else nullcontext():
+                yield
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -158,39 +187,42 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- merging
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    @alone
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, max_loss: float | None = None
+    ) -> None:
         """Compute the adapted weights once and put them into the layers, which then run like plain layers.
 
         The original parameters are kept and come back, the same objects, with `unmerge_adapter()`. All new weights are
         computed before the first is put in place. Adapters that are merged already stay so, beside the new ones.
 
         Args:
-            adapter_names: Adapters to merge, in order; the active ones by default.
-            safe_merge: Refuse weights that are not finite.
+            adapter_names: Adapters to merge, in order; the active ones by default. Active ones that are not merged go
+                on acting, on the merged weights.
+            safe_merge: Refuse weights that are not finite even where those of the base are not.
+            max_loss: Refuse where rounding to the base's precision would lose more than this share of an update, in
+                any layer. None: say so in a warning.
+
+        Raises:
+            MergeError: A layer cannot hold the result, or it is not finite, or too much is lost; nothing has changed.
         """
         names = self._mergeable(adapter_names)
-        planned: list[tuple[Any, Merged]] = []
-        paths: list[str] = []
+        planned: dict[str, tuple[Any, Merged]] = {}
         for path, layer in inject.adapted_layers(self.model):
             if new := layer.unmerged(names):
                 try:
-                    planned.append((layer, layer.more_merged(new, safe_merge)))
-                    paths.append(path)
+                    planned[path] = (layer, layer.more_merged(new, safe_merge))
                 except MergeError as error:
                     raise MergeError(f"{path}: {error}", path=path, found=error.found) from error
         if not planned:
             warn(f"merge_adapter: nothing of {list(names)} is left to merge")
-        _keep_tied(planned)
-        for layer, merged in planned:
-            layer.swap_in(merged)
-        self.merge_loss = {path: merged.lost for path, (_, merged) in zip(paths, planned)}
-        path, lost = max(self.merge_loss.items(), key=lambda item: item[1], default=("", 0.0))
-        if lost > LOST_WORTH_SAYING:
-            warn(
-                f"merge_adapter: rounding to the base's precision lost up to {lost:.0%} of the update (at {path}; "
-                "base_model.merge_loss has every layer); merge into a float32 copy of the base to keep it"
-            )
+            return
+        losses = {path: merged.lost for path, (_, merged) in planned.items()}
+        _tell_loss(losses, max_loss)
+        _put_all(list(planned.values()))
+        self.merge_loss = losses
 
+    @alone
     def unmerge_adapter(self) -> None:
         """Put the original parameters back, bit for bit."""
         layers = [layer for _, layer in inject.adapted_layers(self.model)]
@@ -199,18 +231,26 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
         for layer in layers:
             layer.unmerge()
 
+    @alone
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The plain model with the adapters in its weights; the wrappers are gone."""
         names = self._mergeable(adapter_names)
-        if not any(layer.merged for _, layer in inject.adapted_layers(self.model)):
+        layers = [layer for _, layer in inject.adapted_layers(self.model)]
+        if any(layer.unmerged(names) for layer in layers) or not any(layer.merged for layer in layers):
             self.merge_adapter(list(names), safe_merge)
-        self._untie()
+        untied = self._untie()
         inject.strip(self.model, keep=names)
         replication.unshare(self.model)
+        if untied:
+            warn(
+                "the merged embedding and the output layer no longer share their weights: "
+                "config.tie_word_embeddings is False now"
+            )
         return self.model
 
+    @alone
     def unload(self) -> nn.Module:
         """The plain model as it was; adapters and trained copies are dropped. Its parameters stay frozen."""
         for _, layer in inject.adapted_layers(self.model):
@@ -221,6 +261,13 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
 
     def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:
         names = self.selection.active if adapter_names is None else tuple(adapter_names)
+        if adapter_names is not None and not names:
+            raise StateError(
+                "adapter_names=[] merges nothing; leave it out to merge the active adapters, or call unload()",
+                field="adapter_names",
+                found=[],
+                expected=list(self.peft_config),
+            )
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise AdapterNameError(
@@ -235,18 +282,16 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
                 raise MergeError(f"adapter {name!r} is {graft.unmergeable}; it cannot be merged", found=[name])
         return names
 
-    def _untie(self) -> None:
+    def _untie(self) -> bool:
         """A merged embedding differs from the head that was tied to it: say so in the model's config."""
         config = getattr(self.model, "config", None)
         if not getattr(config, "tie_word_embeddings", False):
-            return
+            return False
         inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore
-        if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-            warn(
-                "the merged embedding and the output layer no longer share their weights: "
-                "config.tie_word_embeddings is False now"
-            )
+        if inputs is None or outputs is None or inputs.weight is outputs.weight:
+            return False
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return True
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
@@ -258,11 +303,12 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for _, layer in inject.adapted_layers(self.model):
-            layer.unmerge()
-        self.selection.active = names
-        self.let_train(self.selection.trained - set(names), False)
-        self.let_train(names, not inference_mode)
+        with self.switching():
+            for _, layer in inject.adapted_layers(self.model):
+                layer.unmerge()
+            self.selection.active = names
+            self.let_train(self.selection.trained - set(names), False)
+            self.let_train(names, not inference_mode)
 
     def let_train(self, names: Collection[str], trains: bool) -> None:
         """Let the named adapters train or not, whatever the others do."""
@@ -313,6 +359,40 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
             if name in graft.verbs:
                 return getattr(graft, name)
         return getattr(self._modules["model"], name)
+
+
+def _tell_loss(losses: dict[str, float], most: float | None) -> None:
+    path, lost = max(losses.items(), key=lambda item: item[1])
+    hint = "merge into a float32 copy of the base to keep it"
+    if most is not None and lost > most:
+        raise MergeError(
+            f"{path}: rounding to the base's precision would lose {lost:.1%} of the update, more than max_loss={most}; "
+            + hint,
+            field="max_loss",
+            path=path,
+            found=lost,
+            expected=most,
+        )
+    if lost > LOST_WORTH_SAYING:
+        warn(
+            f"merge_adapter: rounding to the base's precision lost up to {lost:.0%} of the update (at {path}; "
+            f"base_model.merge_loss has every layer); {hint}"
+        )
+
+
+def _put_all(planned: list[tuple[Any, Merged]]) -> None:
+    """Into all layers, or into none."""
+    _keep_tied(planned)
+    before = [(layer, layer.stash and layer._present(layer.stash)) for layer, _ in planned]
+    try:
+        for layer, merged in planned:
+            layer.swap_in(merged)
+    except BaseException:
+        for layer, merged in before:
+            layer.unmerge()
+            if merged is not None:
+                layer.swap_in(merged)
+        raise
 
 
 def _keep_tied(planned: list[tuple[Any, Merged]]) -> None:

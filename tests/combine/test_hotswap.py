@@ -266,7 +266,8 @@ def test_a_prefix_is_swapped_for_one_of_the_same_size(tmp_path: Path):
 
 def test_every_answer_under_traffic_is_of_one_adapter(tmp_path: Path):
     folders = [saved(tmp_path / str(seed), lora(2, 3), seed) for seed in (1, 2)]
-    expected = [outputs(folder) for folder in folders]
+    with torch.no_grad():  # as those who ask: with gradients the sums are made in another order
+        expected = [outputs(folder) for folder in folders]
     model, answers, done = PeftModel.from_pretrained(base(), folders[0]), [], threading.Event()
 
     def ask() -> None:

@@ -12,6 +12,7 @@ from deltatune import (
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForSequenceClassification,
+    VeraConfig,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -141,6 +142,27 @@ def test_a_broken_layer_stops_merging_before_the_first_is_changed(model):
     with pytest.raises(MergeError, match=r"model\.layers\.2\.self_attn\.v_proj.*not finite"):
         model.merge_and_unload(safe_merge=True)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_quantised_the_base_is_told_as_peft_tells_it():
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+
+    def base():
+        torch.manual_seed(0)
+        layers = bnb.nn.Linear4bit(64, 64, quant_type="nf4"), bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        return torch.nn.Sequential(*layers, torch.nn.Linear(64, 64)).to("cpu")
+
+    options = {"target_modules": ["0", "1", "2"]}
+    ours = get_peft_model(base(), VeraConfig(**options))
+    theirs = peft.get_peft_model(base(), peft.VeraConfig(**options))  # its LoRA says nothing
+    names = [layer.quantization_backend for layer in get_layer_status(ours)]
+    assert (
+        names == [layer.quantization_backend for layer in theirs.get_layer_status()] == ["bnb 4bit", "bnb 8bit", None]
+    )
+    assert get_model_status(ours).quantization_backend == theirs.get_model_status().quantization_backend == "irregular"
+    backend = ours.base_model.model[0].quantization_backend
+    assert (backend.backend_name, backend.supports_merge) == ("bnb 4bit", True)
+    assert ours.base_model.model[2].quantization_backend is None
 
 
 def test_status(model):

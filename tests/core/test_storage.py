@@ -124,7 +124,7 @@ def test_tensors_that_do_not_fit_are_named(folder, function, words):
     change(folder, function)
     base = tiny("llama")
     before = {name: p.clone() for name, p in base.named_parameters()}
-    with pytest.raises(MismatchError, match=words) as caught:
+    with pytest.raises((MismatchError, UnsafeError), match=words) as caught:
         PeftModel.from_pretrained(base, folder)
     assert "\n" not in str(caught.value)
     assert {name: id(p) for name, p in base.named_parameters()}.keys() == before.keys()

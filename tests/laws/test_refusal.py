@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deltatune import PeftModel, get_peft_model, inject_adapter_in_model
-from deltatune.errors import FormatError, IntegrityError, MismatchError, PeftError, TargetError
+from deltatune.errors import FormatError, IntegrityError, MismatchError, PeftError, TargetError, UnsafeError
 from tests.laws.examples import BASES, LAYER_METHODS, Case, Holder, config_of, move
 
 METHODS = list(LAYER_METHODS)
@@ -197,7 +197,7 @@ DAMAGE = {
     drop_a_key: MismatchError,
     not_finite: MismatchError,
     wrong_shape: MismatchError,
-    attack_the_base: MismatchError,
+    attack_the_base: UnsafeError,
 }
 
 

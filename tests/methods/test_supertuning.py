@@ -138,3 +138,28 @@ def test_entries_beyond_the_weight_are_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(MismatchError, match=r"reach from .* to 60, the layer has 60"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("rows, dense", [(200, True), (1, False)])
+def test_many_tokens_go_through_one_product_with_the_same_gradients(rows, dense, monkeypatch):
+    """Whichever way is taken, output and gradients are those of the equation."""
+    from deltatune.methods import supertuning
+
+    layer = nn.Linear(40, 24)
+    model = get_peft_model(
+        nn.ModuleDict({"a": layer}), SupertuningConfig(target_modules=["a"], sparsity=0.99, init_weights=False)
+    )
+    taken, through = [], supertuning.through_entries
+    monkeypatch.setattr(supertuning, "through_entries", lambda *given: taken.append(1) or through(*given))
+    wrapped = model.get_base_model()["a"]
+    adapter = wrapped.adapters["default"]
+    x = torch.randn(rows, 40, requires_grad=True)
+    out = wrapped(x)
+    pull = torch.randn_like(out)
+    found = torch.autograd.grad(out, (x, adapter.supertuning_values), pull)
+    whole = adapter.adapt(wrapped.base_layer.weight)
+    expected = x @ whole.T + wrapped.base_layer.bias
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, torch.autograd.grad(expected, (x, adapter.supertuning_values), pull)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert bool(taken) == dense

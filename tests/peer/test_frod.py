@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import deltatune
-from deltatune.methods.frod import number, role, usual_targets
+from deltatune.joint_bases import number, role
+from deltatune.methods.frod import usual_targets
 from tests.core.tiny import TASKS, batch, logits, tiny
 from tests.peer.crossing import EXACT, crosses_over, trains_alike
 from tests.peer.pairs import ATTENTION, loaded_by_peft, saved_by_peft, scatter, theirs

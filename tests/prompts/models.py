@@ -46,6 +46,14 @@ FALCON = {
     **TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.0,
     "attention_dropout": 0.0, "multi_query": False, "new_decoder_architecture": False, "alibi": False,
 }  # fmt: skip
+GPT_NEO = {
+    **TOKENS, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64, "window_size": 32,
+    "attention_types": [[["global", "local"], 1]], "resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0,
+}  # fmt: skip
+XGLM = {
+    **TOKENS, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64,
+    "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+}  # fmt: skip
 REMBERT = {
     **BERT, "bos_token_id": 1, "eos_token_id": 2, "input_embedding_size": 32, "output_embedding_size": 32,
     "classifier_dropout_prob": 0.0,
@@ -90,6 +98,8 @@ KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mpt": ("AutoModelForCausalLM", "CAUSAL_LM", "mpt", MPT),
     "falcon": ("AutoModelForCausalLM", "CAUSAL_LM", "falcon", {**FALCON, "multi_query": True}),
     "falcon-alibi": ("AutoModelForCausalLM", "CAUSAL_LM", "falcon", {**FALCON, "alibi": True}),
+    "gpt-neo": ("AutoModelForCausalLM", "CAUSAL_LM", "gpt_neo", GPT_NEO),
+    "xglm": ("AutoModelForCausalLM", "CAUSAL_LM", "xglm", XGLM),
     "bloom": ("AutoModelForCausalLM", "CAUSAL_LM", "bloom", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "rembert": ("AutoModelForSequenceClassification", "SEQ_CLS", "rembert", REMBERT),
     "deberta": ("AutoModelForSequenceClassification", "SEQ_CLS", "deberta-v2", DEBERTA),

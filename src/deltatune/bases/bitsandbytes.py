@@ -14,6 +14,7 @@ from deltatune.bases.packed import PackedLinear
 class Bitsandbytes4bit(PackedLinear):
     """`bitsandbytes.nn.Linear4bit`: blocks of 4-bit codes with a scale each.   https://arxiv.org/abs/2305.14314"""
 
+    scheme = "bnb 4bit"
     types = ("Linear4bit",)
 
     @staticmethod
@@ -67,6 +68,7 @@ def _from_cpu_layout(stored: Any) -> Tensor:
 class Bitsandbytes8bit(PackedLinear):
     """`bitsandbytes.nn.Linear8bitLt`: 8-bit rows with a scale each.   https://arxiv.org/abs/2208.07339"""
 
+    scheme = "bnb 8bit"
     types = ("Linear8bitLt",)
 
     @staticmethod

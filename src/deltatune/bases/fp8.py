@@ -16,6 +16,7 @@ _MODULE = "transformers.integrations.finegrained_fp8"
 class FP8(PackedLinear):
     """W = codes * weight_scale_inv. A weight that has been widened already is stored as it is."""
 
+    scheme = "fp8"
     types = ("FP8Linear",)
     parts_of_codes = ("weight_scale_inv",)
 

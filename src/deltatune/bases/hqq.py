@@ -15,6 +15,7 @@ from deltatune.bases.packed import PackedLinear
 
 
 class HQQ(PackedLinear):
+    scheme = "hqq"
     types = ("HQQLinear",)
     keeps = ("W_q", "bias")
     parts_of_codes = ("meta",)

@@ -12,6 +12,7 @@ from deltatune.bases.packed import Opaque
 class INC(Opaque):
     """Read by the identity before and after that call; `weight` is a buffer then, and is not written to."""
 
+    scheme = "inc"
     types = ("INCWeightOnlyLinear",)
 
     @staticmethod

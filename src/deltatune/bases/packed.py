@@ -32,11 +32,18 @@ class PackedLinear(Linear):
     """A linear layer whose stored weight is not the matrix.
 
     Attributes:
+        scheme: What quantised it, as PEFT calls that.
         parts_of_codes: Attributes of the module that change with its codes.
         differentiable: The kernel has a gradient for its input, or says by its output that it has none.
     """
 
+    scheme: str = ""
     parts_of_codes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether an adapter can be merged into it."""
+        return type(self).pack is not PackedLinear.pack
 
     @property
     def differentiable(self) -> bool:
@@ -111,6 +118,9 @@ class _WithGradient(torch.autograd.Function):
         return None, (g @ ctx.layer.weight.to(g.dtype)).to(ctx.dtype), None
 
 
+_SCHEMES = ("gptq", "awq", "aqlm", "eetq", "quanto")
+
+
 class Opaque(PackedLinear):
     """Any other layer that says its features and keeps codes: GPTQ, AWQ, AQLM, EETQ, INC, quanto, ...
 
@@ -134,6 +144,8 @@ class Opaque(PackedLinear):
         sides = _sides(module)
         assert sides is not None
         self.in_features, self.out_features = sides
+        name = f"{type(module).__module__}.{type(module).__name__}".lower()
+        self.scheme = next((known for known in _SCHEMES if known in name), name.partition(".")[0])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from deltatune.bases.packed import PackedLinear
 class Torchao(PackedLinear):
     """Any of its tensors runs and trains. Integers of 1 to 8 bits and float8 are packed again, with their options."""
 
+    scheme = "torchao"
     types = ("Linear of torchao",)
 
     @staticmethod

@@ -72,11 +72,28 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", "--print_config", help="Print all settings as YAML.")
     ] = False,
+    launcher: Annotated[str | None, typer.Option(help="torchrun or accelerate: start several processes.")] = None,
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option("--nproc_per_node", "--nproc-per-node", min=1, help="Processes on this machine: one a device."),
+    ] = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines; the command is started on each.")] = 1,
+    node_rank: Annotated[
+        int, typer.Option("--node_rank", "--node-rank", min=0, help="Which of the machines this is, from 0.")
+    ] = 0,
+    master_addr: Annotated[
+        str | None, typer.Option("--master_addr", "--master-addr", help="Address of machine 0.")
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option("--master_port", "--master-port", help="Port of machine 0 that is free.")
+    ] = None,
 ) -> None:
     """Train an adapter on a data file. Settings and their names: docs/cli.md or --print-config."""
+    from deltatune.cli.launch import Launch
     from deltatune.cli.train import train as run
 
-    run(words or [], config, dry_run, print_config)
+    how = Launch(launcher, nproc_per_node, nnodes, node_rank, master_addr, master_port)
+    run(words or [], config, dry_run, print_config, how)
 
 
 data = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)

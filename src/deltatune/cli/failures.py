@@ -7,6 +7,7 @@ something, 5 training failed, 130 and 143 interrupted.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ class Verbs(TyperGroup):
 def tell(error: BaseException) -> int:
     """Say in one line what went wrong; the exit code."""
     code, text = explain(error)
-    say(text)
+    process = os.environ.get("RANK", "0")  # of several, as launchers number them
+    say(text if process == "0" else f"process {process}: {text}")
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,15 +15,17 @@ from typing import Any
 import yaml
 
 from deltatune.cli.arguments import parse
+from deltatune.cli.launch import COMMAND, Launch, launch
 from deltatune.cli.show import console, facts, quiet_libraries, table
 from deltatune.errors import ConfigError
 from deltatune.registry import METHODS
 from deltatune.report.words import duration, share, size
 from deltatune.train import TrainResult, TrainSettings, load_settings
 from deltatune.train.aliases import CANONICAL, TRANSLATED
+from deltatune.train.processes import end_processes, main_process
 
 
-def train(words: Sequence[str], config: str | None, dry_run: bool, print_config: bool) -> None:
+def train(words: Sequence[str], config: str | None, dry_run: bool, print_config: bool, how: Launch = Launch()) -> None:
     settings = settings_of(words, config)
     if print_config:
         print(yaml.safe_dump(settings.resolved(), sort_keys=False, allow_unicode=True), end="")
@@ -31,16 +34,24 @@ def train(words: Sequence[str], config: str | None, dry_run: bool, print_config:
     if dry_run:
         _plan(settings)
         return
+    if how.wanted:  # settings are known to be right: every process reads them again
+        given = [*words, *(["--config", config] if config else []), *(["--debug"] if "--debug" in sys.argv else [])]
+        raise SystemExit(launch(how, ["train", *given]))
     from deltatune.cli.progress import ProgressBar
     from deltatune.generate.load import write_labels
     from deltatune.report.page import write_report
     from deltatune.train import train as run
 
+    if not main_process():  # of several: the first one talks
+        run(settings)
+        end_processes()
+        return
     out = console()
     with ProgressBar(out) as bar:
         result = run(settings, callbacks=[bar])
+    end_processes()
     write_labels(result)
-    report = write_report(result, command=shlex.join(["deltatune", *sys.argv[1:]]))
+    report = write_report(result, command=os.environ.get(COMMAND) or shlex.join(["deltatune", *sys.argv[1:]]))
     _results(result, report)
 
 

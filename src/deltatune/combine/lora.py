@@ -190,13 +190,14 @@ def add(model: Any, name: str, config: PeftConfig, fill: Any, copies: Copies) ->
     """Graft an adapter that does not train and fill it; if that fails, the model is as it was."""
     base = model.get_base_model()
     config.modules_to_save = copies.names(base)  # type: ignore[attr-defined]
-    model.add_adapter(name, config)
-    try:
-        with torch.no_grad():
-            for path, layer in inject.adapted_layers(base):
-                if name in layer.adapters:
-                    fill(path, layer.adapters[name])
-            copies.fill(base, name)
-    except BaseException:
-        model.delete_adapter(name)
-        raise
+    with model._changing(name, config):
+        model.add_adapter(name, config)
+        try:
+            with torch.no_grad():
+                for path, layer in inject.adapted_layers(base):
+                    if name in layer.adapters:
+                        fill(path, layer.adapters[name])
+                copies.fill(base, name)
+        except BaseException:
+            model.delete_adapter(name)
+            raise

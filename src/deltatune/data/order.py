@@ -42,10 +42,14 @@ class Order:
         return [row for place in places for row in steps[place]]
 
     def step(self, order: list[int], index: int, process: int = 0) -> list[list[int]]:
-        """The micro-batches of one process at step `index` of an epoch; empty where the rows have run out."""
+        """The micro-batches of one process at step `index` of an epoch; each process has as many of them.
+
+        Those of the last step are empty where the rows have run out.
+        """
         rows = order[index * self.rows_per_step : (index + 1) * self.rows_per_step]
         mine = rows[process :: self.processes]
-        return [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
+        most = -(-len(rows) // self.processes)  # rows of the first process, which never has fewer than another
+        return [mine[i : i + self.micro] for i in range(0, most, self.micro)]
 
 
 def _mix(seed: int, epoch: int) -> int:

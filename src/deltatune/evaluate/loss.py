@@ -28,6 +28,13 @@ class Loss:
     predicted: list[Any] = field(default_factory=list)
 
 
+def joined(parts: list[Loss]) -> Loss:
+    """Losses over parts of a data set as one over all of it."""
+    count = sum(part.targets for part in parts)
+    total = sum(part.mean * part.targets for part in parts)
+    return Loss(total / max(count, 1), count, [found for part in parts for found in part.predicted])
+
+
 def target_count(labels: Tensor, task: str) -> int:
     """How many predictions the model's own mean loss is over."""
     if task == "classification":

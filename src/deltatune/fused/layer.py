@@ -16,7 +16,7 @@ from deltatune.errors import MergeError, StateError
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.rows import by_token, tokens_of
 from deltatune.fused.weight import LowRankWeight
-from deltatune.layer import AdaptedLayer, Merged, lost
+from deltatune.layer import AdaptedLayer, Merged, lost, refuse_infinite
 from deltatune.selection import Call, Selection
 
 
@@ -50,7 +50,10 @@ class FusedLayer(AdaptedLayer):
                 raise StateError(
                     "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
                 )
-            return self._call({} if call.names else dict(self.stash.parameters), args, kwargs)
+            if not call.names:
+                return self._call(dict(self.stash.parameters), args, kwargs)
+            self.stash.refuse_stale(self.training)
+            return self._call(self.adapted(self.unmerged(call.names)), args, kwargs)
         if call.rows is None or len({*self._rows(call)}) == 1:
             return self._call(self.adapted(self._one_for_all(call)), args, kwargs)
         tokens = tokens_of(args, kwargs, len(call.rows))
@@ -117,9 +120,10 @@ class FusedLayer(AdaptedLayer):
     def _seen(self, name: str) -> Tensor:
         """The parameter as code outside of the module reads it."""
         stored: Tensor = getattr(self.base_layer, name)
-        if self.stash is not None:
-            return stored
-        return self.adapted(self._one_for_all(self.selection.current())).get(name, stored)
+        call = self.selection.current()
+        if isinstance(self.stash, MergedParameters) and not (call.rows or call.names):
+            return self.stash.parameters.get(name, stored)  # type: ignore[return-value]
+        return self.adapted(self.unmerged(self._one_for_all(call))).get(name, stored)
 
     @property
     def bias(self) -> Tensor | None:
@@ -148,13 +152,10 @@ class FusedLayer(AdaptedLayer):
                 weight = layer.weight
                 for adapter in self._changing(names):
                     weight = adapter.each[name].adapt(weight) if name in adapter.each else weight  # type: ignore
-                if check and not weight.isfinite().all():
-                    raise MergeError(
-                        f"the merged {name} is not finite; adapters {list(names)} are broken", found=list(names)
-                    )
                 held[name] = layer.hold(weight)
+                refuse_infinite(names, layer, (weight, held[name]), check)
                 most = max(most, lost(layer, weight, held[name]))
-        return MergedParameters(names, None, None, most, held)
+        return MergedParameters(names, None, None, most, self._versions(names), held)
 
     def _refuse_output(self, name: str) -> None:
         reason = self.adapters[name].mergeable
@@ -164,7 +165,7 @@ class FusedLayer(AdaptedLayer):
     def _present(self, like: Merged) -> Merged:
         assert isinstance(like, MergedParameters)
         old = {name: self.base_layer._parameters[name] for name in like.parameters}
-        return MergedParameters(like.names, None, None, 0.0, old)  # type: ignore[arg-type]
+        return MergedParameters(like.names, None, None, 0.0, like.merged_at, old)  # type: ignore[arg-type]
 
     def _put(self, new: Merged) -> None:
         assert isinstance(new, MergedParameters)

@@ -145,7 +145,7 @@ def _swap(
         bare = built(base, name, config, source)
         read(bare, name, tensors, source, checksums)
         planned = _planned(base, bare, name)
-        with gate.changing(), torch.no_grad():
+        with gate.changing([name]), torch.no_grad():
             for step in planned:
                 step()
             if model is not None:
@@ -212,5 +212,5 @@ def _swap_prompt(model: Any, name: str, saved: storage.Saved, allowed: Allowed) 
             field=differing[0],
         )
     gate = model.base_model.selection.gate
-    with gate.preparing(), gate.changing():
+    with gate.preparing(), gate.changing([name]):
         model._load(name, saved, replace(allowed, base_mismatch=True))  # the base has been checked

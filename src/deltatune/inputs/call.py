@@ -2,7 +2,8 @@
 
 Placeholders stand for the virtual tokens in `input_ids`, so that whatever reads ids (pooling at the last token that is
 no padding, end-of-sentence masks, per-layer embeddings, positions counted from ids) finds its place; what they are
-embedded as is replaced (`deltatune.inputs.stage`). The placeholder is the row's own first token.
+embedded as is replaced (`deltatune.inputs.stage`). The placeholder is the row's own first token (of a model that
+reads images or sound too, the first of text, because it counts the others).
 """
 
 from __future__ import annotations
@@ -91,11 +92,17 @@ def insert(values: Tensor, new: Tensor, first: Tensor | None) -> Tensor:
     return torch.where((number >= 0) & (number < count), picked, values.gather(-1, source))
 
 
-def lengthen_ids(ids: Tensor, count: int, first: Tensor | None) -> Tensor:
-    """Placeholders before ids (B, T)."""
+def lengthen_ids(ids: Tensor, count: int, first: Tensor | None, counted: tuple[int, ...] = ()) -> Tensor:
+    """Placeholders before ids (B, T), none of them one of the tokens that are `counted`."""
     if ids.ndim != 2:
         raise DataError(f"input_ids has shape {tuple(ids.shape)}; a prompt needs (batch, tokens)", field="input_ids")
-    own = ids[:, :1] if first is None else ids.gather(1, first[:, None].to(ids.device))
+    if counted:
+        plain = ~torch.isin(ids, torch.tensor(counted, device=ids.device))
+        if first is not None:
+            plain &= torch.arange(ids.shape[1], device=ids.device) >= first[:, None].to(ids.device)
+        own = ids.gather(1, plain.int().argmax(dim=1, keepdim=True))
+    else:
+        own = ids[:, :1] if first is None else ids.gather(1, first[:, None].to(ids.device))
     return insert(ids, own.expand(-1, count), first)
 
 
@@ -136,7 +143,12 @@ def lengthen_positions(positions: Tensor, count: int, first: Tensor | None) -> T
 
 
 def lengthen(
-    named: dict[str, Any], side: str, rows: Tensor, causal: bool, padding: int | None = None
+    named: dict[str, Any],
+    side: str,
+    rows: Tensor,
+    causal: bool,
+    padding: int | None = None,
+    counted: tuple[int, ...] = (),
 ) -> tuple[int, bool, Any]:
     """Put virtual tokens before the inputs of one side, in place.
 
@@ -145,6 +157,7 @@ def lengthen(
         rows: (P, width) or (B, P, width).
         causal: Whether tokens see earlier ones only.
         padding: Id of padding, where no mask tells it.
+        counted: Tokens of which the model counts how many there are.
 
     Returns: The number of tokens there were, whether they came as ids, and which virtual token the first position is:
     0, or for each row minus the padding on its left.
@@ -158,7 +171,7 @@ def lengthen(
     for name, value in named.items():
         _check_argument(name, value, side, batch, tokens)
     if ids is not None:
-        named[side + "input_ids"] = lengthen_ids(ids, count, first)
+        named[side + "input_ids"] = lengthen_ids(ids, count, first, counted)
     if embeds is not None:
         new = for_rows(rows, batch).to(embeds).transpose(1, 2)
         along = None if first is None else first.repeat_interleave(embeds.shape[2])

@@ -133,7 +133,7 @@ def _prepare(stage: InputStage, named: dict[str, Any], rows: dict[str, Tensor], 
         input_call.continue_side(named, ENCODER, source)  # new tokens only, after those of the cache
         return Generation({}, two_sided, 0, 0, {})
     padding = setting("pad_token_id")
-    _, as_ids, start = input_call.lengthen(named, ENCODER, rows[ENCODER], stage.causal, padding)
+    _, as_ids, start = input_call.lengthen(named, ENCODER, rows[ENCODER], stage.causal, padding, stage.places.counted)
     rows = dict(rows) if as_ids else {side: part for side, part in rows.items() if side != ENCODER}
     if not two_sided:
         return Generation(rows, False, source if as_ids else 0, source, {ENCODER: start}, ids if as_ids else None)

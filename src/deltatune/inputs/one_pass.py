@@ -54,7 +54,9 @@ def lengthened(stage: InputStage, named: dict[str, Any], prompts: list[Input], t
         running.rows = {side: part for side, part in rows.items() if side != ENCODER}
     else:
         _check_length(stage, count + given.shape[1])
-        view.tokens, as_ids, running.starts[ENCODER] = lengthen(named, ENCODER, rows[ENCODER], stage.causal)
+        view.tokens, as_ids, running.starts[ENCODER] = lengthen(
+            named, ENCODER, rows[ENCODER], stage.causal, counted=stage.places.counted
+        )
         if not as_ids:  # they stand before `inputs_embeds` already
             running.rows = {side: part for side, part in rows.items() if side != ENCODER}
     if stage.places.stacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from deltatune.prompts.sites import undisturbed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_OF_A_PART = re.compile(r"(image|video|vision|audio|speech)\w*_(token_id|token_index)$")
 ENCODER, DECODER = (
     "",
     "decoder_",
@@ -31,12 +33,14 @@ class Places:
         stacks: Module paths of the encoder and the decoder, where there are both.
         width: Of the embedded tokens.
         limit: Learned positions there are; None where positions are computed.
+        counted: Tokens that stand for parts of images, videos and sound, which the model counts.
     """
 
     paths: dict[str, str]
     stacks: dict[str, str]
     width: int
     limit: int | None
+    counted: tuple[int, ...] = ()
 
 
 def find_places(model: nn.Module) -> Places:
@@ -64,7 +68,7 @@ def find_places(model: nn.Module) -> Places:
         )
     names = {side: path for side, stack in stacks.items() if (path := _name(model, stack)) is not None}
     width = called[id(model.get_submodule(paths[ENCODER]))]
-    return Places(paths, names, width, _limit(model, paths[ENCODER]))
+    return Places(paths, names, width, _limit(model, paths[ENCODER]), _counted(model))
 
 
 def _embeddings_called(model: PreTrainedModel) -> tuple[dict[int, int], str]:
@@ -126,6 +130,11 @@ def _only(model: nn.Module, called: dict[int, int]) -> str | None:
 
 def _name(model: nn.Module, wanted: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def _counted(model: PreTrainedModel) -> tuple[int, ...]:
+    values = {name: value for name, value in vars(model.config).items() if _OF_A_PART.search(name)}
+    return tuple(sorted({value for value in values.values() if isinstance(value, int)}))
 
 
 def _limit(model: PreTrainedModel, path: str) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.inject import adapted_layers
 from deltatune.lora.config import LoraConfig
@@ -100,7 +101,7 @@ def _source(path: str) -> tuple[str, str | None]:
 def _check_experts(model: PeftModel, paths: dict[str, str], options: ArrowConfig) -> None:
     for name, path in paths.items():
         config: Any = model.peft_config[name]
-        reason = None if isinstance(config, LoraConfig) else f"is no LoRA adapter but {config.peft_type}"
+        reason = None if config.peft_type is PeftType.LORA else f"is no LoRA adapter but {config.peft_type}"
         reason = reason or no_sum(config)
         if reason is None and (config.modules_to_save or config.beside()):
             reason = "trains whole modules or tokens too, which cannot be routed"

@@ -38,9 +38,7 @@ class LayerConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+            setattr(self, name, checks.as_set(getattr(self, name)))
         super().__post_init__()
 
     def validate(self) -> None:

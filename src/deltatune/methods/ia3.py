@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
 from deltatune.errors import MergeError
@@ -32,8 +33,7 @@ class IA3Config(LayerConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.IA3
-        if isinstance(self.feedforward_modules, list):
-            self.feedforward_modules = set(self.feedforward_modules)
+        self.feedforward_modules = checks.as_set(self.feedforward_modules)
         super().__post_init__()
 
 

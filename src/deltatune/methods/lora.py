@@ -17,6 +17,7 @@ from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.factors import NO_DROPOUT, Factor, block_diagonal, shift
 from deltatune.filling import Source, source
+from deltatune.kernels import fused_linear, gpu
 from deltatune.kernels import low_rank as fused
 from deltatune.lora import starts
 from deltatune.lora.config import LoraConfig
@@ -127,7 +128,7 @@ class LoRA(Adapter):
         return self.followed
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
-        own = config is None or isinstance(config, LoraConfig)
+        own = config is None or config.peft_type is PeftType.LORA
         return tying.follow(self, layer) if self.followed and own else None
 
     @property
@@ -240,6 +241,11 @@ class LoRA(Adapter):
         A, B, bias = down.matrix, up.matrix, up.bias
         if self.blocks > 1:
             B = block_diagonal(B, self.blocks)
+        if gpu.backend != "plain" and bias is None:
+            dropping = self.training and isinstance(self.lora_dropout, nn.Dropout)
+            found = fused_linear.low_rank(x, layer, A, self.scaling * B, dropping)
+            if found is not None:
+                return found
         share = self.lora_dropout.p if self.training and isinstance(self.lora_dropout, nn.Dropout) else 0.0
         if bias is None and fused.fits(x, layer, share):
             return fused.low_rank_linear(x, layer.weight, layer.bias, A, B, share, self.scaling)

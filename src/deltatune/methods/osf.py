@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltatune import checks
+from deltatune import bounded, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import every_projection
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import with_projected_gradient
 from deltatune.methods.common import LayerConfig
-from deltatune.patterns import check_pattern
 
 
 @config
@@ -46,11 +44,11 @@ class OSFConfig(LayerConfig):
         super().validate()
         _check_rank("effective_rank", self.effective_rank)
         for pattern, rank in (self.rank_pattern or {}).items():
-            check_pattern("OSFConfig", "rank_pattern", pattern)
+            bounded.check("OSFConfig", "rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
 
     def rank_at(self, path: str) -> int | float | None:
-        found = [rank for pattern, rank in (self.rank_pattern or {}).items() if re.search(pattern, path)]
+        found = [rank for pattern, rank in (self.rank_pattern or {}).items() if bounded.search(pattern, path)]
         return found[0] if found else self.effective_rank
 
 

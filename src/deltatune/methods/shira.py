@@ -13,7 +13,7 @@ from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets as loras
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError, StateError
-from deltatune.factors import dense_enough, drawn_positions, recomputed, sparse_linear, through_sum
+from deltatune.factors import dense_enough, drawn_positions, recomputed, sparse_linear, through_entries
 from deltatune.methods.common import LayerConfig, all_linear
 
 UNSEEDED = 67280421310721  # what a torch.Generator starts from that nobody seeds, as PEFT's without `random_seed`
@@ -119,8 +119,11 @@ class Shira(Adapter):
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         v = self.shira_weight
-        if dense_enough(len(v), layer) and (whole := through_sum(x, layer, self.matrix, v)) is not None:
-            return whole
+        if self.kind == "linear" and dense_enough(len(v), x, layer):
+            rows, columns = self.places
+            y = through_entries(x, layer, rows * self.shape[1] + columns, self.scaling * v)
+            if y is not None:
+                return y
         y = layer(x)
         if self.kind == "linear":
             change = sparse_linear(x, self.scaling * v, *self.places, self.shape[0], self.in_order)

@@ -13,7 +13,7 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError
-from deltatune.factors import Factor, input_dropout, sparse_linear
+from deltatune.factors import Factor, dense_enough, input_dropout, sparse_linear, through_entries, with_entries
 from deltatune.methods.common import LayerConfig, all_linear
 
 
@@ -112,15 +112,18 @@ class ChosenEntries(Adapter):
 
     def adapt(self, weight: Tensor) -> Tensor:
         v = self.supertuning_values
-        adapted = weight.to(torch.promote_types(weight.dtype, v.dtype)).flatten()
-        adapted = adapted.index_add(0, self.supertuning_indices.long(), v.to(adapted.dtype)).view(self.shape)
+        adapted = with_entries(weight.to(torch.promote_types(weight.dtype, v.dtype)), self.supertuning_indices, v)
         if self.supertuning_lora_A is None or self.supertuning_lora_B is None:
             return adapted
         return adapted + self.scaling * (self.supertuning_lora_B.weight @ self.supertuning_lora_A.weight)
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x)
-        y = y + self._sparse(x, layer).to(y.dtype)
+        v, y = self.supertuning_values, None
+        if self.vectors_in and dense_enough(len(v), x, layer):
+            y = through_entries(x, layer, self.supertuning_indices, v)
+        if y is None:
+            y = layer(x)
+            y = y + self._sparse(x, layer).to(y.dtype)
         if self.supertuning_lora_A is None or self.supertuning_lora_B is None:
             return y
         x = self.supertuning_lora_dropout(x)

@@ -60,10 +60,21 @@ def capture(
         shifting.attach(model, [site.name for site in sites])
         try:
             with watch:
-                call_with_tokens(model, token_ids)
+                _run(model, token_ids)
         finally:
             shifting.detach()
     return [watch.found[site.name] for site in sites]
+
+
+def _run(model: PreTrainedModel, token_ids: Tensor) -> None:
+    try:
+        call_with_tokens(model, token_ids)
+    except Exception as error:  # of a model that is known by its class only: it wants more than tokens
+        raise TargetError(
+            f"{type(model).__name__} does not run on tokens alone ({type(error).__name__}: {error}), which starts from "
+            "text and PEFT's layout need; leave them out",
+            found=type(model).__name__,
+        ) from error
 
 
 def check_shift(model: PreTrainedModel, sites: list[Site]) -> None:

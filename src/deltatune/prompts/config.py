@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar, Literal
 
-from deltatune import checks
+from deltatune import bounded, checks
 from deltatune.config import PeftConfig, config
 from deltatune.errors import ConfigError
 
@@ -107,10 +106,7 @@ class KeyValueConfig(PromptLearningConfig):
         if not wanted:
             checks.refuse(type(self).__name__, "sites", self.sites, "a kind, a regular expression or names")
         for pattern in wanted if isinstance(self.sites, str) else ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                checks.refuse(type(self).__name__, "sites", pattern, f"a regular expression ({error})")
+            bounded.check(type(self).__name__, "sites", pattern)
         if self.layout == "peft" and self.sites != "default":
             checks.refuse(type(self).__name__, "sites", self.sites, "'default' with layout='peft': PEFT knows no other")
         starts = [name for name in self.starts if getattr(self, name) is not None]

@@ -58,6 +58,14 @@ def call_with_tokens(model: PreTrainedModel, token_ids: Tensor, **more: Any) -> 
     return model(**{name: value for name, value in inputs.items() if name in accepted})
 
 
+def token_embedding(model: PreTrainedModel) -> Any:
+    """The input embedding; None of a model that has none, or says that it has several."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # how transformers says that images and sound are no tokens
+        return None
+
+
 def ordinary_tokens(model: PreTrainedModel, length: int) -> Tensor:
     """Different ordinary tokens (1, length) of a text model."""
     return _tokens(model, length)

@@ -20,6 +20,7 @@ from deltatune.prompts.config import KeyValueConfig, Layout
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.own import Mount
+from deltatune.prompts.peer import check_as_peft
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
 from deltatune.prompts.stage import STAGE, Stage
@@ -75,6 +76,7 @@ class Prefix(Graft):
         meant = copy.copy(config)
         meant.layout = layout
         start = start_rows(model, meant, sites, {} if stage is None else stage.prefixes)
+        before = {field: getattr(config, field) for field in values}
         for field, value in values.items():
             setattr(config, field, value)
 
@@ -101,6 +103,18 @@ class Prefix(Graft):
                 stage.shifting = PositionShift(stage)
                 stage.shifting.attach(model, [site.name for site in sites])
         stage.prefixes[name] = prefix
+        if shifted and any(site.layout is not None for site in sites):
+            try:
+                check_as_peft(prefix)
+            except TargetError as reason:
+                prefix.detach()
+                for field, value in before.items():
+                    setattr(config, field, value)
+                if not left_open:
+                    raise
+                warn(_instead(reason))
+                config.layout = "native"
+                return cls.attach(model, config, name, selection, encoder)
         return prefix
 
     def detach(self) -> None:
@@ -192,9 +206,13 @@ def _open_layout(model: PreTrainedModel, sites: list[Site]) -> Layout:
     try:
         _check_layout(model, sites)
     except TargetError as reason:
-        warn(f"{reason}. That is what this prefix has; its numbers are not those that PEFT would compute")
+        warn(_instead(reason))
         return "native"
     return "peft"
+
+
+def _instead(reason: TargetError) -> str:
+    return f"{reason}. That is what this prefix has; its numbers are not those that PEFT would compute"
 
 
 def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
@@ -204,8 +222,6 @@ def _check_layout(model: PreTrainedModel, sites: list[Site]) -> bool:
     reason = None
     if len({site.shape for site in sites}) > 1 or any(site.shape[:2] != site.shape[2:] for site in sites):
         reason = "its attentions differ in shape"
-    elif any(site.layout is not None for site in sites):
-        reason = "its attention is code of its own, in which the shift of PEFT's positions is not known"
     elif any(site.calls > 1 for site in sites):
         reason = "its attention modules are called several times in a pass"
     elif getattr(text, "attention_chunk_size", None):

@@ -8,6 +8,8 @@ attention (a norm of keys, a latent up-projection), there is no such child.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,16 +107,38 @@ def find_projections(model: PreTrainedModel, sites: list[Site], ids: Tensor | No
     Args:
         ids: Tokens (1, T) to watch the model on; some of our own by default.
     """
-    reads_text = model.main_input_name == "input_ids"
-    with undisturbed(model), torch.no_grad(), _Watch(model, sites) as watch:
-        assert isinstance(watch, _Watch)
-        if reads_text:
-            call_with_tokens(model, ordinary_tokens(model, TOKENS) if ids is None else ids)
-        else:
-            inputs = next(example_inputs(model))
-            model(**{k: torch.randn_like(v) if _is_float(v) else v for k, v in inputs.items()})
-    turns = _rotations(model, sites) if reads_text else [Rotation(torch.zeros(0), False)] * len(sites)
+    watch, of_tokens = _watched(model, sites, ids)
+    turns = _rotations(model, sites) if of_tokens else [Rotation(torch.zeros(0), False)] * len(sites)
     return [_of_site(model, site, turn, watch) for site, turn in zip(sites, turns)]
+
+
+def _watched(model: PreTrainedModel, sites: list[Site], ids: Tensor | None) -> tuple[_Watch, bool]:
+    """A pass that every site took part in, the simplest that the model accepts, and whether tokens were all it took."""
+    runs: list[tuple[Callable[[], Any], bool]] = []
+    if model.main_input_name == "input_ids":
+        tokens = ordinary_tokens(model, TOKENS) if ids is None else ids
+        runs.append((lambda: call_with_tokens(model, tokens), True))
+    runs += [(functools.partial(_call, model, inputs), False) for inputs in example_inputs(model)]
+    failure: Exception | None = None
+    for run, of_tokens in runs:
+        watch = _Watch(model, sites)
+        try:
+            with undisturbed(model), torch.no_grad(), watch:
+                run()
+        except Exception as error:  # a probe of unknown models: whatever they raise, another input may suit
+            failure = failure or error
+            continue
+        if all(site.name in watch.calls for site in sites):
+            return watch, of_tokens
+    reason = "no trial pass reached all of them" if failure is None else f"{type(failure).__name__}: {failure}"
+    raise TargetError(
+        f"{type(model).__name__}: what makes the keys and values of its attentions could not be watched ({reason}); "
+        "use PrefixTuningConfig or LoRA"
+    ) from failure
+
+
+def _call(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    return model(**{k: torch.randn_like(v) if _is_float(v) else v for k, v in inputs.items()})
 
 
 def _rotations(model: PreTrainedModel, sites: list[Site]) -> list[Rotation]:

@@ -125,7 +125,7 @@ def _check_decoder(prefix: Prefix, model: PreTrainedModel) -> None:
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
     reason = None
-    if getattr(model.config, "is_encoder_decoder", False) or not _is_causal(model):
+    if getattr(model.config, "is_encoder_decoder", False) or not _is_causal(prefix, model):
         reason = "it is no decoder, whose cache could hold it"
     elif any(site.calls > 1 for site in prefix.sites):
         reason = "its attention modules are called several times in a pass"
@@ -135,8 +135,10 @@ def _check_decoder(prefix: Prefix, model: PreTrainedModel) -> None:
         _refuse(prefix, model, reason)
 
 
-def _is_causal(model: PreTrainedModel) -> bool:
-    return any(getattr(module, "is_causal", False) for module in model.modules()) and model.can_generate()
+def _is_causal(prefix: Prefix, model: PreTrainedModel) -> bool:
+    """Attention that is code of its own does not say so; the trial run tells."""
+    told = any(getattr(module, "is_causal", False) for module in model.modules())
+    return model.can_generate() and (told or any(site.layout is not None for site in prefix.sites))
 
 
 def _filled(prefix: Prefix, model: PreTrainedModel, rows: Tensor, batch_size: int) -> DynamicCache:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
+from deltatune import bounded
 from deltatune.errors import TargetError
 from deltatune.notice import warn
 from deltatune.prompts.config import SITE_KINDS
@@ -107,4 +107,4 @@ def _is_wanted(name: str, kind: str, wanted: str | list[str], model: PreTrainedM
         return kind == "self"
     if wanted == "encoder":
         return kind == "encoder" or (kind == "self" and not getattr(model.config, "is_encoder_decoder", False))
-    return kind == wanted if wanted == "cross" else re.fullmatch(wanted, name) is not None
+    return kind == wanted if wanted == "cross" else bounded.fullmatch(wanted, name)

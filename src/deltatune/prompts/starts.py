@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltatune.errors import AdapterNameError, ConfigError, MismatchError, TargetError
 from deltatune.prompts.capture import capture, rows_of
+from deltatune.prompts.example import token_embedding
 from deltatune.prompts.files import NAMES
 from deltatune.prompts.sites import Site
 from deltatune.prompts.text import rows_of_config
@@ -52,7 +53,7 @@ def _fitted(rows: Tensor, count: int) -> Tensor:
 
 
 def _rows_of_noise(model: PreTrainedModel, config: KeyValueConfig, sites: list[Site]) -> Tensor:
-    embedding = model.get_input_embeddings() if model.main_input_name == "input_ids" else None
+    embedding = token_embedding(model) if model.main_input_name == "input_ids" else None
     if embedding is None:
         raise TargetError(
             f"{type(model).__name__}: init_weights='scaled' measures keys and values of random text, which it does not "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltatune.errors import ConfigError, DataError, TargetError
 from deltatune.prompts.capture import capture, rows_of
+from deltatune.prompts.example import token_embedding
 from deltatune.prompts.positions import learned_tables
 from deltatune.prompts.sites import Site
 
@@ -88,7 +89,13 @@ def _check_ids(model: PreTrainedModel, ids: list[int], count: int, field: str) -
             found=len(ids),
             expected=count,
         )
-    size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    embedding = token_embedding(model)
+    if embedding is None:
+        raise TargetError(
+            f"{type(model).__name__} has no embedding of tokens, which a start from text needs; leave the text out",
+            found=type(model).__name__,
+        )
+    size = len(embedding.weight)
     outside = [token for token in ids if not 0 <= token < size]
     if outside:
         raise DataError(

@@ -62,7 +62,15 @@ def build(decoder: PreTrainedModel, config: ShadowConfig) -> tuple[nn.Module, nn
     width = decoder.config.hidden_size
     backbone, projection = _mirror(decoder, config), None
     if config.shadow_model != MIRROR:
-        backbone, projection = _pretrained(config.shadow_model)
+        try:
+            backbone, projection = _pretrained(config.shadow_model)
+        except (OSError, ValueError, KeyError) as error:
+            raise FormatError(
+                f"ShadowConfig: shadow_model={config.shadow_model!r} cannot be loaded as a model: {error}",
+                field="shadow_model",
+                path=config.shadow_model,
+                found=config.shadow_model,
+            ) from error
         _frozen_tables(backbone)
     inner = backbone.config.hidden_size
     if projection is not None and (projection.in_features, projection.out_features) != (inner, width):

@@ -102,7 +102,10 @@ def _ends(model: nn.Module) -> dict[int, bool]:
 
     found = {}
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        layer: nn.Module | None = getattr(model, get, lambda: None)()
+        try:
+            layer: nn.Module | None = getattr(model, get, lambda: None)()
+        except NotImplementedError:  # how transformers says that images and sound are no tokens
+            layer = None
         adapted = isinstance(layer, AdaptedLayer)
         if isinstance(layer, AdaptedLayer):
             layer = layer.base_layer
@@ -124,7 +127,8 @@ class Replacements:
 
     Raises:
         MismatchError: An embedding of another size.
-        UnsafeError: One that differs from the base's, which nobody has allowed to replace.
+        UnsafeError: One that differs from the base's, which nobody has allowed to replace; any other
+            tensor of the base.
     """
 
     def __init__(
@@ -144,6 +148,14 @@ class Replacements:
         self.found: list[tuple[Tensor, Tensor]] = []
         for key, tensor in tensors.items():
             present = None if key in known else base.get(key.replace(".base_layer.", "."))
+            if present is not None and ".base_layer." not in key and id(present) not in ends and refuse:
+                raise UnsafeError(
+                    f"{source}: surplus tensor {key} would overwrite the base model, and no config asks for it; "
+                    "no adapter may, unless modules_to_save names the module",
+                    path=source,
+                    key=key,
+                    found=tuple(tensor.shape),
+                )
             if present is None or (".base_layer." not in key and id(present) not in ends):
                 self.rest[key] = tensor
             elif _same(present, tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -12,58 +13,80 @@ from deltatune.errors import SaveError
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:
-    """Write all files of `files` into `folder`: to temporary names, to the disk, and then in place, in order.
+    """Write all files of `files` into `folder`; `write_folders` for one folder."""
+    write_folders({Path(folder): files}, [Path(folder) / name for name in stale])
 
-    The last file is the commit point: readers that find it whole find the others whole too. Files that it makes stale
-    go after it.
+
+def write_folders(contents: Mapping[Path, Mapping[str, bytes]], stale: Iterable[Path] = ()) -> None:
+    """Write files into folders: all to temporary names, to the disk, and then in place, in order.
+
+    The last file of a folder is its commit point: readers that find it whole find the others whole too. Files that
+    become stale go after all of that.
 
     Raises:
-        SaveError: Nothing was replaced.
+        SaveError: Nothing was replaced, in none of the folders.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
-    made = _missing(folder)
+    for folder in contents:
+        if folder.exists() and not folder.is_dir():
+            raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
+    made = [path for folder in contents for path in _missing(folder)]
     temporary: dict[Path, Path] = {}
     before: dict[Path, bytes | None] = {}
+    folder = next(iter(contents))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            target = (folder / name).resolve()  # through a link, to the file the user really has there
-            temporary[target] = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-            _write(temporary[target], content, _mode(target))
+        for folder, files in contents.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                target = (folder / name).resolve()  # through a link, to the file the user really has there
+                temporary[target] = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+                _write(temporary[target], content, _mode(target))
         for target, source in temporary.items():
-            if target != list(temporary)[-1]:  # should a later one fail; the last is the large one
+            if target != list(temporary)[-1]:  # should a later one fail; after the last, a large one, none can
                 before[target] = target.read_bytes() if target.exists() else None
             os.replace(source, target)
     except OSError as error:
-        _put_back(before)
-        for source in temporary.values():
-            source.unlink(missing_ok=True)
-        for path in made:
-            path.rmdir() if path.is_dir() and not any(path.iterdir()) else None
+        whole = _put_back(before)
+        for path in temporary.values():
+            with suppress(OSError):  # on a disk that fails for good it stays
+                path.unlink(missing_ok=True)
+        for path in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty, or never made
+                path.rmdir()
+        left = "what was there is untouched" if whole else "the old files could not all be put back"
         raise SaveError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; what was there is untouched",
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; {left}{_room(error, contents)}",
             path=str(folder),
             found=error.errno,
+            hint="make room, or choose another folder",
         ) from error
-    for name in stale:
+    for path in stale:
         with suppress(OSError):  # should it stay, the last file says that it is stale
-            (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # all is in place; some file systems cannot sync a folder
-        _sync(folder)
+            path.unlink(missing_ok=True)
+    for folder in contents:
+        with suppress(OSError):  # all is in place; some file systems cannot sync a folder
+            _sync(folder)
 
 
-def _put_back(before: Mapping[Path, bytes | None]) -> None:
-    """Undo what was replaced; a reader of ours does without, because the last file is the commit point."""
+def _room(error: OSError, contents: Mapping[Path, Mapping[str, bytes]]) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    return f" ({sum(len(content) for files in contents.values() for content in files.values())} bytes are needed)"
+
+
+def _put_back(before: Mapping[Path, bytes | None]) -> bool:
+    """Undo what was replaced, and whether that went well; a reader of ours does without, within one folder."""
+    whole = True
     for target, content in before.items():
-        with suppress(OSError):
+        try:
             if content is None:
                 target.unlink(missing_ok=True)
             elif target.read_bytes() != content:
                 spare = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
                 _write(spare, content, _mode(target))
                 os.replace(spare, target)
+        except OSError:
+            whole = False
+    return whole
 
 
 def _missing(folder: Path) -> list[Path]:

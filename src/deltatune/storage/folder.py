@@ -7,7 +7,7 @@ The safetensors file is the commit point: its header carries the config and what
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ from deltatune.lora.convert import check_start
 from deltatune.notice import warn
 from deltatune.registry import METHODS
 from deltatune.state_dict import derived, replaced
+from deltatune.storage.agreement import record, refuse_edits, refuse_unknown
 from deltatune.storage.card import CARD_NAME, model_card
 from deltatune.storage.derived import checksums
-from deltatune.storage.files import write_files
+from deltatune.storage.files import write_files, write_folders
 from deltatune.storage.fingerprint import difference, fingerprint
 from deltatune.storage.keys import mapped
 from deltatune.storage.locate import place
@@ -77,15 +78,14 @@ def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:
         if name in model.prompts
         for part, (config, tensors) in model.prompts[name].folders().items()
     }
-    for target, files in beside.items():
-        write_files(target, files)
-    for name, files in contents.items():
-        target, card = places[name], model_card(model.peft_config[name], how.tags)
-        write_files(
-            target,
-            {**({} if (target / CARD_NAME).exists() else {CARD_NAME: card.encode()}), **files},
-            stale=[file for file in FORMATS if file != how.weights],
-        )
+    cards = {
+        places[name]: {CARD_NAME: model_card(model.peft_config[name], how.tags).encode()}
+        for name in names
+        if not (places[name] / CARD_NAME).exists()
+    }
+    written = {places[name]: {**cards.get(places[name], {}), **files} for name, files in contents.items()}
+    stale = [target / file for target in written for file in FORMATS if file != how.weights]
+    write_folders({**beside, **written}, stale)
 
 
 def write(folder: Path, config: PeftConfig, tensors: dict[str, Tensor], base: nn.Module) -> None:
@@ -172,7 +172,7 @@ def _file_pair(
             field=wrong[0] if wrong else None,
         ) from error
     write = to_bytes if weights == WEIGHTS_NAME else to_zipped
-    return {CONFIG_NAME: text.encode(), weights: write(tensors, {**facts, "config": values})}
+    return {CONFIG_NAME: text.encode(), weights: write(tensors, {**facts, **record(values), "config": values})}
 
 
 def _writable(value: Any) -> bool:
@@ -198,9 +198,14 @@ def read(
     config: PeftConfig | None = None,
     subfolder: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    unknown: Collection[str] = (),
     **hub: Any,
 ) -> Saved:
-    """Read and check a folder; nothing outside of the result is touched."""
+    """Read and check a folder; nothing outside of the result is touched.
+
+    Args:
+        unknown: Fields of a config that we wrote and do not know, which are kept (`allow_unknown`).
+    """
     where = place(model_id, subfolder, **hub)
     file = where.find(CONFIG_NAME)
     if file is None:
@@ -208,7 +213,9 @@ def read(
     values = PeftConfig.from_json_file(file)
     weights, tensors, facts = read_weights(where)
     if facts is not None and isinstance(facts.get("config"), dict):
+        refuse_edits(values, facts["config"], str(file), unknown)
         values = {**_reconciled(values, facts["config"], str(file)), **facts.get("own", {})}
+        refuse_unknown(values, facts, str(file), unknown)
     if not values.get("peft_type"):
         raise FormatError(f'{file}: \'peft_type\' is missing, for example "peft_type": "LORA"', path=str(file))
     tensors = mapped(tensors, key_mapping)

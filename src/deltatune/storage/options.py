@@ -29,12 +29,14 @@ class Allowed:
         embeddings: It may replace the base's embeddings; "auto": where the base's vocabulary was changed here too.
         mismatched_sizes: Tensors of other sizes are left out.
         nonfinite: It may hold NaN and infinities.
+        unknown: Fields of its config that this version does not know.
     """
 
     base_mismatch: bool = False
     embeddings: Option = "auto"
     mismatched_sizes: bool = False
     nonfinite: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 STRICT = Allowed()
@@ -48,6 +50,7 @@ def loading(base_mismatch: bool, given: dict[str, Any]) -> tuple[Allowed, dict[s
         rest.pop("load_embedding_layers", "auto"),
         rest.pop("ignore_mismatched_sizes", False),
         rest.pop("allow_nonfinite", False),
+        tuple(rest.pop("allow_unknown", None) or ()),
     )
     hub = {key: rest.pop(key) for key in list(rest) if key in OPTIONS or key == "subfolder"}
     _warn_unknown("loading an adapter", rest)

@@ -15,11 +15,13 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from deltatune.errors import FormatError, IntegrityError, LimitError
+from deltatune.memory import told
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MARKER = "deltatune"  # header key of the facts we add; other readers pass over it
 MAX_HEADER = 50_000_000
 MAX_TENSORS = 100_000
+MAX_BRACKETS = 4 * MAX_TENSORS  # a tensor has three, and a config is there too
 
 
 def to_bytes(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
@@ -49,9 +51,12 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if not path.is_file():
         raise FormatError(f"{path} is not a file", path=str(path))
     header = _read_header(path)  # before the rest, which may be of any size
-    content = path.read_bytes()
     try:
-        tensors = parse(content)
+        with told(f"reading {path}", "the model is as it was"):
+            content = path.read_bytes()
+            tensors = parse(content)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}", path=str(path)) from error
     except (SafetensorError, ValueError, KeyError) as error:
         raise FormatError(
             f"{path} ({len(content)} bytes) is not a whole safetensors file: {error}; fetch or save it again",
@@ -74,9 +79,10 @@ def _read_header(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             start = file.read(40)
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            return _header(path, start + file.read(min(length, MAX_HEADER)), size)
+            content = start + file.read(min(length, MAX_HEADER))
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}", path=str(path)) from error
+    return _header(path, content, size)
 
 
 def _header(path: Path, content: bytes, size: int) -> dict[str, Any]:
@@ -92,20 +98,49 @@ def _header(path: Path, content: bytes, size: int) -> dict[str, Any]:
             found=size,
             expected=length,
         )
-    if length > MAX_HEADER:
-        raise LimitError(f"{path}: a header of {length} bytes, up to {MAX_HEADER} are read", path=str(path))
+    table = content[8 : 8 + length]
+    brackets = table.count(b"{") + table.count(b"[")
+    if length > MAX_HEADER or brackets > MAX_BRACKETS:  # before it is parsed, which takes many times its size
+        raise LimitError(
+            f"{path}: a header of {length} bytes with {brackets} lists and tables, up to {MAX_HEADER} and "
+            f"{MAX_BRACKETS} are read, which is {MAX_TENSORS} tensors",
+            path=str(path),
+            found=length,
+            expected=MAX_HEADER,
+        )
     try:
-        header = json.loads(content[8 : 8 + length])
+        header = json.loads(table)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: its header is not readable ({error})", path=str(path)) from None
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise LimitError(f"{path}: more than {MAX_TENSORS} tensors, or no table of tensors", path=str(path))
+        raise LimitError(
+            f"{path}: more than {MAX_TENSORS} tensors, or no table of tensors", path=str(path), expected=MAX_TENSORS
+        )
+    _check_size(path, header, size - 8 - length)
     return header
 
 
+def _check_size(path: Path, header: dict[str, Any], size: int) -> None:
+    """Compare the bytes that follow a table with those that it describes, before they are read."""
+    try:
+        entries = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        described = max(entries, default=0)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return  # safetensors says what is wrong with it
+    if described != size:
+        raise FormatError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: its header describes {described} "
+            f"bytes of values, {size} are there; fetch or save it again",
+            path=str(path),
+            found=size,
+            expected=described,
+        )
+
+
 def _facts(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
-    text = (header.get("__metadata__") or {}).get(MARKER)
-    if text is None:
+    metadata = header.get("__metadata__") or {}
+    text = metadata.get(MARKER) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
         return None
     try:
         facts = json.loads(text)

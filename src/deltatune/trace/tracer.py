@@ -13,6 +13,7 @@ from deltatune.errors import DataError, StateError
 from deltatune.inject import adapted_layers
 from deltatune.model import PeftModel
 from deltatune.prompts.key_values import Prefix
+from deltatune.prompts.sites import survey, undisturbed
 from deltatune.trace import describe
 from deltatune.trace.gradients import Gradients
 from deltatune.trace.report import LossStop, TraceReport
@@ -39,9 +40,9 @@ def trace(model: PeftModel, batch: Mapping[str, Any], loss: Callable[[Any], Tens
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     prefixes = {name: model.prefixes[name] for name in names if name in model.prefixes}
-    kinds = _kinds(base) if prefixes else {}
+    sites = survey(cast(Any, base)).sites if prefixes else []
     with _undisturbed(model, prefixes):
-        watch = Watch(base, {name: prefix.encoder for name, prefix in prefixes.items()}, kinds)
+        watch = Watch(base, {name: prefix.encoder for name, prefix in prefixes.items()}, sites)
         with watch, torch.enable_grad():
             output = model(**inputs)
             value = loss(output) if loss is not None else _loss(output)
@@ -79,18 +80,9 @@ def _checked(model: Any, batch: Any) -> tuple[str, ...]:
     return names
 
 
-def _kinds(base: nn.Module) -> dict[str, str]:
-    """Module path -> encoder, self or cross, for every attention of the model."""
-    from deltatune.prompts.sites import survey
-
-    return {site.name: site.kind for site in survey(cast(Any, base)).sites}
-
-
 @contextmanager
 def _undisturbed(model: PeftModel, prefixes: dict[str, Prefix]) -> Iterator[None]:
     """Everything as it was afterwards; in between, the modes are those that the model is in."""
-    from deltatune.prompts.sites import undisturbed
-
     modes = [(module, module.training) for module in model.modules()]
     stages = [(prefix.stage, prefix.stage.latest) for prefix in prefixes.values()]
     with undisturbed(cast(Any, model)):

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from deltatune.layer import AdaptedLayer
 from deltatune.patterns import bare_name
 from deltatune.prompts import attention
+from deltatune.prompts.follow import FUSED
+from deltatune.prompts.own import Grafting
+from deltatune.prompts.probe import Site
+from deltatune.trace.own import Looking, Own
 from deltatune.trace.report import AttentionCall, Shape
 
 
@@ -37,11 +41,13 @@ class Watch:
     Attributes:
         rows: Adapter name -> what its prefix encoder returned, still part of the graph.
         passages: Id of a wrapped layer -> what it saw.
-        calls: Every attention call of the model, in order; only where a prefix has put the seam on.
+        calls: Every attention call of the model, in order; only where a prefix has put the seam on. Attention that a
+            module computes in a way that a prefix cannot be added to is missing.
     """
 
-    def __init__(self, model: nn.Module, encoders: dict[str, nn.Module], kinds: dict[str, str]) -> None:
-        self.model, self.encoders, self.kinds = model, encoders, kinds
+    def __init__(self, model: nn.Module, encoders: dict[str, nn.Module], sites: list[Site]) -> None:
+        self.model, self.encoders = model, encoders
+        self.sites = {site.name: site for site in sites}
         self.names = {id(module): bare_name(name) for name, module in model.named_modules()}
         self.rows: dict[str, Tensor] = {}
         self.passages: dict[int, Passage] = {}
@@ -55,6 +61,11 @@ class Watch:
             if isinstance(module, AdaptedLayer):
                 self.passages[id(module)] = Passage()
                 self._hook(module, self._passed)
+        for module in self.model.modules():
+            site = self.sites.get(self.names[id(module)])
+            if site is not None and site.layout is not None:
+                for handle in Looking(site.layout, site.shape[0], self._attended_own).put_on(module):
+                    self._stack.callback(handle.remove)
         if self.encoders:
             attention.observers.append(self._attended)
             self._stack.callback(attention.observers.remove, self._attended)
@@ -93,7 +104,7 @@ class Watch:
                     where=where(attention.attend),
                     module=name,
                     module_class=type(module).__name__,
-                    kind=self.kinds.get(name, ""),
+                    kind=self._kind(name),
                     backend=backend,
                     function=where(inner),
                     query=list(query.shape),
@@ -112,6 +123,36 @@ class Watch:
 
         return looked_at
 
+    def _attended_own(self, module: nn.Module, own: Own) -> None:
+        """Called with what a module with attention of its own sees, which is the tokens only."""
+        name = self.names[id(module)]
+        count = self._prefix_length(module, own.key[0])
+        mask, bias = _shape(own.mask), _shape(own.bias)
+        self.calls.append(
+            AttentionCall(
+                where=where(Grafting if count else type(module).forward),
+                module=name,
+                module_class=type(module).__name__,
+                kind=self._kind(name),
+                backend="its own code",
+                function=where(own.function),
+                query=own.query,
+                key_before=own.key,
+                key_after=_longer(own.key, count),
+                value_after=_longer(own.value, count),
+                mask_before=mask,
+                # a module sees no column of the prefix, so masks and biases keep their length; a fused call gets all
+                mask_after=mask if mask is None or own.function is not FUSED else [*mask[:-1], mask[-1] + count],
+                mask_type=_mask_type(own.mask),
+                bias_before=bias,
+                bias_after=bias,
+                prefix=count,
+            )
+        )
+
+    def _kind(self, name: str) -> str:
+        return self.sites[name].kind if name in self.sites else ""
+
     @staticmethod
     def _prefix_length(module: nn.Module, batch: int) -> int:
         slot = vars(module).get(attention.SLOT)
@@ -121,6 +162,10 @@ class Watch:
 
 def _shape(value: Any) -> Shape | None:
     return list(value.shape) if isinstance(value, Tensor) else None
+
+
+def _longer(shape: Shape, count: int) -> Shape:
+    return [*shape[:2], shape[2] + count, *shape[3:]]
 
 
 def _mask_type(mask: Any) -> str:

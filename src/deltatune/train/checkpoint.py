@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,9 @@ def remove_all(output: Path) -> None:
 def _remove(path: Path) -> None:
     # the name goes first, so that a crash in the middle leaves no half folder under a checkpoint's name
     gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # what cannot be removed stays, and is tried again after the next checkpoint
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -202,11 +204,16 @@ def _replace(temporary: Path, place: Path) -> None:
     if place.exists():  # the same step once more, after a resume: the torn or equal one makes room
         old = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
         os.rename(place, old)
-        os.rename(temporary, place)
+        try:
+            os.rename(temporary, place)
+        except OSError:
+            os.rename(old, place)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(temporary, place)
-    _sync(place.parent)
+    with suppress(OSError):  # it is in place; an error would say that it is not
+        _sync(place.parent)
 
 
 def _sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from deltatune.train.result import METRICS
 from deltatune.train.settings import TrainSettings
 
 
-def claim(output: Path, settings: TrainSettings, listener: Listener, main: bool = True) -> Path | None:
+def claim(output: Path, settings: TrainSettings, listener: Listener) -> Path | None:
     """The checkpoint to go on from; None for a new run, for which the folder must be free of another one's results."""
     asked = settings.resume_from_checkpoint
     if isinstance(asked, str):
@@ -31,8 +31,6 @@ def claim(output: Path, settings: TrainSettings, listener: Listener, main: bool 
         if found is None:
             listener.on_notice(f"no checkpoint in {output}: starting from the beginning")
         return found
-    if not main:
-        return None  # the first process looks, and clears up
     present = [path.name for _, path in checkpoints.listed(output)]
     present += [name for name in (METRICS, "adapter_config.json", "model.safetensors") if (output / name).exists()]
     if present and not settings.overwrite_output_dir:

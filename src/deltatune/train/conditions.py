@@ -17,7 +17,7 @@ from deltatune.train.settings import TrainSettings
 HARMLESS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_change", "logging_steps", "save_steps",
     "save_total_limit", "report_to", "num_samples", "num_scored", "num_beams", "eval_before", "test_file",
-    "per_device_eval_batch_size", "num_threads",
+    "per_device_eval_batch_size", "num_threads", "profile",
     # where the rows come from may move: their content is compared instead
     "train_file", "eval_file", "dataset", "dataset_config", "model_name_or_path",
 }  # fmt: skip
@@ -120,3 +120,19 @@ def _short(value: Any) -> str:
         return f"{value.get('class')} {str(value.get('values'))[:12]}"
     text = repr(value) if not (isinstance(value, str) and len(value) == 64) else value[:12]
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refuse_fewer_steps(source: str, made: int, total: int) -> None:
+    """
+    Raises:
+        ResumeError: The run was shortened to fewer steps than the checkpoint has made.
+    """
+    if made > total:
+        raise ResumeError(
+            f"{source} has made {made} steps, more than the {total} of this run; raise max_steps or num_train_epochs, "
+            "or resume from an earlier checkpoint",
+            field="max_steps",
+            path=source,
+            found=made,
+            expected=total,
+        )

@@ -14,6 +14,7 @@ from deltatune.train import checkpoint as checkpoints
 from deltatune.train import snapshot
 from deltatune.train.judge import Judge
 from deltatune.train.loop import Loop
+from deltatune.train.processes import by_first
 from deltatune.train.result import Sample, TrainResult, write_results
 
 
@@ -70,9 +71,7 @@ def finish(loop: Loop, tokenizer: Any, source: Path | None) -> TrainResult:
         checkpoints=[path for _, path in checkpoints.listed(loop.output)],
     )
     loop.listener.on_stage("save")
-    if loop.accelerator.is_main_process:
-        write_results(result)
-    loop.accelerator.wait_for_everyone()
+    by_first(loop.accelerator, lambda: write_results(result))
     loop.stepper.bare.eval()
     loop.listener.on_end(metrics)
     return result

@@ -16,10 +16,12 @@ from deltatune.data.passages import Passage
 from deltatune.data.prepare import Corpus, Part
 from deltatune.data.tagging import Tagged
 from deltatune.errors import TrainError
-from deltatune.evaluate import Question, answer, bleu, dataset_loss, exact_match, read, rouge_l, shown
+from deltatune.evaluate import Loss, Question, answer, bleu, dataset_loss, exact_match, read, rouge_l, shown
+from deltatune.evaluate.loss import joined
 from deltatune.train import randomness
 from deltatune.train.base import autocast
 from deltatune.train.events import Listener
+from deltatune.train.processes import gathered
 from deltatune.train.scores import row_scores
 from deltatune.train.settings import TrainSettings
 
@@ -35,22 +37,35 @@ class Judge:
     settings: TrainSettings
     corpus: Corpus
     tokenizer: Any
-    device: torch.device
+    accelerator: Any
     listener: Listener
     stop: Callable[[], bool] = lambda: False
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     def loss(self, model: nn.Module, part: Part) -> dict[str, float]:
         """`loss`, and the perplexity of text, or the scores of what was predicted for each row."""
         size = self.settings.per_device_eval_batch_size
         order = sorted(range(len(part.features)), key=lambda i: part.features[i].length)
         rows = [part.features[i] for i in order]
-        count = -(-len(rows) // size)
-        self.listener.on_stage("evaluate", count)
-        assert self.corpus.collator is not None
-        collate = self.corpus.collator
-        batches = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        mine, most = batches[index::processes], -(-len(batches) // processes)
+        self.listener.on_stage("evaluate", most)
         with randomness.untouched(), autocast(self.settings, self.device):
-            found = dataset_loss(model, batches, self.settings.task, self.device, self._done)
+            found = self._over(model, mine)
+            if len(mine) < most:
+                self._over(model, batches[:1])  # processes go through the model together; this counts nothing
+        if processes > 1:
+            found = joined(gathered(self.accelerator, found))
+            order = [
+                i
+                for process in range(processes)
+                for start in range(process * size, len(rows), processes * size)
+                for i in order[start : start + size]
+            ]
         if not math.isfinite(found.mean):
             raise TrainError(
                 f"the loss over {part.source} is {found.mean}; look for broken weights of the base, or a learning_rate "
@@ -64,6 +79,12 @@ class Judge:
         predicted = dict(zip(order, found.predicted))
         scores = row_scores(part, [predicted[i] for i in range(len(rows))], self.corpus.encoder)
         return {"loss": found.mean, **scores}
+
+    def _over(self, model: nn.Module, batches: list[list[Any]]) -> Loss:
+        collate = self.corpus.collator
+        assert collate is not None
+        made = (collate(rows) for rows in batches)
+        return dataset_loss(model, made, self.settings.task, self.device, self._done)
 
     def questions(self, part: Part, count: int) -> list[Question]:
         """`count` different inputs, evenly spread over the rows, each with all its references."""

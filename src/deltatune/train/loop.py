@@ -20,6 +20,7 @@ from deltatune.train.judge import Judge, StopAsked
 from deltatune.train.memory import MemoryMeter
 from deltatune.train.optim import first_bad_parameter
 from deltatune.train.pace import Clock, Pace
+from deltatune.train.processes import by_first, largest, lost
 from deltatune.train.result import HISTORY, Evaluation, history_lines
 from deltatune.train.settings import TrainSettings
 from deltatune.train.signals import StopSignals, TrainingInterrupted
@@ -74,9 +75,10 @@ class Loop:
         self.clock = Clock()
         self.last_saved: Path | None = None
         self.signals = StopSignals()
+        self.stop_by = 0  # the number of the signal
         self._last: Stepped
         self.stepper.around = self._track
-        self.judge.stop = lambda: self.signals.received is not None
+        self.judge.stop = self._stop_asked
 
     def run(self, finish: Callable[[], Any]) -> Any:
         """Train to the end and return what `finish` makes of it; signals are obeyed in both.
@@ -91,6 +93,11 @@ class Loop:
                 return finish()
             except StopAsked:
                 self._interrupt()
+            except RuntimeError as error:
+                told = lost(error) if self.accelerator.num_processes > 1 else None
+                if told is None:
+                    raise
+                raise self._with_last(told) from error
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -110,6 +117,11 @@ class Loop:
             micro = self.order.step(rows, index, self.accelerator.process_index)
             self._step([[self.corpus.train.features[i] for i in part] for part in micro])
             self._after_step()
+
+    def _stop_asked(self) -> bool:
+        """Whether a signal has come to any process: all stop at the same place."""
+        self.stop_by = largest(self.accelerator, self.signals.received or 0)
+        return self.stop_by > 0
 
     def _step(self, micro: list[list[Features]]) -> None:
         position = self.position
@@ -205,12 +217,16 @@ class Loop:
         position.callbacks = self.trackers.exported() if self.trackers is not None else position.callbacks
         epoch, index = divmod(position.step, self.pace.steps_per_epoch)
         progress = {**asdict(position), "epoch": epoch, "step_in_epoch": index}
-        taken = snapshot.take(self.stepper.bare, self.optimizer, self.stepper.scheduler, progress, self.conditions)
-        folder = checkpoints.folder_of(self.output, position.step)
-        if self.accelerator.is_main_process:
+        taken = snapshot.take(
+            self.stepper.bare, self.optimizer, self.stepper.scheduler, progress, self.conditions, self.accelerator
+        )
+
+        def write() -> Path:
             folder = checkpoints.write(self.output, position.step, taken, self._adapter)
             checkpoints.rotate(self.output, self.settings.save_total_limit, position.best_step)
-        self.accelerator.wait_for_everyone()
+            return folder
+
+        folder = by_first(self.accelerator, write)
         self.last_saved = folder
         self.listener.on_checkpoint(position.step, folder)
         return folder
@@ -221,8 +237,7 @@ class Loop:
             self.stepper.bare.save_pretrained(str(folder))  # type: ignore[operator]
 
     def _interrupt(self) -> None:
-        number = self.signals.received
-        assert number is not None
+        number = self.stop_by
         saved = self.last_saved
         if saved is None or saved != checkpoints.folder_of(self.output, self.position.step):
             try:

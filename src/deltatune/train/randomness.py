@@ -18,6 +18,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # CUDA's generators too
 
 
+def seed_process(seed: int, process: int, step: int) -> None:
+    """Seed what is drawn while training: each process drops out other things, and none the same again after `step`."""
+    seed_all((seed + 1_000_003 * process + 7_368_787 * step) % 2**32)
+
+
 def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, plain values): torch's states are bytes, Python's and numpy's are numbers that JSON holds exactly."""
     tensors = {"torch": torch.get_rng_state()}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from deltatune.train.base import Base, check_device, finish_base, load_base
 from deltatune.train.begin import begin
 from deltatune.train.chunks import choose_loss
 from deltatune.train.claim import claim, threads
-from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine
+from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine, refuse_fewer_steps
 from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
 from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
@@ -35,6 +34,9 @@ from deltatune.train.method import adapt, enable_checkpointing
 from deltatune.train.optim import build_optimizer, build_scheduler
 from deltatune.train.pace import Pace
 from deltatune.train.packing import check_packing, pack
+from deltatune.train.parallel import make_ready
+from deltatune.train.processes import by_first, check_equal, meet, profile_of
+from deltatune.train.regroup import regroup
 from deltatune.train.result import HISTORY, TrainResult, history_lines
 from deltatune.train.settings import TrainSettings
 from deltatune.train.step import Stepper
@@ -81,31 +83,36 @@ def train(
     # what AdapterCallback does the loop does anyway
     foreign = [c for c in callbacks if isinstance(c, TrainerCallback) and not isinstance(c, AdapterCallback)]
     foreign += tracker_callbacks(settings.report_to)
+    check_device(settings.device)
+    profile_of(settings)
+    arguments = trainer_arguments(settings) if foreign else None
+    accelerator = meet(settings)
     output = Path(settings.output_dir)
-    main = int(os.environ.get("RANK", "0")) == 0  # as torchrun and accelerate launch number the processes
-    with output_lock(output) if main else nullcontext():
-        source = claim(output, settings, listener, main)
+    with ExitStack() as held:
+        # the first process looks at the folder for all
+        by_first(accelerator, lambda: held.enter_context(output_lock(output)))
+        source = by_first(accelerator, lambda: claim(output, settings, listener))
         kept = checkpoints.read(source) if source is not None else None
+        if kept is not None:
+            stored = kept.state["conditions"]["run"]
+            settings = regroup(settings, stored, accelerator.num_processes, str(source), listener.on_notice)
         with threads(settings, kept):
             corpus = load_corpus(settings, train_rows, eval_rows, test_rows, listener)
             given = None if model is None else finish_base(model, tokenizer, settings)
-            return _train(settings, corpus, given, listener, foreign, source, kept)
+            return _train(settings, accelerator, corpus, given, listener, foreign, arguments, source, kept)
 
 
 def _train(
     settings: TrainSettings,
+    accelerator: Any,
     corpus: Corpus,
     given: Base | None,
     listener: Listeners,
     foreign: list[Any],
+    arguments: Any,
     source: Path | None,
     kept: checkpoints.Checkpoint | None,
 ) -> TrainResult:
-    from accelerate import Accelerator
-
-    arguments = trainer_arguments(settings) if foreign else None
-    check_device(settings.device)
-    accelerator = Accelerator(cpu=settings.device == "cpu")
     device = accelerator.device
     randomness.seed_all(settings.seed)
     listener.on_stage("model")
@@ -122,13 +129,14 @@ def _train(
         base_facts(base.model),
         accelerator.num_processes,
     )
+    check_equal(accelerator, facts)
     if kept is not None:
         compare(kept.state["conditions"]["run"], facts, settings.allow_change, str(source), listener.on_notice)
         compare_machines(kept.state["conditions"]["machine"], listener.on_notice)
 
     base.model.to(device)
     choose_loss(base, settings, listener)
-    judge = Judge(settings, corpus, base.tokenizer, device, listener)
+    judge = Judge(settings, corpus, base.tokenizer, accelerator, listener)
     untrained = replace(judge, corpus=corpus.without_task_ids())
     before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]
 
@@ -143,6 +151,8 @@ def _train(
         settings.group_by_length,
     )
     pace = Pace.of(settings, order.steps_per_epoch)
+    if kept is not None:
+        refuse_fewer_steps(str(source), kept.state["progress"]["step"], pace.total_steps)
 
     randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
     options = settings.options_of(pace.total_steps)
@@ -159,13 +169,16 @@ def _train(
     trackers = None
     if foreign:
         trackers = TransformersCallbacks(foreign, arguments, bare, base.tokenizer, optimizer, scheduler)
+        trackers.first, trackers.first_of_node = accelerator.is_main_process, accelerator.is_local_main_process
         listener.members.append(trackers)
-    prepared, wrapped = accelerator.prepare(bare, optimizer)
     memory = MemoryMeter(device)
-    memory.measure()
-
     assert corpus.collator is not None
     filler = corpus.train.features[:1]
+    if accelerator.num_processes > 1:
+        make_ready(accelerator, bare, corpus.collator(filler), settings)
+    prepared, wrapped = accelerator.prepare(bare, optimizer)
+    memory.measure()
+
     stepper = Stepper(settings, accelerator, prepared, bare, wrapped, scheduler, corpus.collator, filler)
     told = {"run": facts, "machine": machine()}
     position = Position(before=before) if kept is None else Position.of(kept.state["progress"])
@@ -184,9 +197,9 @@ def _train(
         memory,
         position,
     )
-    randomness.seed_all(settings.seed)
+    randomness.seed_process(settings.seed, accelerator.process_index, loop.position.step if kept is not None else 0)
     if kept is not None:
-        snapshot.put_back(kept, bare, optimizer, scheduler, str(source))
+        snapshot.put_back(kept, bare, optimizer, scheduler, str(source), accelerator)
         loop.last_saved = source
         if trackers is not None:
             trackers.resume(loop.position.step, loop.position.history, loop.position.callbacks)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deltatune.data.example import CAUSAL_TASKS
-from deltatune.errors import ConfigError
+from deltatune.errors import ConfigError, LimitError
 from deltatune.train.aliases import CANONICAL, canonical, unknown_key
 from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
 from deltatune.train.method import is_lora, method_fields, method_names, normal_method, peft_config, takes_tasks
@@ -21,7 +21,9 @@ Files = str | list[str] | None
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+Profile = Literal["auto", "single", "ddp"]
 Optimizers = Literal["adamw", "loraplus", "lorafa", "riemannian"]
+MAX_VALUES = 10_000  # in a file of settings
 UNKNOWN_STEPS = 10**9  # of a run, before its data are read
 TASKS = {
     "seq2seq": "seq2seq", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "text2text": "seq2seq",
@@ -100,6 +102,7 @@ class TrainSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
+    profile: Profile = Field("auto", description="of several processes: ddp, where each has the base")
 
     output_dir: str = Field("outputs", min_length=1)
     overwrite_output_dir: bool = Field(False, description="start anew where another run has left its files")
@@ -221,7 +224,9 @@ def load_settings(path: str | Path | None = None, overrides: dict[str, Any] | No
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        values = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
+    except LimitError:
+        raise
     except OSError as error:
         raise ConfigError(f"settings file {path} cannot be read: {error.strerror}", path=str(path)) from error
     except (ValueError, yaml.YAMLError) as error:
@@ -231,6 +236,27 @@ def _read(path: Path) -> dict[str, Any]:
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(f"settings file {path} is {kind}; expected names with values", path=str(path), found=kind)
     return values
+
+
+def _yaml(text: str, path: Path) -> Any:
+    """The values, unless aliases would make them many more than the file has."""
+    if (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None and _values_in(root, {}) > MAX_VALUES:
+        raise LimitError(
+            f"settings file {path} unfolds to more than {MAX_VALUES} values through its aliases (&, *); write them out",
+            path=str(path),
+            expected=MAX_VALUES,
+        )
+    return yaml.safe_load(text)
+
+
+def _values_in(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for, with its aliases written out; infinite where it is inside of itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = () if isinstance(node, yaml.ScalarNode) else parts
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _task(value: Any) -> str:

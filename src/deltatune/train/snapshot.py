@@ -12,6 +12,7 @@ from deltatune.model import PeftModel
 from deltatune.schedule import pack, unpack
 from deltatune.train import randomness
 from deltatune.train.checkpoint import Checkpoint
+from deltatune.train.processes import gathered
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -35,11 +36,16 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def take(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, progress: dict[str, Any], facts: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    progress: dict[str, Any],
+    facts: dict[str, Any],
+    accelerator: Any,
 ) -> Checkpoint:
-    """`progress` says where the run is, `facts` under which conditions it runs."""
+    """`progress` says where the run is, `facts` under which conditions it runs. All processes take part."""
     moments, settings = _optimizer_out(model, optimizer)
-    random_tensors, random_values = randomness.capture()
+    random_tensors, random_values = _random_out(accelerator)
     scheduled, plain = pack(model.base_model.schedules) if isinstance(model, PeftModel) else ({}, {})
     state = {
         "progress": progress,
@@ -55,7 +61,12 @@ def take(
 
 
 def put_back(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, source: str
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    source: str,
+    accelerator: Any,
 ) -> None:
     """Everything but the position, which the loop reads from `state["progress"]`."""
     present = trained_tensors(model)
@@ -74,7 +85,33 @@ def put_back(
     put_back_tensors(checkpoint, model)
     _optimizer_in(checkpoint, model, optimizer)
     scheduler.load_state_dict({**scheduler.state_dict(), **checkpoint.state["scheduler"]})
-    randomness.restore(checkpoint.tensors["random"], checkpoint.state["random"])
+    _random_in(checkpoint, accelerator)
+
+
+def _random_out(accelerator: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The random states of all processes; the first one's under plain names, as a run of one process has them."""
+    first, *others = gathered(accelerator, randomness.capture())
+    tensors, values = dict(first[0]), dict(first[1])
+    for number, (states, plain) in enumerate(others, 1):
+        tensors |= {f"{_process(number)}{name}": state for name, state in states.items()}
+        values[_process(number)] = plain
+    return tensors, values
+
+
+def _random_in(checkpoint: Checkpoint, accelerator: Any) -> None:
+    """Put back this process's own. In another number of processes they start afresh (`randomness.seed_process`)."""
+    tensors, values = checkpoint.tensors["random"], checkpoint.state["random"]
+    if accelerator.num_processes != 1 + sum(name.startswith("process.") for name in values):
+        return
+    if number := accelerator.process_index:
+        start = _process(number)
+        tensors = {name.removeprefix(start): state for name, state in tensors.items() if name.startswith(start)}
+        values = values[start]
+    randomness.restore(tensors, values)
+
+
+def _process(number: int) -> str:
+    return f"process.{number}."
 
 
 def put_back_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,9 +15,11 @@ from deltatune.data.collate import Collator
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.features import Features
 from deltatune.errors import LimitError, TrainError
+from deltatune.memory import ran_out
 from deltatune.model import PeftModel
 from deltatune.train.base import autocast
 from deltatune.train.optim import first_bad_gradient
+from deltatune.train.processes import sums
 from deltatune.train.settings import TrainSettings
 
 
@@ -27,7 +30,7 @@ class Stepped:
     loss: float  # mean over all targets of the step, all processes
     learning_rate: float
     grad_norm: float
-    tokens: int  # of this process
+    tokens: int  # of all processes
 
 
 @dataclass
@@ -53,14 +56,14 @@ class Stepper:
         """Raises TrainError before the update when loss or gradient is not finite: the weights stay good."""
         self.model.train()
         counts = [sum(row.targets for row in rows) for rows in micro]
-        tokens = sum(row.length for rows in micro for row in rows)
-        total = self.over_processes(float(sum(counts)))
-        if not micro:  # the rows of the epoch's end did not reach this process: take part with weight zero
-            micro, counts = [self.filler], [0]
+        mine = sum(row.length for rows in micro for row in rows)
+        total, tokens = sums(self.accelerator, float(sum(counts)), float(mine))
+        # where the rows of the epoch's end did not reach this process, it takes part with weight zero
+        micro = [rows or self.filler for rows in micro]
         try:
-            loss_sum = self._accumulate(micro, counts, total, step)
+            (loss_sum,) = sums(self.accelerator, self._accumulate(micro, counts, total))
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not ran_out(error):
                 raise
             longest = max(row.length for rows in micro for row in rows)
             raise LimitError(
@@ -69,6 +72,9 @@ class Stepper:
                 field="per_device_train_batch_size",
                 key=str(step),
             ) from error
+        loss = loss_sum / total
+        if not math.isfinite(loss):
+            self.refuse(f"loss is {loss} at step {step}", step)
         norm = self._clip(step)
         rate = self.scheduler.get_last_lr()[0]
         self.around("before_update")
@@ -78,14 +84,7 @@ class Stepper:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.around("after_update")
-        return Stepped(self.over_processes(loss_sum) / total, rate, norm, tokens)
-
-    def over_processes(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        if self.accelerator.num_processes == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, "sum"))
+        return Stepped(loss, rate, norm, int(tokens))
 
     def refuse(self, what: str, step: int) -> NoReturn:
         rate = self.scheduler.get_last_lr()[0]
@@ -98,18 +97,17 @@ class Stepper:
             expected="finite numbers",
         )
 
-    def _accumulate(self, micro: list[list[Features]], counts: list[int], total: float, step: int) -> float:
+    def _accumulate(self, micro: list[list[Features]], counts: list[int], total: float) -> float:
+        """The sum of the losses of this process's targets, whose gradients are added up."""
         loss_sum = 0.0
         for number, (rows, count) in enumerate(zip(micro, counts)):
             last = number == len(micro) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self._loss(rows)
-                value = float(loss.detach())
-                if value != value or value in (float("inf"), float("-inf")):
-                    self.refuse(f"loss is {value} at step {step}", step)
                 # gradients are averaged over the processes: undo that, each target counts once
                 self.accelerator.backward(loss * (count * self.accelerator.num_processes / total))
-                loss_sum += value * count
+                # (a filler's loss counts nothing, not even where it is not finite)
+                loss_sum += float(loss.detach()) * count if count else 0.0
         return loss_sum
 
     def _loss(self, rows: list[Features]) -> torch.Tensor:
@@ -128,10 +126,3 @@ class Stepper:
             name = first_bad_gradient(self.bare) or "the parameters"
             self.refuse(f"gradient of {name} is not finite at step {step} (norm {norm})", step)
         return norm
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # the CPU's allocator has no class of its own for it
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate" in str(
-        error
-    )

@@ -50,6 +50,8 @@ class TransformersCallbacks(Listener):
         self.control, self.state = TrainerControl(), TrainerState()
         self.handler.on_init_end(self.arguments, self.state, self.control)
 
+    first = first_of_node = True  # of several processes: trackers write in the first one
+
     @property
     def wants_stop(self) -> bool:
         return self.control.should_training_stop
@@ -78,6 +80,7 @@ class TransformersCallbacks(Listener):
         return json.loads(json.dumps({type(c).__name__: c.state() for c in members}))  # type: ignore[attr-defined]
 
     def on_begin(self, run: RunInfo) -> None:
+        self.state.is_world_process_zero, self.state.is_local_process_zero = self.first, self.first_of_node
         self.state.max_steps, self.state.global_step = run.total_steps, run.start_step
         self.state.num_train_epochs = -(-run.total_steps // max(run.steps_per_epoch, 1))
         self._call("on_train_begin")

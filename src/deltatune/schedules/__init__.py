@@ -1,0 +1,1 @@
+"""What the adapters of some methods go through from step to step, one file each (`deltatune.schedule`)."""

@@ -1,0 +1,44 @@
+"""One model in several processes: what DDP has to know of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deltatune.data.example import TEXT_TASKS
+from deltatune.model import PeftModel
+from deltatune.train import randomness
+from deltatune.train.base import autocast
+from deltatune.train.settings import TrainSettings
+
+
+def make_ready(accelerator: Any, model: nn.Module, batch: dict[str, Tensor], settings: TrainSettings) -> None:
+    """What accelerate's `prepare` is to make of the model for DDP."""
+    accelerator.ddp_handler.find_unused_parameters = leaves_some_out(model, batch, settings, accelerator.device)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    # the base is equal everywhere already (`check_equal`) and need not go over the network, at no step and not at first
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+
+
+def leaves_some_out(model: nn.Module, batch: dict[str, Tensor], settings: TrainSettings, device: torch.device) -> bool:
+    """Whether a backward pass can go without some trained parameter: of other rows' experts, frozen by a schedule.
+
+    DDP waits for the gradients of all of them, unless it is told to look for those that will not come; looking where
+    none are missing costs time and makes it warn. So one row is tried.
+    """
+    if isinstance(model, PeftModel) and model.base_model.schedules:
+        return True
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    placed = {name: tensor.to(device) for name, tensor in batch.items()}
+    if settings.task in TEXT_TASKS:
+        placed["use_cache"] = False  # type: ignore[assignment]
+    was_training = model.training
+    model.eval()  # nothing is to change: no statistics, no random numbers
+    with randomness.untouched(), autocast(settings, device):
+        found = torch.autograd.grad(model(**placed).loss, trained, allow_unused=True)
+    model.train(was_training)
+    return any(gradient is None for gradient in found)

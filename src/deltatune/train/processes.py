@@ -1,0 +1,175 @@
+"""The processes of a run: torchrun or accelerate start them, the loop decides with them as one.
+
+What one process alone finds out (a signal, a fault in writing, the loss of its rows) is shared before anything hangs on
+it: a process that goes another way than the others leaves them waiting.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from deltatune.errors import ConfigError, MismatchError, TrainError
+from deltatune.train.settings import TrainSettings
+
+T = TypeVar("T")
+# what torch's backends say when another process is gone; gloo raises plain RuntimeErrors
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout",
+    "Timed out waiting", "gloo/transport",
+)  # fmt: skip
+
+
+def launched() -> int:
+    """How many processes torchrun or accelerate started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def main_process() -> bool:
+    """Known from the environment, before any process has met another."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_cpu(device: str) -> bool:
+    """Whether a run with this setting is on the CPU, which accelerate has to be told for its processes to meet."""
+    return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+
+
+def profile_of(settings: TrainSettings) -> str:
+    """`profile` with "auto" resolved.
+
+    Raises:
+        ConfigError: It does not go with the number of processes.
+    """
+    count = launched()
+    name = settings.profile
+    for switch, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(switch, "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate's configuration asks for {what}, which `train` does not have; take it out, or use "
+                "accelerate launch --multi_gpu",
+                field="profile",
+                found=what,
+                expected="ddp",
+            )
+    if name == "auto":
+        return "single" if count == 1 else "ddp"
+    if name == "single" and count > 1:
+        raise ConfigError(
+            f"profile='single' is not allowed in {count} processes, expected ddp",
+            field="profile",
+            found=name,
+            expected="ddp",
+        )
+    if name != "single" and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            f"profile={name!r} needs processes: deltatune train --launcher torchrun --nproc_per_node 2 ...",
+            field="profile",
+            found=name,
+        )
+    return name
+
+
+def meet(settings: TrainSettings) -> Any:
+    """Accelerate's object for this process, once all have met."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    # half precision is the setting `dtype`, whatever accelerate's own configuration says
+    made = Accelerator(
+        cpu=on_cpu(settings.device), mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs()]
+    )
+    if made.num_processes != launched():
+        raise ConfigError(
+            f"{launched()} processes were started and accelerate sees {made.num_processes} on {made.device}; set "
+            "device: cpu, or start as many as there are accelerators",
+            field="device",
+            found=made.num_processes,
+            expected=launched(),
+        )
+    return made
+
+
+def sums(accelerator: Any, *values: float) -> list[float]:
+    """Each number summed over all processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    tensor = torch.tensor(values, dtype=kind, device=accelerator.device)
+    return accelerator.reduce(tensor, "sum").tolist()
+
+
+def largest(accelerator: Any, value: int) -> int:
+    """The largest number that any process has."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([value], device=accelerator.device)
+    return int(accelerator.gather(tensor).max())
+
+
+def gathered(accelerator: Any, value: T) -> list[T]:
+    """The values of all processes, in their order."""
+    if accelerator.num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def by_first(accelerator: Any, work: Callable[[], T]) -> T:
+    """Done by the first process; all return its result, or raise what it raised."""
+    if accelerator.num_processes == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = work()
+        except Exception as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def check_equal(accelerator: Any, facts: dict[str, Any]) -> None:
+    """Refuse to train when processes have read other settings, rows or weights than the first one.
+
+    Raises:
+        MismatchError: In every process, naming what differs and where.
+    """
+    first, *others = gathered(accelerator, facts)
+    for number, theirs in enumerate(others, 1):
+        # machines may have other numbers of cores
+        unlike = sorted(name for name in first if first[name] != theirs.get(name) and name != "num_threads")
+        if unlike:
+            raise MismatchError(
+                f"process {number} has other {', '.join(unlike)} than process 0; every machine needs the same "
+                "settings, data and base model",
+                field=unlike[0],
+                found=theirs.get(unlike[0]),
+                expected=first[unlike[0]],
+            )
+
+
+def lost(error: BaseException) -> TrainError | None:
+    """What to tell if an exception means that another process is gone."""
+    if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in _LOST):
+        return None
+    return TrainError(
+        "another process of this run has ended, or cannot be reached; see what it wrote, then go on with "
+        "resume_from_checkpoint: true",
+        field="processes",
+        found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+    )
+
+
+def end_processes() -> None:
+    """Let go of the other processes: nothing of this one needs them any more."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,92 @@
+"""Runs trainings in forked processes that meet through gloo: a script, because one import serves all of them.
+
+python crew.py JOBS.json PROCESSES SECONDS
+
+A job is {"settings": ..., "break_at": step or null, "kill": [process, step] or null}. Prints one JSON line: for each
+job and process the exit of its training ("done", or the error's class and message) and its losses. A killed process
+says nothing, and ends the list of jobs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from deltatune.train import Listener, TrainSettings, train
+
+
+class Watch(Listener):
+    """Keeps losses and notices; breaks the run off after a step, or kills this process."""
+
+    def __init__(self, break_at: int | None, kill_at: int | None) -> None:
+        self.break_at, self.kill_at = break_at, kill_at
+        self.losses: list[float] = []
+        self.evaluated: list[float] = []
+        self.notices: list[str] = []
+
+    def on_notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def on_step(self, progress: Any) -> None:
+        self.losses.append(progress.loss)
+        if progress.step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if progress.step == self.break_at:
+            raise KeyError("broken off")
+
+    def on_evaluate(self, evaluation: Any) -> None:
+        self.evaluated.append(evaluation.scores["loss"])
+
+
+def work(jobs: list[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
+    told = []
+    for job in jobs:
+        process, step = job.get("kill") or (None, None)
+        watch = Watch(job.get("break_at"), step if process == rank else None)
+        exit = "done"
+        try:
+            train(TrainSettings(**job["settings"]), callbacks=[watch])
+        except Exception as error:
+            exit = f"{type(error).__name__}: {error}"
+        told.append({
+            "exit": exit, "losses": watch.losses, "evaluated": watch.evaluated, "notices": watch.notices,
+        })  # fmt: skip
+    return told
+
+
+def main() -> None:
+    jobs, count, limit = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
+    import accelerate  # noqa: F401  imported once, before the forks
+    import transformers  # noqa: F401
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                faulthandler.dump_traceback_later(limit, exit=True)  # nothing of a broken test waits for ever
+                os.environ.update(
+                    {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+                )
+                (Path(folder) / str(rank)).write_text(json.dumps(work(jobs, rank)))
+                os._exit(0)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        files = [Path(folder) / str(rank) for rank in range(count)]
+        told = [json.loads(file.read_text()) if file.exists() else None for file in files]
+    print(json.dumps({"codes": codes, "told": told}))
+
+
+if __name__ == "__main__":
+    main()
