@@ -65,8 +65,8 @@ def model_of(kind: str) -> Any:
         )
         return transformers.LlamaForCausalLM(config)
     if kind == "t5":
-        sizes = {"d_model": 256, "d_kv": 32, "d_ff": 1024, "num_layers": 3, "num_heads": 8}
-        config = transformers.T5Config(vocab_size=8192, decoder_start_token_id=0, **sizes)
+        sizes = {"decoder_start_token_id": 0, "d_model": 256, "d_kv": 32, "d_ff": 1024, "num_layers": 3, "num_heads": 8}
+        config = transformers.T5Config(vocab_size=8192, **sizes)
         return transformers.T5ForConditionalGeneration(config)
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
     return transformers.BertForSequenceClassification(

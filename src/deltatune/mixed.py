@@ -55,6 +55,7 @@ class Plan:
         names: One per row.
         held: The adapters behind them, by name; None for a name that has none here.
         order: Where each row of the batch is among those of the groups, one group after the other; None: in its place.
+        sizes: Rows of each group, where there are several and the batch is these one after the other.
     """
 
     names: Names
@@ -62,6 +63,7 @@ class Plan:
     device: torch.device
     groups: list[Group]
     order: Tensor | None
+    sizes: list[int] | None
 
     @classmethod
     def of(cls, names: Names, adapters: Mapping[str, Any], layer: LinearMap, device: torch.device) -> Plan:
@@ -77,8 +79,10 @@ class Plan:
         groups = [_group(mine, len(names), device) for mine in kinds.values()]
         places = {row: place for place, row in enumerate(row for group in groups for row in group.index)}
         order = [places[row] for row in range(len(names))]
-        in_place = order == list(range(len(names))) and len(groups) == 1 and groups[0].rows is None
-        return cls(names, held, device, groups, None if in_place else _long(order, device))
+        sizes = [len(group.index) for group in groups]
+        in_place = order == list(range(len(names))) and sum(sizes) == len(names)
+        several = in_place and len(groups) > 1
+        return cls(names, held, device, groups, None if in_place else _long(order, device), sizes if several else None)
 
     def holds(self, names: Names, adapters: Mapping[str, Any], device: torch.device) -> bool:
         """Whether it is still right: the same rows, and for each the same adapter."""
@@ -97,15 +101,16 @@ def forward(plan: Plan, layer: LinearMap, x: Tensor, call: Call, seen: Tensor | 
         x: The input, one entry per row.
         seen: The output of the layer without adapters where that is known already.
     """
-    base = _Once(layer, x, seen)
-    outputs = [_run(group, base, x, call) for group in plan.groups]
-    return outputs[0] if plan.order is None else torch.cat(outputs).index_select(0, plan.order)
+    base, rows = _Once(layer, x, seen, plan), _Cut(plan, x)
+    outputs = [_run(group, base, rows, call) for group in plan.groups]
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return together if plan.order is None else together.index_select(0, plan.order)
 
 
-def _run(group: Group, base: _Once, x: Tensor, call: Call) -> Tensor:
+def _run(group: Group, base: _Once, cut: _Cut, call: Call) -> Tensor:
     if not group.adapters:
         return base.of(group)
-    x = group.of(x)
+    x = cut.of(group)
     if len(group.adapters) == 1:
         read = lambda name: call.value(name, len(base.shown), group.index)  # noqa: E731
         return Applied(call.acting(group.adapters[0]), cast(LinearMap, Known(base, group, x)), read)(x)
@@ -124,17 +129,30 @@ def _stacked(group: Group, call: Call) -> Adapter:
     return call.stacks[group]
 
 
+class _Cut:
+    """A tensor by groups. Where the batch is these one after the other it is cut once: nothing is copied, and the
+    gradient is put together once, not a tensor of the whole batch for each group."""
+
+    def __init__(self, plan: Plan, whole: Tensor) -> None:
+        self.whole = whole
+        self.parts = None if plan.sizes is None else dict(zip(plan.groups, whole.split(plan.sizes)))
+
+    def of(self, group: Group) -> Tensor:
+        return group.of(self.whole) if self.parts is None else self.parts[group]
+
+
 class _Once:
     """What a layer puts out for all rows, computed when it is first asked for."""
 
-    def __init__(self, layer: LinearMap, x: Tensor, y: Tensor | None) -> None:
-        self.layer, self.x, self.y = layer, x, y
+    def __init__(self, layer: LinearMap, x: Tensor, y: Tensor | None, plan: Plan) -> None:
+        self.layer, self.x, self.y, self.plan = layer, x, y, plan
         self.shown = x if y is None else y  # which has the rows and tokens of the output
+        self.cut: _Cut | None = None
 
     def of(self, group: Group) -> Tensor:
-        if self.y is None:
-            self.y = self.layer(self.x)
-        return group.of(self.y)
+        if self.cut is None:
+            self.cut = _Cut(self.plan, self.layer(self.x) if self.y is None else self.y)
+        return self.cut.of(group)
 
 
 class Known:

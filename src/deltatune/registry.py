@@ -5,7 +5,7 @@ A method's file is imported when it is first asked for: a program that uses one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import Any
 
@@ -80,8 +80,11 @@ MODULES = {
 class Methods(MutableMapping[PeftType | str, Method]):
     """Methods by `peft_type`; those of `MODULES` come when they are asked for, going through all of them brings all."""
 
-    def __init__(self, modules: dict[str, str]) -> None:
-        self.entries: dict[str, str | Method] = dict(modules)
+    def __init__(self, entries: Mapping[str, str | Method]) -> None:
+        self.entries: dict[str, str | Method] = dict(entries)
+
+    def __copy__(self) -> Methods:
+        return Methods(self.entries)
 
     def __getitem__(self, name: PeftType | str) -> Method:
         key = _text(name)

@@ -337,3 +337,20 @@ def plan(
 
     if not run(words or [], config, target, memory, devices, probing, as_json):
         raise typer.Exit(4)
+
+
+@app.command(context_settings=SETTINGS)
+def compare(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] --methods A,B,... [--seeds N] [--NAME VALUE]...",
+            help="Settings of the comparison and of its runs, as for train.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Several methods on your own rows, over several seeds: which is better, at what cost, and what is within noise."""
+    from deltatune.cli.compare import run
+
+    run(words or [], as_json)

@@ -21,11 +21,13 @@ class Loss:
     Attributes:
         predicted: For each row its class, or the class at each labelled token, or two tensors (T,) of logits of being
             the first and the last token of a span. Empty for text.
+        batches: The sum of the losses of each batch, and how many targets it is over.
     """
 
     mean: float
     targets: int
     predicted: list[Any] = field(default_factory=list)
+    batches: list[tuple[float, int]] = field(default_factory=list)
 
 
 def joined(parts: list[Loss]) -> Loss:
@@ -53,19 +55,19 @@ def dataset_loss(
     """Evaluate; the model's training mode is put back. `after_batch` is told how many batches are done."""
     was_training = model.training
     model.eval()
-    total, count, predicted = 0.0, 0, []
+    predicted, sums = [], []
     judged = _spans if task == "question_answering" else _labels
     try:
         for done, batch in enumerate(batches, 1):
             placed = {name: tensor.to(device) for name, tensor in batch.items()}
             loss, number, found = judged(model, placed, task)
-            total += loss
-            count += number
+            sums.append((loss, number))
             predicted += found
             after_batch(done)
     finally:
         model.train(was_training)
-    return Loss(total / max(count, 1), count, predicted)
+    count = sum(number for _, number in sums)
+    return Loss(sum(loss for loss, _ in sums) / max(count, 1), count, predicted, sums)
 
 
 def _labels(model: nn.Module, batch: dict[str, Tensor], task: str) -> tuple[float, int, list[Any]]:

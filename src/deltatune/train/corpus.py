@@ -34,7 +34,7 @@ def load_corpus(
         settings.dataset if train_rows is None else None,
         settings.dataset_config,
         settings.eval_split,
-        settings.seed,
+        settings.seed if settings.split_seed is None else settings.split_seed,
         weights=settings.data_weights,
         columns=settings.column_mapping,
         max_train=settings.max_train_samples,

@@ -94,6 +94,7 @@ class TrainSettings(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     seed: int = Field(42, ge=0, lt=2**32)
+    split_seed: int | None = Field(None, ge=0, lt=2**32, description="draws rows and sets some aside; default: seed")
 
     loss: Literal["auto", "chunked", "model"] = Field(
         "auto", description="chunked: never all logits of a text model at once; model: as it does it; auto: if it can"
@@ -215,13 +216,15 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
 
 def load_settings(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> TrainSettings:
     """Settings from a YAML or JSON file, with `overrides` on top of it."""
-    values = {} if path is None else _read(Path(path))
+    values = {} if path is None else read_settings(path)
     known = set(TrainSettings.model_fields)
     merged = canonical(values, known) | canonical(overrides or {}, known)
     return TrainSettings(**merged)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The values of a YAML or JSON file, as they stand there."""
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
