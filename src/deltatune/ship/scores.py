@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -31,6 +30,8 @@ class FileScores:
         Raises:
             DataError: It cannot be read, a row is faulty, or nothing of it is within the limits.
         """
+        from accelerate import Accelerator
+
         encoder = ready.encoder
         settings = TrainSettings(
             task=ready.task, method=FULL, train_file=file, per_device_eval_batch_size=batch_size, dtype="float32"
@@ -46,8 +47,8 @@ class FileScores:
         )
         if not corpus.train.features:
             raise DataError(f"{file} has no row to score within max_length={encoder.max_length}", path=file)
-        device: Any = next(ready.model.parameters()).device
-        return cls(Judge(settings, corpus, ready.tokenizer, device, Listener()), corpus)
+        on_cpu = next(ready.model.parameters()).device.type == "cpu"
+        return cls(Judge(settings, corpus, ready.tokenizer, Accelerator(cpu=on_cpu), Listener()), corpus)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         return self.judge.loss(model, self.corpus.train)
