@@ -163,7 +163,9 @@ def _encoded(settings: TrainSettings, corpus: Corpus, model: nn.Module, tokenize
 
 
 def judge_of(settings: TrainSettings, corpus: Corpus, tokenizer: Any, device: torch.device) -> Judge:
-    return Judge(settings, corpus, tokenizer, device, Listener())
+    from accelerate import Accelerator
+
+    return Judge(settings, corpus, tokenizer, Accelerator(cpu=device.type == "cpu"), Listener())
 
 
 if __name__ == "__main__":
