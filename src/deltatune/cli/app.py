@@ -422,6 +422,59 @@ def env(as_json: Json = False) -> None:
     run(as_json)
 
 
+@app.command()
+def combine(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[=WEIGHT]... OUT", help="Adapter folders, or a YAML recipe; and a new folder."),
+    ],
+    type: Annotated[
+        str | None,
+        typer.Option("--type", help="linear (the exact sum), svd, cat, ties_svd, dare_linear_svd, dare_ties_svd, ..."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that pruning keeps.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result.")] = None,
+    sign: Annotated[str, typer.Option(help="What TIES elects by: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="What DARE draws from.")] = 42,
+    model: Model = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    eval_file: Annotated[
+        str | None, typer.Option("--eval-file", "--eval_file", "-e", help="Score base, adapters and result on it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Several adapters of one base as one: sums, TIES, DARE, SVD; also from a YAML file as mergekit has it."""
+    from deltatune.cli.combine import combine as run
+    from deltatune.cli.combine import recipe_of
+
+    run(recipe_of(words[:-1], type, density, rank, sign, model, dtype), words[-1], eval_file, batch_size, seed, as_json)
+
+
+@app.command(context_settings=SETTINGS)
+def plan(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [--NAME VALUE | NAME=VALUE]...", help="Settings of the run, as for train."),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Settings file, YAML or JSON.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", help="cpu, cuda, or a device by name: a100-80, h100, rtx4090, ...")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--device-memory", "--device_memory", help="24GB; shows what fits into it.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="What each of so many devices would hold and send.")] = 1,
+    probing: Annotated[bool, typer.Option("--probe", help="Load the weights and time a few small steps here.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Memory and time of a training run before it runs, and which settings fit. Exit code 4 where it does not."""
+    from deltatune.cli.plan import plan as run
+
+    if not run(words or [], config, target, memory, devices, probing, as_json):
+        raise typer.Exit(4)
+
+
 @app.command(context_settings=SETTINGS)
 def compare(
     words: Annotated[

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltatune.checks import fits
-from deltatune.combine.rules import check_density, check_sign_method
+from deltatune.combine.rules import check_consensus, check_density, check_sign_method
 from deltatune.errors import AdapterNameError, MergeError
 from deltatune.names import check_name
 from deltatune.notice import warn
@@ -32,9 +32,16 @@ class Request:
     svd_rank: int | None = None
     svd_clamp: float | None = None
     svd_driver: str | None = None
-    density: float | None = None
+    density: float | Sequence[float] | None = None
     majority_sign_method: str = "total"
     generator: Any = None
+    consensus: str = "mean"
+
+    def density_of(self, adapter: str) -> float | None:
+        """What pruning keeps of an adapter; None where nothing is pruned."""
+        if self.density is None or isinstance(self.density, (int, float)):
+            return self.density
+        return self.density[self.adapters.index(adapter)]
 
     @property
     def pruning(self) -> str | None:
@@ -60,8 +67,16 @@ def checked(model: Any, adapters: Iterable[str], weights: Any, adapter_name: str
     _require(clamp is None or (fits(clamp, float) and 0 < clamp <= 1), "svd_clamp", clamp, "a quantile in (0, 1]")
     _require(request.svd_driver in _DRIVERS, "svd_driver", request.svd_driver, f"one of {_DRIVERS}")
     check_sign_method(request.majority_sign_method)
+    check_consensus(request.consensus)
+    if request.consensus != "mean" and kind not in ("ties_svd", "dare_ties_svd"):
+        _require(
+            False, "consensus", request.consensus, f"'mean' with {kind!r}; the others are for ties_svd, dare_ties_svd"
+        )
     if request.pruning is not None:
-        check_density(request.density, positive=True)  # what keeps nothing is no adapter
+        if isinstance(request.density, (list, tuple)) and len(request.density) != len(names):
+            _require(False, "density", request.density, f"one share for all, or one for each of {len(names)} adapters")
+        for name in names:
+            check_density(request.density_of(name), positive=True)  # what keeps nothing is no adapter
     return request
 
 

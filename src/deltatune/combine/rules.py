@@ -15,6 +15,8 @@ from torch import Generator, Tensor
 from deltatune.errors import MergeError
 
 Weights = Sequence[float] | Tensor
+Density = float | Sequence[float]  # one for all tensors, or one for each
+CONSENSUS = ("mean", "weighted_mean", "sum")
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Weights) -> Tensor:
@@ -23,40 +25,47 @@ def task_arithmetic(task_tensors: Sequence[Tensor], weights: Weights) -> Tensor:
     return (stacked * w).sum(0)
 
 
-def magnitude_prune(task_tensors: Sequence[Tensor], weights: Weights, density: float) -> Tensor:
+def magnitude_prune(task_tensors: Sequence[Tensor], weights: Weights, density: Density) -> Tensor:
     """The weighted sum of the largest entries of each tensor."""
-    return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
+    return task_arithmetic(_trimmed(task_tensors, density), weights)
 
 
 def dare_linear(
-    task_tensors: Sequence[Tensor], weights: Weights, density: float, generator: Generator | None = None
+    task_tensors: Sequence[Tensor], weights: Weights, density: Density, generator: Generator | None = None
 ) -> Tensor:
     """The weighted sum of a random share of the entries, divided by that share: in expectation, the weighted sum."""
     return task_arithmetic(_dropped(task_tensors, density, generator), weights)
 
 
 def ties(
-    task_tensors: Sequence[Tensor], weights: Weights, density: float, majority_sign_method: str = "total"
+    task_tensors: Sequence[Tensor],
+    weights: Weights,
+    density: Density,
+    majority_sign_method: str = "total",
+    consensus: str = "mean",
 ) -> Tensor:
-    """Trim, elect, merge: for each entry the weighted mean of the tensors that have the elected sign there.
+    """Trim, elect, merge: for each entry the weighted tensors that have the elected sign there, brought together.
 
     Args:
         density: Share of the entries of each tensor, the largest, that are kept.
         majority_sign_method: "total": the sign of the sum is elected; "frequency": that of most tensors.
+        consensus: "mean": the sign is elected without the weights, and the sum of the w t that have it is divided by
+            their number, as in PEFT. "weighted_mean" and "sum": weights count in the election, and the sum is divided
+            by that of their weights, or by nothing, as in mergekit.
     """
-    kept = [prune(tensor, density, "magnitude") for tensor in task_tensors]
-    return _elected(kept, weights, majority_sign_method)
+    return _elected(_trimmed(task_tensors, density), weights, majority_sign_method, consensus)
 
 
 def dare_ties(
     task_tensors: Sequence[Tensor],
     weights: Weights,
-    density: float,
+    density: Density,
     majority_sign_method: str = "total",
     generator: Generator | None = None,
+    consensus: str = "mean",
 ) -> Tensor:
     """As `ties`, of a random share of the entries instead of the largest."""
-    return _elected(_dropped(task_tensors, density, generator), weights, majority_sign_method)
+    return _elected(_dropped(task_tensors, density, generator), weights, majority_sign_method, consensus)
 
 
 def prune(
@@ -95,13 +104,39 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
     return (task_tensors * majority_sign_mask).sum(0) / majority_sign_mask.sum(0).clamp(min=1)
 
 
-def _elected(kept: list[Tensor], weights: Weights, method: str) -> Tensor:
+def _elected(kept: list[Tensor], weights: Weights, method: str, consensus: str) -> Tensor:
+    check_consensus(consensus)
     stacked, w = _stacked(kept, weights)
-    return disjoint_merge(stacked * w, majority_sign_mask(stacked, method))
+    if consensus == "mean":
+        return disjoint_merge(stacked * w, majority_sign_mask(stacked, method))
+    weighted = stacked * w
+    mask = majority_sign_mask(weighted, method)
+    summed = (weighted * mask).sum(0)
+    if consensus == "sum":
+        return summed
+    divisor = (w * mask).sum(0)
+    return summed / torch.where(divisor == 0, 1, divisor)
 
 
-def _dropped(tensors: Sequence[Tensor], density: float, generator: Generator | None) -> list[Tensor]:
-    return [prune(tensor, density, "random", rescale=True, generator=generator) for tensor in tensors]
+def _trimmed(tensors: Sequence[Tensor], density: Density) -> list[Tensor]:
+    return [prune(tensor, share, "magnitude") for tensor, share in zip(tensors, _each(density, len(tensors)))]
+
+
+def _dropped(tensors: Sequence[Tensor], density: Density, generator: Generator | None) -> list[Tensor]:
+    shares = _each(density, len(tensors))
+    return [prune(t, share, "random", rescale=True, generator=generator) for t, share in zip(tensors, shares)]
+
+
+def _each(density: Density, count: int) -> list[float]:
+    shares = list(density) if isinstance(density, (list, tuple)) else [density] * count
+    if len(shares) != count:
+        raise MergeError(
+            f"density: {len(shares)} of them for {count} tensors; give one for all, or one for each",
+            field="density",
+            found=len(shares),
+            expected=count,
+        )
+    return shares  # type: ignore[return-value]
 
 
 def _stacked(tensors: Sequence[Tensor], weights: Weights) -> tuple[Tensor, Tensor]:
@@ -125,6 +160,16 @@ def check_density(density: float | None, positive: bool = False) -> None:
             f"density={density!r}: expected the share of entries to keep, a number in {'(' if positive else '['}0, 1]",
             field="density",
             found=density,
+        )
+
+
+def check_consensus(consensus: str) -> None:
+    if consensus not in CONSENSUS:
+        raise MergeError(
+            f"consensus={consensus!r}, expected one of {', '.join(CONSENSUS)}",
+            field="consensus",
+            found=consensus,
+            expected=CONSENSUS,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,29 +20,48 @@ from deltatune.combine.changes import Change
 from deltatune.combine.product import Keep, Product, dense, total
 from deltatune.errors import MergeError
 
-Terms = list[tuple[float, Change]]
 
-_RULES: dict[str, Callable[[list[Tensor], list[float], Request], Tensor]] = {
-    "magnitude_prune": lambda tensors, w, ask: rules.magnitude_prune(tensors, w, _density(ask)),
-    "dare_linear": lambda tensors, w, ask: rules.dare_linear(tensors, w, _density(ask), ask.generator),
-    "ties": lambda tensors, w, ask: rules.ties(tensors, w, _density(ask), ask.majority_sign_method),
-    "dare_ties": lambda tensors, w, ask: rules.dare_ties(
-        tensors, w, _density(ask), ask.majority_sign_method, ask.generator
+class Term(NamedTuple):
+    """One adapter on one layer: what it weighs, what it changes, the share of it that pruning keeps."""
+
+    weight: float
+    change: Change
+    density: float | None = None
+
+
+class Shares(NamedTuple):
+    """What the tensors that meet in a rule weigh, and the share of each that pruning keeps."""
+
+    weights: list[float]
+    densities: list[float | None]
+
+    @classmethod
+    def of(cls, terms: list[Term]) -> Shares:
+        return cls([term.weight for term in terms], [term.density for term in terms])
+
+
+_RULES: dict[str, Callable[[list[Tensor], list[float], Any, Request], Tensor]] = {
+    "magnitude_prune": lambda tensors, w, density, ask: rules.magnitude_prune(tensors, w, density),
+    "dare_linear": lambda tensors, w, density, ask: rules.dare_linear(tensors, w, density, ask.generator),
+    "ties": lambda tensors, w, density, ask: rules.ties(tensors, w, density, ask.majority_sign_method, ask.consensus),
+    "dare_ties": lambda tensors, w, density, ask: rules.dare_ties(
+        tensors, w, density, ask.majority_sign_method, ask.generator, ask.consensus
     ),
 }
 
 
-def of_layer(path: str, terms: Terms, ask: Request, rank: int | None) -> lora.Factors:
-    weights, changes = [w for w, _ in terms], [change for _, change in terms]
+def of_layer(path: str, terms: list[Term], ask: Request, rank: int | None) -> lora.Factors:
+    changes = [term.change for term in terms]
     like, kind, bias = changes[0], ask.combination_type, _bias(terms, ask)
+    weighted = [(term.weight, term.change.weight) for term in terms]
     if kind in EXACT:
-        return lora.stacked(total((w, change.weight) for w, change in terms), like, bias)
+        return lora.stacked(total(weighted), like, bias)
     if kind not in BY_SVD:
         return _in_factors(path, terms, ask, bias)
     if kind == "svd":
-        matrix = total((w, change.weight) for w, change in terms)
+        matrix = total(weighted)
     else:
-        matrix = _ruled([dense(change.weight) for change in changes], weights, ask)
+        matrix = _ruled([dense(change.weight) for change in changes], Shares.of(terms), ask)
     keep = Keep(_possible(matrix, like.groups, rank, given=ask.svd_rank is not None))
     made = lora.factors(matrix, like, keep, bias, driver=ask.svd_driver)
     return made if ask.svd_clamp is None else _clamped(made, ask.svd_clamp)
@@ -58,19 +77,23 @@ def _possible(matrix: Any, groups: int, rank: int | None, given: bool) -> int:
     return min(rank, highest)
 
 
-def _ruled(tensors: list[Tensor], weights: list[float], ask: Request) -> Tensor:
-    rule = ask.pruning
-    return rules.task_arithmetic(tensors, weights) if rule is None else _RULES[rule](tensors, weights, ask)
+def _ruled(tensors: list[Tensor], shares: Shares, ask: Request) -> Tensor:
+    rule, weights = ask.pruning, shares.weights
+    if rule is None:
+        return rules.task_arithmetic(tensors, weights)
+    return _RULES[rule](tensors, weights, shares.densities, ask)
 
 
-def _bias(terms: Terms, ask: Request) -> Tensor | None:
-    changed = [(w, change.bias) for w, change in terms if change.bias is not None]
-    return _ruled([bias for _, bias in changed], [w for w, _ in changed], ask) if changed else None
+def _bias(terms: list[Term], ask: Request) -> Tensor | None:
+    changed = [term for term in terms if term.change.bias is not None]
+    if not changed:
+        return None
+    return _ruled([term.change.bias for term in changed], Shares.of(changed), ask)  # type: ignore[misc]
 
 
-def _in_factors(path: str, terms: Terms, ask: Request, bias: Tensor | None) -> lora.Factors:
+def _in_factors(path: str, terms: list[Term], ask: Request, bias: Tensor | None) -> lora.Factors:
     """Pruning that looks at the entries of A and of B."""
-    products = [change.weight for _, change in terms]
+    products = [term.change.weight for term in terms]
     if not all(isinstance(product, Product) for product in products):
         raise MergeError(
             f"combination_type={ask.combination_type!r} works on the factors of LoRA and its relatives, and an adapter "
@@ -79,27 +102,27 @@ def _in_factors(path: str, terms: Terms, ask: Request, bias: Tensor | None) -> l
             path=path,
             found=ask.combination_type,
         )
-    like, weights = terms[0][1], [w for w, _ in terms]
+    like = terms[0].change
     groups = list(zip(*(lora.pieces(product, like.groups) for product in products)))
     combine = _pruned if ask.combination_type in PRUNED else _elected
-    made = [combine(path, list(group), weights, ask).to(like.dtype) for group in groups]  # type: ignore[arg-type]
+    made = [combine(path, list(group), Shares.of(terms), ask).to(like.dtype) for group in groups]  # type: ignore[arg-type]
     rank = max(product.rank for product in made)
     return lora.Factors(tuple(product.padded(max(1, rank)) for product in made), bias)
 
 
-def _pruned(path: str, products: list[Product], weights: list[float], ask: Request) -> Product:
+def _pruned(path: str, products: list[Product], shares: Shares, ask: Request) -> Product:
     """Each adapter's factors pruned, and the products added up: no factor of one meets one of another."""
 
-    def prune(factor: Tensor) -> Tensor:
-        return _ruled([factor], [1.0], ask)
+    def prune(factor: Tensor, density: float | None) -> Tensor:
+        return _ruled([factor], Shares([1.0], [density]), ask)
 
-    downs = [prune(product.down) for product in products]  # the order in which PEFT draws
-    summed = total((w, Product(prune(p.up), down)) for w, p, down in zip(weights, products, downs))
+    downs = [prune(p.down, density) for p, density in zip(products, shares.densities)]  # the order in which PEFT draws
+    summed = total((w, Product(prune(p.up, density), down)) for w, density, p, down in zip(*shares, products, downs))
     assert isinstance(summed, Product)
     return summed
 
 
-def _elected(path: str, products: list[Product], weights: list[float], ask: Request) -> Product:
+def _elected(path: str, products: list[Product], shares: Shares, ask: Request) -> Product:
     ranks = [product.rank for product in products]
     if len(set(ranks)) > 1:
         raise MergeError(
@@ -109,10 +132,10 @@ def _elected(path: str, products: list[Product], weights: list[float], ask: Requ
             path=path,
             found=ranks,
         )
-    roots = [abs(w) ** 0.5 for w in weights]
-    signed = [root if w >= 0 else -root for root, w in zip(roots, weights)]
-    down = _ruled([product.down for product in products], signed, ask)
-    return Product(_ruled([product.up for product in products], roots, ask), down)
+    roots = [abs(w) ** 0.5 for w in shares.weights]
+    signed = [root if w >= 0 else -root for root, w in zip(roots, shares.weights)]
+    down = _ruled([product.down for product in products], shares._replace(weights=signed), ask)
+    return Product(_ruled([product.up for product in products], shares._replace(weights=roots), ask), down)
 
 
 def _clamped(made: lora.Factors, quantile: float) -> lora.Factors:
@@ -133,8 +156,3 @@ def _quantile(entries: Tensor, share: float) -> float:
     low = entries.kthvalue(below + 1).values.item()
     high = entries.kthvalue(min(below + 2, len(entries))).values.item()
     return max(0.0, low + (place - below) * (high - low))
-
-
-def _density(ask: Request) -> float:
-    assert ask.density is not None  # checked
-    return ask.density

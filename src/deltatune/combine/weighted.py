@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,10 @@ def add_weighted_adapter(
     svd_clamp: float | None = None,
     svd_full_matrices: bool = True,
     svd_driver: str | None = None,
-    density: float | None = None,
+    density: float | Sequence[float] | None = None,
     majority_sign_method: str = "total",
     generator: Generator | None = None,
+    consensus: str = "mean",
 ) -> dict[str, float]:
     """Add an adapter that does the weighted sum of what others do. It does not train until `set_adapter`.
 
@@ -55,9 +56,11 @@ def add_weighted_adapter(
         svd_clamp: Clamp the factors after the decomposition at this quantile of their entries.
         svd_full_matrices: Accepted; the columns that it adds are not used.
         svd_driver: cuSOLVER's method, on CUDA.
-        density: Share of the entries that pruning keeps, in (0, 1].
+        density: Share of the entries that pruning keeps, in (0, 1]; or one for each adapter.
         majority_sign_method: What TIES elects by: "total" or "frequency".
         generator: What DARE draws from; torch's own by default.
+        consensus: How "ties_svd" and "dare_ties_svd" bring together what has the elected sign: "mean" as PEFT,
+            "weighted_mean" or "sum" as mergekit (`deltatune.combine.ties`).
 
     Returns:
         By layer, the share of the sum that the rank could not hold: |held - wanted| / |wanted|.
@@ -77,6 +80,7 @@ def add_weighted_adapter(
         density=density,
         majority_sign_method=majority_sign_method,
         generator=generator,
+        consensus=consensus,
     )
     base = model.get_base_model()
     configs = {name: model.peft_config[name] for name in ask.adapters}
@@ -109,7 +113,9 @@ def _combined(base: Any, ask: Request) -> dict[str, lora.Factors]:
     if ask.combination_type in BY_SVD and rank is None:
         rank = _highest_rank(layers)
     return {
-        path: sums.of_layer(path, [(w, read(layer, name)) for w, layer, name in terms], ask, rank)
+        path: sums.of_layer(
+            path, [sums.Term(w, read(layer, name), ask.density_of(name)) for w, layer, name in terms], ask, rank
+        )
         for path, terms in layers.items()
     }
 

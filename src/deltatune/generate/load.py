@@ -65,13 +65,20 @@ class Ready:
             yield self.base if self.base is not None else self.model
 
 
-def load_ready(name: str, model: str | None = None, separator: str | None = None, compare: bool = False) -> Ready:
+def load_ready(
+    name: str,
+    model: str | None = None,
+    separator: str | None = None,
+    compare: bool = False,
+    adapter_name: str = "default",
+) -> Ready:
     """Load what `name` says: an adapter folder or repository, a model folder, a hub name, or demo.
 
     Args:
         model: The base, instead of the one that the adapter's config names.
         separator: Between input and answer of a causal model, instead of the one it was trained with.
         compare: Whether `untouched` will be needed.
+        adapter_name: The adapter's in the model.
     """
     import torch
 
@@ -84,7 +91,7 @@ def load_ready(name: str, model: str | None = None, separator: str | None = None
     base = load_base(settings, labels if config is not None else None, device)
     tokenizer, loaded, bare = base.tokenizer, base.model, None
     if config is not None:
-        loaded = PeftModel.from_pretrained(base.model, name)
+        loaded = PeftModel.from_pretrained(base.model, name, adapter_name)
         tokenizer = own_tokenizer(Path(name)) or tokenizer
     elif compare:
         bare = _before(Path(name), device)

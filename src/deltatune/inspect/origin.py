@@ -1,4 +1,4 @@
-"""Where an adapter comes from: what `deltatune train` left beside it, or what its model card and config say."""
+"""Where an adapter comes from: what `deltatune train` or `combine` left beside it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from deltatune.config import read_json
 from deltatune.errors import PeftError
 from deltatune.storage.locate import Place
 
-SETTINGS, METRICS = "settings.json", "metrics.json"
+SETTINGS, METRICS, COMBINATION = "settings.json", "metrics.json", "combination.json"
 DATA = ("train_file", "eval_file", "test_file", "dataset", "dataset_config", "eval_split")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """One run.
+    """One run, of training or of combining.
 
     Attributes:
         command: What repeats it, given the folder.
@@ -37,6 +37,8 @@ class Origin:
 
 def origin(where: Place, folder: str) -> Origin | None:
     """The run that wrote a folder; None where nothing beside the adapter says."""
+    if (combination := _read(where, COMBINATION)) is not None:
+        return _combined(combination)
     settings = _read(where, SETTINGS)
     if settings is None:
         return None
@@ -51,6 +53,13 @@ def origin(where: Place, folder: str) -> Origin | None:
         seconds=metrics.get("train_seconds"),
         versions=conditions if isinstance(conditions, dict) else {},
     )
+
+
+def _combined(held: dict[str, Any]) -> Origin:
+    recipe = held.get("recipe") or {}
+    parts = {part["adapter"]: part["weight"] for part in recipe.get("parts") or ()}
+    scores = {f"on {held['eval_file']}": held["scores"]} if held.get("scores") else {}
+    return Origin(held.get("command") or "deltatune combine", {"adapters": parts}, scores, None, None, None, {})
 
 
 def _read(where: Place, name: str) -> dict[str, Any] | None:

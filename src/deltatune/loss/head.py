@@ -121,7 +121,7 @@ class Head:
             module = module.base_layer if acting == (module.stash is not None) else module
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         foreign = [hook for hook in hooks if not getattr(getattr(hook, "__self__", None), "of_chunk_loss", False)]
-        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not foreign
+        plain = type(module) is nn.Linear and _is_plain(module.weight) and not foreign
         # accelerate puts a forward of its own on layers that it moves
         return module if plain and "forward" not in vars(module) else None
 
@@ -137,3 +137,12 @@ class Head:
     def _bound(self) -> AbstractContextManager[Any]:
         """The adapters of the pass, whenever the head is called."""
         return nullcontext() if self.call is None else self.selection.use(self.call)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """A parameter that holds a matrix as it is; or when a step is planned, one without numbers."""
+    if type(weight) is nn.Parameter:
+        return True
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(weight) is FakeTensor

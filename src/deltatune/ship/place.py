@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deltatune.errors import SaveError
+from deltatune.errors import PeftError, SaveError
 
 CARRIED = ("settings.json", "labels.json", "metrics.json")  # how inputs were written, names of classes, the run
 
@@ -31,6 +31,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         os.replace(made, target)
+    except PeftError:
+        raise  # some of ours are OSErrors too
     except OSError as error:
         raise SaveError(
             f"{error.filename or out}: cannot be written: {error.strerror or error}; nothing is left of it",

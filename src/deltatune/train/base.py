@@ -127,14 +127,6 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
     import transformers
 
     source = _place(settings.model_name_or_path)
-    classes = {
-        "seq2seq": transformers.AutoModelForSeq2SeqLM,
-        "causal": transformers.AutoModelForCausalLM,
-        "chat": transformers.AutoModelForCausalLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-        "token_classification": transformers.AutoModelForTokenClassification,
-        "question_answering": transformers.AutoModelForQuestionAnswering,
-    }
     options: dict[str, Any] = {"dtype": dtype}
     if labels is not None:
         options["num_labels"] = len(labels)
@@ -143,10 +135,34 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         with quiet():
-            model, found = classes[settings.task].from_pretrained(source, output_loading_info=True, **options)
+            model, found = auto_class(settings.task).from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable(settings, error) from error
     return model, tokenizer, sorted(found["missing_keys"])
+
+
+def auto_class(task: str) -> Any:
+    """Of transformers, with the head for a task."""
+    import transformers
+
+    return {
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "causal": transformers.AutoModelForCausalLM,
+        "chat": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "token_classification": transformers.AutoModelForTokenClassification,
+        "question_answering": transformers.AutoModelForQuestionAnswering,
+    }[task]
+
+
+def base_config(settings: TrainSettings) -> Any:
+    """The config of the base, without its weights."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(_place(settings.model_name_or_path))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(settings, error) from error
 
 
 def _place(name: str) -> str:
