@@ -67,10 +67,11 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names under which the headings of a page can be linked to, as GitHub makes them."""
+    """The names under which the headings of a page can be linked to, as GitHub makes them, and those it sets itself."""
     prose = _FENCE.sub("", page.read_text("utf-8"))
     titles = re.findall(r"^#+ +(.+?) *$", prose, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    made = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    return {*made, *re.findall(r'<a id="([\w-]+)">', prose)}
 
 
 def headings(page: Path) -> list[str]:

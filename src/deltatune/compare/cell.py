@@ -25,6 +25,7 @@ from deltatune.train.corpus import encode_corpus, load_corpus
 from deltatune.train.defaults import FULL
 from deltatune.train.events import Listener
 from deltatune.train.judge import Judge
+from deltatune.train.processes import meet
 from deltatune.train.result import as_json
 
 RESULT = "cell.json"
@@ -78,7 +79,7 @@ def measure(spec: Spec, done: TrainResult) -> Result:
     """A run that has ended, as numbers."""
     settings, device = done.settings, next(done.model.parameters()).device
     metrics = done.metrics
-    rows = held_out_scores(spec, settings, done.model, done.tokenizer, device)
+    rows = held_out_scores(spec, settings, done.model, done.tokenizer)
     held = metrics["after"].get("test") or metrics["after"]["eval"]
     return Result(
         key=spec.key,
@@ -94,11 +95,9 @@ def measure(spec: Spec, done: TrainResult) -> Result:
     )
 
 
-def held_out_scores(
-    spec: Spec, settings: TrainSettings, model: nn.Module, tokenizer: Any, device: torch.device
-) -> RowScores:
+def held_out_scores(spec: Spec, settings: TrainSettings, model: nn.Module, tokenizer: Any) -> RowScores:
     corpus = _encoded(settings, load_corpus(settings), model, tokenizer)
-    return score_rows(judge_of(settings, corpus, tokenizer, device), model, held_out(corpus), spec.metric)
+    return score_rows(judge_of(settings, corpus, tokenizer), model, held_out(corpus), spec.metric)
 
 
 def held_out(corpus: Corpus) -> Part:
@@ -116,7 +115,7 @@ def forgetting(
         return None
     other = forget_settings(settings, spec.forget_file)
     corpus = _encoded(other, load_corpus(other), model, tokenizer)
-    judge = judge_of(other, corpus, tokenizer, device)
+    judge = judge_of(other, corpus, tokenizer)
     after = judge.loss(model, corpus.train)["loss"]
     if settings.method == FULL:
         base = load_base(settings, corpus.labels, device).model.to(device)
@@ -162,10 +161,8 @@ def _encoded(settings: TrainSettings, corpus: Corpus, model: nn.Module, tokenize
     return encode_corpus(settings, corpus, tokenizer, words.vocabulary, words.positions)
 
 
-def judge_of(settings: TrainSettings, corpus: Corpus, tokenizer: Any, device: torch.device) -> Judge:
-    from accelerate import Accelerator
-
-    return Judge(settings, corpus, tokenizer, Accelerator(cpu=device.type == "cpu"), Listener())
+def judge_of(settings: TrainSettings, corpus: Corpus, tokenizer: Any) -> Judge:
+    return Judge(settings, corpus, tokenizer, meet(settings), Listener())
 
 
 if __name__ == "__main__":

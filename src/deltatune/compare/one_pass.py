@@ -79,7 +79,7 @@ def _result(spec: Spec, run: Together, place: int, member: Member, base: Base, p
         return Result(spec.key, failed=f"TrainError: {member.failed}")
     settings, folder = member.settings, Path(spec.settings["output_dir"])
     run.model.set_adapter(member.name)
-    judge = judge_of(settings, run.corpus, base.tokenizer, run.device)
+    judge = judge_of(settings, run.corpus, base.tokenizer)
     part = held_out(run.corpus)
     try:
         loss = judge.loss(run.model, part)["loss"]

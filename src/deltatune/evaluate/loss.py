@@ -36,7 +36,8 @@ def joined(parts: list[Loss]) -> Loss:
     """Losses over parts of a data set as one over all of it."""
     count = sum(part.targets for part in parts)
     total = sum(part.mean * part.targets for part in parts)
-    return Loss(total / max(count, 1), count, [found for part in parts for found in part.predicted])
+    predicted = [found for part in parts for found in part.predicted]
+    return Loss(total / max(count, 1), count, predicted, [row for part in parts for row in part.rows])
 
 
 def target_count(labels: Tensor, task: str) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from deltatune.data.example import TEXT_TASKS
+from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.data.prepare import Corpus, Part
 from deltatune.data.tagging import Tagged
-from deltatune.evaluate import Question, shown
+from deltatune.evaluate import Question, answer, shown
 from deltatune.generate.load import Ready
 from deltatune.scoring.rows import encoded, losses
 from deltatune.scoring.sums import Score, answer_scores, class_scores, loss_scores, tagged_scores, text_scores
+from deltatune.train.base import autocast
 from deltatune.train.events import Listener
 from deltatune.train.judge import Judge
 from deltatune.train.scores import answers_and_truth, tags_and_truth
@@ -58,15 +59,26 @@ def seen(corpus: Corpus, ready: Ready, asked: Asked, listener: Listener, tasks: 
 def _of_text(corpus: Corpus, ready: Ready, asked: Asked, listener: Listener, scores: dict[str, Score]) -> Seen:
     if not asked.written:
         return Seen(scores, [], [], [])
-    assert ready.settings is not None and corpus.encoder is not None
-    longest = asked.max_new_tokens or corpus.encoder.max_target_length
-    corpus = replace(corpus, encoder=replace(corpus.encoder, max_target_length=longest))
-    told = {"per_device_eval_batch_size": asked.batch_size, "num_beams": asked.num_beams}
-    settings = ready.settings.model_copy(update=told)
-    device = next(ready.model.parameters()).device
-    judge = Judge(settings, corpus, ready.tokenizer, device, listener)
+    assert ready.settings is not None and corpus.encoder is not None and corpus.collator is not None
+    judge = Judge(ready.settings, corpus, ready.tokenizer, None, listener)  # it only finds the questions
     questions: list[Question] = judge.questions(corpus.train, len(corpus.train.examples))
-    answers = judge.answers(ready.model, questions)
+    listener.on_stage("answers", len(questions))
+    ids = [question.task_id for question in questions if question.task_id is not None]
+    device = next(ready.model.parameters()).device
+    with autocast(ready.settings, device):
+        answers = answer(
+            ready.model,
+            ready.tokenizer,
+            [question.prompt for question in questions],
+            causal=ready.task in CAUSAL_TASKS,
+            max_new_tokens=asked.max_new_tokens or corpus.encoder.max_target_length,
+            task_ids=ids if ids and corpus.collator.task_ids else None,
+            max_length=corpus.encoder.max_length,
+            num_beams=asked.num_beams,
+            batch_size=asked.batch_size,
+            device=device,
+            after_batch=listener.on_stage_progress,
+        )
     references = [question.references for question in questions]
     if corpus.columns.form != "text":  # what really followed is not the only right way to go on
         scores = {**scores, **text_scores(answers, references)}
