@@ -157,6 +157,8 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
         names = () if torch.compiler.is_compiling() else self.selection.active
         for name in [name for name in names if name not in self.begun]:
             self.begun.add(name)
+            if not isinstance(getattr(self.peft_config.get(name), "init_lora_weights", None), str):
+                continue  # the others begin without data, and need no walk over the layers
             held = (layer.adapters[name] for _, layer in inject.adapted_layers(self.model) if name in layer.adapters)
             if any(getattr(adapter, "awaits_data", False) for adapter in held):
                 init = self.peft_config[name].init_lora_weights  # type: ignore[attr-defined]

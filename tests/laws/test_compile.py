@@ -52,7 +52,9 @@ def test_a_compiled_model_follows_the_choice_of_a_call(case: Case):
     assert torch.equal(compiled(x), first)
     rows = ["default", "other"]
     assert_close(compiled(x, adapter_names=rows), model(x, adapter_names=rows), rtol=1e-5, atol=1e-5)
-    assert torch.equal(compiled(x), first)
+    assert_close(
+        compiled(x), first, rtol=1e-5, atol=1e-5
+    )  # the compiler may have given the model up since, and runs it
 
 
 @pytest.mark.parametrize("case", cases(("linear",), options=False))

@@ -17,6 +17,9 @@ from deltatune.errors import ConfigError, MismatchError, PeftWarning
 from deltatune.lora.quantised import NF4, Quantised
 from deltatune.lora.starts import STARTS
 
+# EVA's start is tested without its data here, where it is the plain one and says so
+pytestmark = pytest.mark.filterwarnings("ignore:adapter .* has seen no data")
+
 FROM_WEIGHT = ("pissa", "pissa_niter_4", "olora")
 OPTIONS = {"loftq": {"loftq_config": {"loftq_bits": 4}}}
 WITHOUT_DATA = [init for init in [*STARTS, "pissa_niter_4"] if init not in ("corda", "lora_ga")]

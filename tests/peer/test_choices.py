@@ -14,7 +14,7 @@ CHOICES = [
     {"target_modules": r".*(1|2).*\.(v|v_proj|value|c_proj)$"},
     {"layers_to_transform": [0]},
     {"layers_to_transform": 1},
-    {"layers_to_transform": [0, 2], "layers_pattern": ["h", "layers", "layer", "block"]},
+    {"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers", "layer", "block"]},
     {"layers_to_transform": [1], "layers_pattern": "layers"},
     {"exclude_modules": r".*\.0\..*"},
     {"exclude_modules": ["q_proj", "q", "query"]},
