@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltatune.doctor import diagnose
-from deltatune.errors import ConfigError, PeftError
+from deltatune.errors import ConfigError, MergeError
 from deltatune.generate.load import Ready
 from deltatune.model import PeftModel
 from deltatune.ship.convert import load_adapted, prove
@@ -19,7 +19,7 @@ from deltatune.ship.targets import TARGETS, Target
 from deltatune.suggest import did_you_mean
 
 
-class ExportError(PeftError, ValueError):
+class ExportError(MergeError):
     """A program cannot be given this adapter."""
 
 

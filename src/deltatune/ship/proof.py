@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from deltatune.errors import PeftError
+from deltatune.errors import MergeError
 from deltatune.ship.record import Record
 
 
-class ProofError(PeftError, RuntimeError):
+class ProofError(MergeError, RuntimeError):
     """What was made does not do what it was made from; nothing was left in place."""
 
 
