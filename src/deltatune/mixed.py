@@ -134,11 +134,14 @@ class _Cut:
     gradient is put together once, not a tensor of the whole batch for each group."""
 
     def __init__(self, plan: Plan, whole: Tensor) -> None:
-        self.whole = whole
-        self.parts = None if plan.sizes is None else dict(zip(plan.groups, whole.split(plan.sizes)))
+        self.whole, self.groups = whole, plan.groups
+        self.parts = None if plan.sizes is None else whole.split(plan.sizes)
 
     def of(self, group: Group) -> Tensor:
-        return group.of(self.whole) if self.parts is None else self.parts[group]
+        for own, part in zip(self.groups, self.parts or ()):  # a table by group is what the compiler cannot follow
+            if own is group:
+                return part
+        return group.of(self.whole)
 
 
 class _Once:

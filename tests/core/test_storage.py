@@ -124,7 +124,8 @@ def test_tensors_that_do_not_fit_are_named(folder, function, words):
     change(folder, function)
     base = tiny("llama")
     before = {name: p.clone() for name, p in base.named_parameters()}
-    with pytest.raises((MismatchError, UnsafeError), match=words) as caught:
+    attack = words == "surplus .*norm"  # a tensor of the base itself
+    with pytest.raises(UnsafeError if attack else MismatchError, match=words) as caught:
         PeftModel.from_pretrained(base, folder)
     assert "\n" not in str(caught.value)
     assert {name: id(p) for name, p in base.named_parameters()}.keys() == before.keys()
