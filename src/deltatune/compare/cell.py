@@ -162,7 +162,7 @@ def _encoded(settings: TrainSettings, corpus: Corpus, model: nn.Module, tokenize
 
 
 def judge_of(settings: TrainSettings, corpus: Corpus, tokenizer: Any) -> Judge:
-    return Judge(settings, corpus, tokenizer, meet(settings), Listener())
+    return Judge(settings, corpus, tokenizer, meet(settings.device), Listener())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from deltatune.train.claim import threads
 from deltatune.train.corpus import encode_corpus, load_corpus
 from deltatune.train.events import Listener
 from deltatune.train.memory import MemoryMeter
+from deltatune.train.processes import meet
 from deltatune.train.result import SETTINGS, as_json
 
 
@@ -61,10 +62,8 @@ def run_together(specs: Sequence[Spec], must_gain: bool) -> str | None:
 
 def load(settings: TrainSettings) -> tuple[Base, Corpus, torch.device]:
     """Base and rows, drawn and seeded as `train` does it."""
-    from accelerate import Accelerator
-
     check_device(settings.device)
-    device = Accelerator(cpu=settings.device == "cpu").device
+    device = meet(settings.device).device
     corpus = load_corpus(settings)
     randomness.seed_all(settings.seed)  # a new head is drawn while the base is loaded
     base = load_base(settings, corpus.labels, device)

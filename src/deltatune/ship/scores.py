@@ -13,6 +13,7 @@ from deltatune.train.corpus import load_corpus
 from deltatune.train.defaults import FULL
 from deltatune.train.events import Listener
 from deltatune.train.judge import Judge
+from deltatune.train.processes import meet
 from deltatune.train.settings import TrainSettings
 
 
@@ -30,8 +31,6 @@ class FileScores:
         Raises:
             DataError: It cannot be read, a row is faulty, or nothing of it is within the limits.
         """
-        from accelerate import Accelerator
-
         encoder = ready.encoder
         settings = TrainSettings(
             task=ready.task, method=FULL, train_file=file, per_device_eval_batch_size=batch_size, dtype="float32"
@@ -47,8 +46,8 @@ class FileScores:
         )
         if not corpus.train.features:
             raise DataError(f"{file} has no row to score within max_length={encoder.max_length}", path=file)
-        on_cpu = next(ready.model.parameters()).device.type == "cpu"
-        return cls(Judge(settings, corpus, ready.tokenizer, Accelerator(cpu=on_cpu), Listener()), corpus)
+        kind = next(ready.model.parameters()).device.type
+        return cls(Judge(settings, corpus, ready.tokenizer, meet(kind), Listener()), corpus)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         return self.judge.loss(model, self.corpus.train)

@@ -73,15 +73,34 @@ def profile_of(settings: TrainSettings) -> str:
     return name
 
 
-def meet(settings: TrainSettings) -> Any:
-    """Accelerate's object for this process, once all have met."""
+def meet(device: str) -> Any:
+    """Accelerate's object for this process, once all have met: on `device` ("auto", "cpu", ...), in no half precision.
+
+    Accelerate keeps one state for the whole interpreter. Where a Trainer or the user's own `Accelerator` has made it,
+    it is shared and left as it is, its mixed precision apart: that is the setting `dtype` here.
+
+    Raises:
+        ConfigError: `device` and the processes, or the state that is there, do not go together.
+    """
     from accelerate import Accelerator
+    from accelerate.state import is_initialized
     from accelerate.utils import DistributedDataParallelKwargs
 
-    # half precision is the setting `dtype`, whatever accelerate's own configuration says
+    shared = is_initialized()
     made = Accelerator(
-        cpu=on_cpu(settings.device), mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs()]
+        cpu=on_cpu(device) and not shared,
+        mixed_precision=None if shared else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs()],
     )
+    made.native_amp, made.scaler = False, None
+    if on_cpu(device) != (made.device.type == "cpu"):
+        raise ConfigError(
+            f"device={device!r}, and accelerate has been started on {made.device} in this process; start a new "
+            "process, or let both use the same device",
+            field="device",
+            found=str(made.device),
+            expected=device,
+        )
     if made.num_processes != launched():
         raise ConfigError(
             f"{launched()} processes were started and accelerate sees {made.num_processes} on {made.device}; set "

@@ -86,7 +86,7 @@ def train(
     check_device(settings.device)
     profile_of(settings)
     arguments = trainer_arguments(settings) if foreign else None
-    accelerator = meet(settings)
+    accelerator = meet(settings.device)
     output = Path(settings.output_dir)
     with ExitStack() as held:
         # the first process looks at the folder for all
