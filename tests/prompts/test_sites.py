@@ -165,7 +165,7 @@ _CHARACTERS = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "num_hash_buckets": 64,
 }  # fmt: skip
-_POOLING = {"vocab_size": 64, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1]}
+_POOLING = {"vocab_size": 64, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1, 1]}
 
 
 @pytest.mark.parametrize(

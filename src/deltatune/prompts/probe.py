@@ -147,9 +147,8 @@ class _Watch(Listener):
             queries, keys, _ = self.calls.get(name, (0, 0, None))
             if id(self.modules[name]) in encoder:
                 return "encoder"
-            own_too = (
-                bool(encoder) and keys == queries + SOURCE
-            )  # one attention to the decoder's tokens and the encoder's
+            # One attention to the decoder's own tokens and, behind them, to the encoder's.
+            own_too = bool(encoder) and keys == queries + SOURCE
             # The name decides only where a model wants inputs of equal length on both sides.
             crosses = (queries != keys and not own_too) or (
                 encoder and _CROSS.search(name.rpartition(".")[2]) is not None
