@@ -186,16 +186,21 @@ def _correlated(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(torch.view_as_complex(Y.contiguous()), n=kernel.shape[-1]).flatten(-2)
 
 
-def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
-    """(2, count) distinct entries of a matrix, by a random stream that files rely on: they hold the seed alone."""
-    drawn = _drawn(rows * columns, count, seed).clone()  # one that autograd may keep, wherever the first was made
+def drawn_positions(rows: int, columns: int, count: int, seed: int, in_order: bool = False) -> Tensor:
+    """(2, count) distinct entries of a matrix, by a random stream that files rely on: they hold the seed alone.
+
+    Args:
+        in_order: Row by row, and not in the order in which they were drawn.
+    """
+    drawn = _drawn(rows * columns, count, seed, in_order)
     return torch.stack([drawn // columns, drawn % columns])
 
 
 @functools.lru_cache(maxsize=32)  # a model has few sizes of layers, and each permutation is as large as a layer
-def _drawn(size: int, count: int, seed: int) -> Tensor:
+def _drawn(size: int, count: int, seed: int, in_order: bool) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(size, generator=generator, device="cpu")[:count].clone()
+    drawn = torch.randperm(size, generator=generator, device="cpu")[:count]
+    return drawn.sort().values if in_order else drawn.clone()
 
 
 def at_least_single(tensor: Tensor) -> torch.dtype:
