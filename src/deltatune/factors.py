@@ -226,10 +226,16 @@ def through_sum(x: Tensor, layer: LinearMap, build: Callable[..., Tensor], *tens
 
 
 def through_entries(x: Tensor, layer: LinearMap, places: Tensor, values: Tensor) -> Tensor | None:
-    """`through_sum` of an update by `values` at `places` (n,) of the matrix, counted row by row, each there once."""
-    if not _has_sum(x, layer):
+    """`through_sum` of an update by `values` at `places` (n,) of the matrix, counted row by row, each there once.
+
+    In half precision the update has a product of its own beside the layer's, which rounds it to its own size.
+    """
+    if _has_sum(x, layer):
+        return _ThroughEntries.apply(x, layer.weight, layer.bias, places, values)
+    if layer.kind != "linear" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return None
-    return _ThroughEntries.apply(x, layer.weight, layer.bias, places, values)
+    y, nothing = layer(x), x.new_zeros(()).expand(layer.out_features, layer.in_features)
+    return y + _ThroughEntries.apply(x, nothing, None, places, values).to(y.dtype)
 
 
 def _has_sum(x: Tensor, layer: LinearMap) -> bool:
