@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import calls, empty, inject, recompute
+from deltatune.building import find_saved
 from deltatune.combine.convert import supports_lora_conversion
 from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
@@ -316,7 +317,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
 
     def _add_prompt(self, name: str, config: Any) -> None:
         model, selection = self.base_model.model, self.base_model.selection
-        saved = inject.find_saved(model, config)
+        saved = find_saved(model, config)
         method = METHODS[config.peft_type]
         assert method.graft is not None
         # nobody gives a trial pass what adapters read of a call, so it runs without them

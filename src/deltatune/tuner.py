@@ -14,9 +14,9 @@ from deltatune import inject, replication
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, MergeError, StateError
 from deltatune.gate import STANDING
-from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
+from deltatune.merging import Merged
 from deltatune.notice import warn
 from deltatune.peer.tuner_verbs import TunerVerbs
 from deltatune.prompts.graft import Graft
