@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,26 +19,26 @@ from torch import Tensor, nn
 
 from deltatune import calls, empty, inject, recompute
 from deltatune.building import find_saved
-from deltatune.combine.convert import supports_lora_conversion
-from deltatune.combine.weighted import add_weighted_adapter
+from deltatune.combine.verbs import CombineVerbs
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.gate import STANDING
-from deltatune.inputs import rows as input_rows
-from deltatune.inputs.stage import INPUT
+from deltatune.inputs import INPUT
 from deltatune.memory import SMALLER, told
 from deltatune.names import BASE, check_name
 from deltatune.notice import warn
 from deltatune.peer.verbs import PeerVerbs
 from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Graft
-from deltatune.prompts.key_values import Prefix
 from deltatune.registry import METHODS
 from deltatune.selection import Call, Recomputation
 from deltatune.tuner import Tuner
 
+if TYPE_CHECKING:
+    from deltatune.prompts.key_values import Prefix
 
-class PeftModel(Persistence, PeerVerbs, nn.Module):
+
+class PeftModel(Persistence, CombineVerbs, PeerVerbs, nn.Module):
     """A base model with adapters.
 
     Args:
@@ -56,9 +56,6 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
-
-    add_weighted_adapter = add_weighted_adapter
-    supports_lora_conversion = supports_lora_conversion
 
     def __init__(
         self,
@@ -84,9 +81,9 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
-        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+        if (by_prompt := self._by_prompt(adapter_names)) is not None:
             with self._passing(adapter_names):
-                return input_rows.forward(self, adapter_names, args, kwargs)
+                return by_prompt.forward(self, adapter_names, args, kwargs)
         with self._passing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
@@ -113,12 +110,20 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
-        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+        if (by_prompt := self._by_prompt(adapter_names)) is not None:
             with self._passing(adapter_names):
-                return input_rows.generate(self, adapter_names, args, kwargs)
+                return by_prompt.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
         with self._passing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
+
+    def _by_prompt(self, names: list[str] | None) -> Any:
+        """What runs a batch whose rows have prompts of their own; None: no row has one."""
+        if names is None or not self.prompts:
+            return None
+        from deltatune.inputs import rows  # a model without prompts has no use for any of it
+
+        return rows if rows.mixes_prompts(self, names) else None
 
     def _passing(
         self,
@@ -432,7 +437,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
     @property
     def prefixes(self) -> dict[str, Prefix]:
         """The adapters that hand keys and values to attentions."""
-        return {name: graft for name, graft in self.prompts.items() if isinstance(graft, Prefix)}
+        return {name: cast("Prefix", graft) for name, graft in self.prompts.items() if graft.gives_key_values}
 
     @property
     def config(self) -> Any:
