@@ -169,7 +169,7 @@ def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn
         return
     owners = _owners(model, built)
     for path, module in targets.walk(model):
-        if targets.map_of(module) is None or _inside(path, saved):
+        if not _shares(module, owners) or targets.map_of(module) is None or _inside(path, saved):
             continue
         present = built.get(id(module))
         for owner in owners.get(id(_stored(module)), []):
@@ -233,6 +233,12 @@ def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapt
 
 def _inside(path: str, saved: dict[str, nn.Module]) -> bool:
     return any(f"{path}.".startswith(f"{other}.") for other in saved)
+
+
+def _shares(module: nn.Module, owners: dict[int, Any]) -> bool:
+    """Whether `_stored` may be one of the owned; asking what kind of layer each module is takes far longer."""
+    holder = _holder(module)
+    return id(holder) in owners or any(id(parameter) in owners for parameter in holder._parameters.values())
 
 
 def _map(module: nn.Module) -> LinearMap:

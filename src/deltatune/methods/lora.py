@@ -140,7 +140,7 @@ class LoRA(Known):
 
     def _declare(self, variant: Variant) -> None:
         """What one variant says of itself holds for the whole."""
-        for name in ("identity_at_birth", "mergeable", "pointwise", "summand"):
+        for name in ("identity_at_birth", "mergeable", "pointwise", "summand", "learns_in_eval"):
             if getattr(variant, name) is not True:
                 setattr(self, name, getattr(variant, name))
         self.reads = (*self.reads, *variant.reads)
