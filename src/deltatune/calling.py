@@ -13,8 +13,7 @@ from torch import nn
 
 from deltatune import calls, recompute
 from deltatune.gate import STANDING
-from deltatune.inputs import rows as input_rows
-from deltatune.inputs.stage import INPUT
+from deltatune.inputs import INPUT
 from deltatune.names import BASE
 from deltatune.prompts.graft import Graft
 from deltatune.selection import Call, Recomputation
@@ -40,9 +39,9 @@ class Calling(nn.Module):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
-        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+        if (by_prompt := self._by_prompt(adapter_names)) is not None:
             with self._passing(adapter_names):
-                return input_rows.forward(self, adapter_names, args, kwargs)
+                return by_prompt.forward(self, adapter_names, args, kwargs)
         with self._passing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
                 return self.base_model(*args, **kwargs)
@@ -57,12 +56,20 @@ class Calling(nn.Module):
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; with beams or several sequences per row, names are repeated to match."""
-        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
+        if (by_prompt := self._by_prompt(adapter_names)) is not None:
             with self._passing(adapter_names):
-                return input_rows.generate(self, adapter_names, args, kwargs)
+                return by_prompt.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
         with self._passing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
+
+    def _by_prompt(self, names: list[str] | None) -> Any:
+        """What runs a batch whose rows have prompts of their own; None: no row has one."""
+        if names is None or not self.prompts:
+            return None
+        from deltatune.inputs import rows  # a model without prompts has no use for any of it
+
+        return rows if rows.mixes_prompts(self, names) else None
 
     def _passing(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.adapter import LinearMap
 from deltatune.bases.packed import PackedLinear
-from deltatune.bases.parameter import like
+from deltatune.bases.parameter import is_finite, like
 from deltatune.errors import MergeError, StateError
 from deltatune.selection import Selection
 
@@ -82,19 +83,15 @@ class Merging(nn.Module):
             MergeError: The layer cannot hold the result, or (with `check`) it is not finite.
         """
         names = tuple(name for name in names if name in self.adapters)
-        old_weight, old_bias = self._kept()
-        training = self.training
-        try:
-            self.eval()
-            with torch.no_grad():
-                base, bias = self.as_map(), self.as_map(names).bias
-                plain = weight = base.weight
-                for name in names:
-                    weight = self.selection.acting(self.adapters[name]).adapt(weight)
-                # what no adapter changed is kept as it is, and needs no packing again
-                held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
-        finally:
-            self.train(training)
+        base = self.as_map()
+        old_weight, old_bias = self._kept(base)
+        with in_eval_mode([self.base_layer, *(self.adapters[name] for name in names)]), torch.no_grad():
+            bias = self.as_map(names).bias
+            plain = weight = base.weight
+            for name in names:
+                weight = self.selection.acting(self.adapters[name]).adapt(weight)
+            # what no adapter changed is kept as it is, and needs no packing again
+            held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         refuse_infinite(names, base, (weight, held, bias), check)
         if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
             raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
@@ -129,7 +126,7 @@ class Merging(nn.Module):
 
     def _present(self, like: Merged) -> Merged:
         """What is in the places now that `like` fills."""
-        weight, bias = self._kept()
+        weight, bias = self._kept(self.as_map())
         assert weight is not None
         return Merged(like.names, weight, bias, merged_at=like.merged_at)
 
@@ -138,8 +135,8 @@ class Merging(nn.Module):
             self._put(self.stash)
             self.stash = None
 
-    def _kept(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        weight, bias = self.as_map().keeps
+    def _kept(self, base: LinearMap) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        weight, bias = base.keeps
         return getattr(self.base_layer, weight, None), getattr(self.base_layer, bias, None)
 
     def _put(self, new: Merged) -> None:
@@ -163,6 +160,19 @@ class Merging(nn.Module):
         return self
 
 
+@contextmanager
+def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules that are in training mode out of it, within the block; of most merges none is, and none is touched."""
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.eval()
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
 @torch.no_grad()
 def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
     if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
@@ -179,7 +189,7 @@ def refuse_infinite(names: Iterable[str], base: LinearMap, new: Iterable[Tensor 
     """
     plain = [part for part in new if type(part) in (Tensor, nn.Parameter)]  # others hold codes
     parts = [part.detach() for part in plain if part.is_floating_point()]  # type: ignore[union-attr]
-    if all(part.isfinite().all() for part in parts) or not (check or base.weight.isfinite().all()):
+    if all(is_finite(part) for part in parts) or not (check or is_finite(base.weight)):
         return
     largest = max(part.abs().max().item() for part in parts)
     raise MergeError(

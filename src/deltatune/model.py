@@ -10,15 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from deltatune import calls, empty, inject, recompute
 from deltatune.building import find_saved
 from deltatune.calling import Calling
-from deltatune.combine.convert import supports_lora_conversion
-from deltatune.combine.weighted import add_weighted_adapter
+from deltatune.combine.verbs import CombineVerbs
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.memory import SMALLER, told
@@ -27,13 +26,15 @@ from deltatune.notice import warn
 from deltatune.peer.verbs import PeerVerbs
 from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Graft
-from deltatune.prompts.key_values import Prefix
 from deltatune.registry import METHODS
 from deltatune.selection import Call
 from deltatune.tuner import Tuner
 
+if TYPE_CHECKING:
+    from deltatune.prompts.key_values import Prefix
 
-class PeftModel(Persistence, PeerVerbs, Calling):
+
+class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
     """A base model with adapters.
 
     Args:
@@ -51,9 +52,6 @@ class PeftModel(Persistence, PeerVerbs, Calling):
 
     base_model: Tuner
     prompt_encoder: nn.ModuleDict
-
-    add_weighted_adapter = add_weighted_adapter
-    supports_lora_conversion = supports_lora_conversion
 
     def __init__(
         self,
@@ -299,7 +297,7 @@ class PeftModel(Persistence, PeerVerbs, Calling):
     @property
     def prefixes(self) -> dict[str, Prefix]:
         """The adapters that hand keys and values to attentions."""
-        return {name: graft for name, graft in self.prompts.items() if isinstance(graft, Prefix)}
+        return {name: cast("Prefix", graft) for name, graft in self.prompts.items() if graft.gives_key_values}
 
     @property
     def config(self) -> Any:

@@ -41,6 +41,8 @@ class Prefix(Graft):
         biased: With PEFT's layout, the module that holds the relative position bias of each site.
     """
 
+    gives_key_values = True
+
     encoder: KeyValueEncoder
 
     def __init__(
