@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from deltatune import calls, empty, inject, recompute
+from deltatune import calls, empty, inject, manners, recompute
 from deltatune.combine.convert import supports_lora_conversion
 from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
@@ -77,7 +77,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         recompute.bind(model, self.base_model.selection, self.prompts)
-        self.training = model.training
+        self.training = model.training or manners.as_peft
 
     # ------------------------------------------------------------------------------------------------------- calling
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, checks, empty, inject
+from deltatune import biases, checks, empty, inject, manners
 from deltatune.config import PeftConfig
 from deltatune.errors import MismatchError, StateError
 from deltatune.filling import filled_from
@@ -252,7 +252,7 @@ class Persistence:
         checked_device(kwargs.pop("torch_device", "cpu") or "cpu")
         allowed, hub = options.loading(allow_base_mismatch, kwargs)
         saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
-        storage.check_base(saved, model, allowed.base_mismatch)
+        storage.check_base(saved, model, allowed.base_mismatch or key_mapping is not None)
         saved.config.inference_mode = not is_trainable
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
         kind: Any = by_task if cls is PeftModel else cls
@@ -264,7 +264,8 @@ class Persistence:
             except BaseException:
                 made.unload()
                 raise
-        made.train(is_trainable)
+        if not (is_trainable and manners.as_peft):
+            made.train(is_trainable)
         return made
 
     def load_adapter(

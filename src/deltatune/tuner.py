@@ -18,6 +18,7 @@ from deltatune.layer import Merged
 from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
 from deltatune.notice import warn
+from deltatune.peer.methods import PREFIXES
 from deltatune.peer.tuner_verbs import TunerVerbs
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
@@ -68,7 +69,8 @@ class Tuner(TunerVerbs, PeerLosses, nn.Module):
     def prefix(self) -> str:
         """How the names of the active method's tensors begin."""
         names = self.selection.active or tuple(self.peft_config)
-        return METHODS[self.peft_config[names[0]].peft_type].key_prefix  # type: ignore[index]
+        peft_type: Any = self.peft_config[names[0]].peft_type
+        return PREFIXES.get(getattr(peft_type, "value", peft_type), METHODS[peft_type].key_prefix)
 
     @property
     def active_adapters(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, ClassVar
 
-from deltatune import biases, checks, replication
+from deltatune import biases, checks, manners, replication
 from deltatune.adapter import Method
 from deltatune.config import PeftType, config
 from deltatune.lora import options, starts
@@ -105,6 +105,12 @@ class LoraConfig(LayerConfig):
             self.init_lora_weights = self.init_lora_weights.lower()
         options.settle(self)
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if manners.as_peft:
+            del values["runtime_config"]
+        return values
 
     def validate(self) -> None:
         super().validate()
