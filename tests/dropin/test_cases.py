@@ -14,7 +14,7 @@ import pytest
 from tests.dropin.side_by_side import CASES, differences, observed
 from tests.dropin.test_programs import QUICK_CASES, agree
 
-SLOW = ("models", "states", "merging", "methods", "others")
+SLOW = ("models", "states", "merging", "methods", "uses", "others")
 MIGRATE = Path(__file__).parents[2] / "docs" / "migrate.md"
 
 
