@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from deltatune import biases, checks, manners, replication
 from deltatune.adapter import Method
 from deltatune.config import PeftType, config
-from deltatune.lora import options, starts
+from deltatune.lora import options, parameters, starts
 from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from deltatune.lora.variants import check_variants
 from deltatune.lora.variants.arrow import ArrowConfig
@@ -120,6 +120,7 @@ class LoraConfig(LayerConfig):
         biases.check("LoraConfig", self.bias, "lora_only")
         replication.check("LoraConfig", self.layer_replication)
         starts.check(self.init_lora_weights)
+        parameters.check(self)
         checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
         options.fill_in(self)
         self.beside()
