@@ -39,8 +39,9 @@ class IA3Config(LayerConfig):
     def validate(self) -> None:
         super().validate()
         targets, inner = self.target_modules, self.feedforward_modules
-        stray = sorted(inner - targets) if isinstance(targets, set) and isinstance(inner, set) else []
-        if stray:
+        if not isinstance(targets, set) or not isinstance(inner, set):
+            return
+        if stray := sorted(inner - targets):
             raise ConfigError(
                 f"IA3Config: feedforward_modules names {stray}, which target_modules does not; they are a part of the "
                 "targets",
