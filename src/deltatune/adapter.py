@@ -264,6 +264,10 @@ class Adapter(Stored):
         hidden = self._non_persistent_buffers_set
         return {name: (self, name) for name, tensor in own.items() if tensor is not None and name not in hidden}
 
+    def live_parts(self) -> dict[str, nn.Module]:
+        """Modules that programs know by one name on the layer, as in `layer.lora_A["default"]`."""
+        return {name: module for name, module in self._modules.items() if module is not None}
+
     def everything(self) -> Iterator[nn.Parameter]:
         """What this adapter computes with: its own parameters and the shared ones."""
         yield from self.parameters()

@@ -31,6 +31,7 @@ class TrainedBias(Adapter):
     """Trainable: b', which starts at b. The layer's bias moves by b' - b, so that several add up."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "module"})
+    views: ClassVar[tuple[str, ...]] = ("trained_bias",)
 
     before: Tensor
 
@@ -51,6 +52,9 @@ class TrainedBias(Adapter):
             return super().forward(x, layer)
         return shift(layer(x), self.bias - self.before, layer)
 
+    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        return {"trained_bias": (self, "bias")}  # the layer's `bias` is the adapted one
+
 
 class WithBias(Adapter):
     """An adapter after a trained bias, as one adapter; to all who ask it anything else it is the adapter alone."""
@@ -60,6 +64,7 @@ class WithBias(Adapter):
         self.adapter, self.trained = adapter, trained
         for name in DECLARED:
             vars(self)[name] = getattr(adapter, name)
+        vars(self)["views"] = (*adapter.views, *trained.views)
         vars(self)["shared"] = adapter.shared
 
     @property
@@ -95,6 +100,12 @@ class WithBias(Adapter):
 
     def tied(self, layer: LinearMap, config: Any = None) -> Adapter | None:
         return self.adapter.tied(layer, config)
+
+    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        return {**self.adapter.live_tensors(), **self.trained.live_tensors()}
+
+    def live_parts(self) -> dict[str, nn.Module]:
+        return self.adapter.live_parts()
 
     def __getattr__(self, name: str) -> Any:
         try:

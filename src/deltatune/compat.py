@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
-from deltatune.errors import ConfigError, StateError
+from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.live_names import LiveNames
 
 
@@ -131,14 +131,33 @@ class LayerViews(Switches, LiveNames):
         return self._modules["adapters"]
 
     @property
-    def adapter_layer_names(self) -> tuple[str, ...]:
+    def adapter_layer_names(self: Any) -> tuple[str, ...]:
+        """Those of PEFT's layer classes, of which some may be empty; of other methods, what they hold."""
+        from deltatune.peer.kinds import tensor_names
+
         tensors, parts = self._named()
-        return (*tensors, *parts)
+        return tuple(dict.fromkeys(tensor_names(self) or (*tensors, *parts)))
 
     @property
     def other_param_names(self: Any) -> tuple[str, ...]:
-        views = dict.fromkeys(name for adapter in self._modules["adapters"].values() for name in adapter.views)
-        return tuple(name for name in views if name not in self.adapter_layer_names)
+        names = self.adapter_layer_names
+        held = [(name, adapter) for adapter in self._modules["adapters"].values() for name in adapter.views]
+        return tuple(dict.fromkeys(n for n, a in held if n not in names and getattr(a, n) is not None))
+
+    @property
+    def is_feedforward(self: Any) -> bool:
+        """Of (IA)^3: whether it is the input that is scaled; the same for all adapters of a layer in PEFT."""
+        own = [vars(adapter.core) for adapter in self._modules["adapters"].values()]
+        held = [values["is_feedforward"] for values in own if "is_feedforward" in values]
+        if not held:
+            raise AttributeError("is_feedforward: no adapter on this layer scales inputs or outputs")
+        return held[0]
+
+    def update_layer(self: Any, adapter_name: str, *sizes: Any, config: Any = None, **options: Any) -> None:
+        """An adapter more on this layer alone: `deltatune.peer.update`."""
+        from deltatune.peer.update import update_layer
+
+        update_layer(self, adapter_name, *sizes, config=config, **options)
 
     def get_base_layer(self: Any) -> nn.Module:
         return self.base_layer
@@ -158,6 +177,9 @@ class LayerViews(Switches, LiveNames):
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the base layer."""
+        if adapter not in self._modules["adapters"]:
+            held = list(self._modules["adapters"])
+            raise AdapterNameError(f"no adapter named {adapter!r} on this layer, which has {held}", found=adapter)
         return self.stored_weight([adapter]) - self.stored_weight([])
 
     def adapter_state_dict_load_map(self: Any, adapter_name: str) -> dict[str, str]:

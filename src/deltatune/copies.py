@@ -58,8 +58,9 @@ class TrainedCopies(CopyViews, nn.Module):
         return self.current.bias  # type: ignore[return-value]
 
     @property
-    def active_adapter(self) -> list[str]:
-        return [name for name in self.selection.names() if name in self.modules_to_save]
+    def active_adapter(self) -> str | list[str]:  # type: ignore[override]  # a name where there is one, as in PEFT
+        names = [name for name in self.selection.names() if name in self.modules_to_save]
+        return names[0] if len(names) == 1 else names
 
     def __getattr__(self, name: str) -> Any:
         try:

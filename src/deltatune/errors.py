@@ -53,8 +53,10 @@ class NoMatchingPeftModuleError(TargetError):
     """The targets of a config name no layer of the model at all."""
 
 
-class AdapterNameError(PeftError, ValueError):
+class AdapterNameError(PeftError, ValueError, KeyError):
     """An adapter name that cannot be used, or that is not there."""
+
+    __str__ = Exception.__str__  # KeyError would quote the message
 
 
 class FormatError(PeftError, ValueError, OSError):
@@ -81,7 +83,7 @@ class OutOfMemoryError(LimitError, MemoryError):
     """The memory that a call asks for is not there."""
 
 
-class SaveError(PeftError, OSError):
+class SaveError(PeftError, OSError, ValueError):
     """Writing failed; what was there before is untouched."""
 
 

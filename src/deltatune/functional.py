@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune import empty, inject
+from deltatune import empty, inject, manners
 from deltatune.config import PeftConfig
 from deltatune.errors import ConfigError
 from deltatune.helpers.precision import cast_adapter_dtype as cast_adapter_dtype
@@ -62,7 +62,8 @@ def inject_adapter_in_model(
         if not present:
             inject.freeze(model)
         selection.active = (adapter_name,)
-        inject.train(model, selection, selection.trained - {adapter_name}, False)
+        if not manners.as_peft:
+            inject.train(model, selection, selection.trained - {adapter_name}, False)
         inject.train(model, selection, [adapter_name], not peft_config.inference_mode)
     _configs(model)[adapter_name] = peft_config
     return model
@@ -144,7 +145,17 @@ def set_peft_model_state_dict(
     else:
         fill(model, adapter_name, given, root="")
     base.put()
+    if manners.as_peft:
+        missing = _unfilled(model, adapter_name, given, peft_model_state_dict)
     return Loaded(missing, surplus)
+
+
+def _unfilled(model: nn.Module, name: str, given: Mapping[str, Tensor], keys: Collection[str]) -> list[str]:
+    """The names in a live model of all tensors that were not given."""
+    now = _tensors(model, name, given)
+    filled = {id(now[key]) for key in given if key in now}
+    live = model.state_dict(keep_vars=True)
+    return [key for key, tensor in live.items() if id(tensor) not in filled and key not in keys]
 
 
 def _tensors(model: nn.Module, name: str, given: Collection[str] | None = ()) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune import mixed
+from deltatune import manners, mixed
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
 from deltatune.bases.block import Block, first_tensor, with_first
@@ -88,7 +88,7 @@ class AdaptedLayer(LayerViews, Merging):
         return layer
 
     def add(self, name: str, adapter: Adapter) -> None:
-        adapter.train(self.training)
+        adapter.train(self.training or manners.as_peft)
         if adapter.configured_scaling is None and has_scale(adapter):
             adapter.configured_scaling = adapter.scaling  # type: ignore[assignment]  # before any program changes it
         self.adapters[name] = adapter
@@ -268,5 +268,8 @@ class AdaptedLayer(LayerViews, Merging):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):  # tying and resizing write to the layer they think they see
             setattr(self.base_layer, name, value)
+        elif name == "training" and "adapters" in self.__dict__.get("_modules", {}):  # they are none of `modules()`
+            super().__setattr__(name, value)
+            self.adapters.train(value)
         else:
             super().__setattr__(name, value)

@@ -81,6 +81,73 @@ class Tensors(nn.Module):
         return self._all().items()
 
 
+class _Parts(MutableMapping):
+    """Adapter name -> module that programs know by one name."""
+
+    def __init__(self, adapters: nn.ModuleDict, name: str) -> None:
+        self.adapters, self.name = adapters, name
+
+    def _all(self) -> dict[str, nn.Module]:
+        found = {key: adapter.live_parts().get(self.name) for key, adapter in self.adapters.items()}  # type: ignore
+        return {key: part for key, part in found.items() if part is not None}
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return self._all()[key]
+
+    def __setitem__(self, key: str, value: nn.Module) -> None:
+        setattr(self.adapters[key], self.name, value)
+
+    def __delitem__(self, key: str) -> None:
+        raise KeyError(f"{key}: delete_adapter({key!r}) takes an adapter off")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+class _Left(MutableMapping):
+    """What a module of an adapter holds and programs have no name for; it is read here, and changed there."""
+
+    def __init__(self, adapters: nn.ModuleDict, adapter: str, path: str, table: str) -> None:
+        self.adapters, self.adapter, self.path, self.table = adapters, adapter, path, table
+
+    def _all(self) -> dict[str, Any]:
+        adapter: Any = self.adapters._modules.get(self.adapter)
+        if adapter is None:
+            return {}
+        module = adapter.get_submodule(self.path)
+        named = {(id(holder), key) for holder, key in adapter.live_tensors().values()}
+        held = vars(module)[self.table].items()
+        return {key: tensor for key, tensor in held if tensor is not None and (id(module), key) not in named}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._all()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        vars(self.adapters[self.adapter].get_submodule(self.path))[self.table][key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise KeyError(f"{key}: delete_adapter({self.adapter!r}) takes an adapter off")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+class Rest(nn.Module):
+    """Stands for such a module, which stays out of sight: it has `lora_A` and `scaling` as the layer has, and programs
+    find layers by asking for such attributes."""
+
+    def __init__(self, adapters: nn.ModuleDict, adapter: str, path: str) -> None:
+        super().__init__()
+        for table in ("_parameters", "_buffers"):
+            vars(self)[table] = _Left(adapters, adapter, path, table)
+
+
 class LiveNames:
     """The part of a wrapped layer that names what its adapters hold."""
 
@@ -97,8 +164,8 @@ class LiveNames:
                     known[name] = Tensors(adapters, name)
                 tensors[name] = known[name]
             taken = {id(module) for module, _ in live.values()} if live else ()
-            for name, module in adapter._modules.items():
-                if module is not None and id(module) not in taken:
+            for name, module in adapter.live_parts().items():
+                if id(module) not in taken:
                     parts.setdefault(name, {})[adapter_name] = module
         return tensors, parts
 
@@ -110,7 +177,25 @@ class LiveNames:
         inner = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
         if inner:
             return nn.ModuleDict(inner)
-        return nn.ModuleDict(parts[name]) if name in parts else None
+        return self._part(name) if name in parts else None
+
+    def _part(self: Any, name: str) -> nn.ModuleDict:
+        """What adapters here hold under a name; the same object each time."""
+        known = vars(self).setdefault("_known_parts", {})
+        if name not in known:
+            known[name] = nn.ModuleDict()
+            vars(known[name])["_modules"] = _Parts(self._modules["adapters"], name)
+        return known[name]
+
+    def _rest(self: Any, name: str, adapter: nn.Module) -> Iterator[tuple[str, Rest]]:
+        """The modules of an adapter that hold tensors under no name of those above, by path; the same each time."""
+        known, inside = vars(self).setdefault("_known_rest", {}), _inside(adapter)
+        for path, module in adapter.named_modules():
+            if id(module) not in inside and (module._parameters or module._buffers):
+                if (name, path) not in known:
+                    known[name, path] = Rest(self._modules["adapters"], name, path)
+                if known[name, path]._parameters or known[name, path]._buffers:
+                    yield path, known[name, path]
 
     def named_modules(
         self: Any, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -128,19 +213,20 @@ class LiveNames:
         tensors, parts = self._named()
         yield from ((start + name, module) for name, module in tensors.items())
         for name, modules in parts.items():
+            yield start + name, self._part(name)
             for adapter, module in modules.items():
                 yield from module.named_modules(memo, f"{start}{name}.{adapter}", remove_duplicate)
-        for name, adapter in adapters.items():  # last, when its tensors have been met under the names above
-            if not (remove_duplicate and adapter in memo):
-                memo.add(adapter)
-                yield f"{start}adapters.{name}", adapter
+        for name, adapter in adapters.items():
+            yield from (
+                (f"{start}adapters.{name}{path and f'.{path}'}", rest) for path, rest in self._rest(name, adapter)
+            )
 
     def named_children(self: Any) -> Iterator[tuple[str, nn.Module]]:
         """By the same names: transformers' Trainer walks over these to tell which parameters decay."""
         yield from ((n, module) for n, module in self._modules.items() if module is not None and n != "adapters")
         tensors, parts = self._named()
         yield from tensors.items()
-        yield from ((name, nn.ModuleDict(modules)) for name, modules in parts.items())
+        yield from ((name, self._part(name)) for name in parts)
 
     def children(self: Any) -> Iterator[nn.Module]:
         """As they are, for what moves, casts or switches a model."""
@@ -168,14 +254,28 @@ class LiveNames:
         for adapter_name, adapter in self._modules["adapters"].items():
             start = f"{prefix}adapters.{adapter_name}."
             special = {(id(module), key): name for name, (module, key) in adapter.live_tensors().items()}
+            inside = _inside(adapter)
             for path, module in adapter.named_modules(remove_duplicate=False):
                 for key in (*module._parameters, *module._buffers):
                     inner = f"{path}.{key}" if path else key
-                    first, dot, rest = inner.partition(".")
-                    name = special.get((id(module), key), "")
-                    live = f"{name}.{adapter_name}" if name else f"{first}.{adapter_name}{dot}{rest}"
+                    name, below = inside.get(id(module), ("", ""))
+                    if (id(module), key) in special:
+                        live = f"{special[id(module), key]}.{adapter_name}"
+                    elif name:
+                        live = f"{name}.{adapter_name}.{below}{key}"
+                    else:  # nothing that files or programs know
+                        live = f"adapters.{adapter_name}.{inner}"
                     names[start + inner] = prefix + live
         return names
+
+
+def _inside(adapter: Any) -> dict[int, tuple[str, str]]:
+    """Modules of an adapter by id -> the name of the part that each is in, and its path there with a dot behind."""
+    found: dict[int, tuple[str, str]] = {}
+    for name, part in adapter.live_parts().items():
+        for path, module in part.named_modules(remove_duplicate=False):
+            found.setdefault(id(module), (name, f"{path}." if path else ""))
+    return found
 
 
 def say_names(layer: Any, incompatible: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, empty, inject, targets
+from deltatune import biases, empty, inject, manners, targets
 from deltatune.config import PeftConfig
 from deltatune.errors import MismatchError
 from deltatune.filling import filled_from
@@ -66,7 +66,7 @@ def from_pretrained(
     checked_device(given.pop("torch_device", "cpu") or "cpu")
     allowed, hub = options.loading(base_mismatch, given)
     saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
-    storage.check_base(saved, model, allowed.base_mismatch)
+    storage.check_base(saved, model, allowed.base_mismatch or key_mapping is not None)
     saved.config.inference_mode = not how.is_trainable
     by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
     kind: Any = by_task if cls is PeftModel else cls
@@ -78,7 +78,8 @@ def from_pretrained(
         except BaseException:
             made.unload()
             raise
-    made.train(how.is_trainable)
+    if not (how.is_trainable and manners.as_peft):
+        made.train(how.is_trainable)
     return made
 
 

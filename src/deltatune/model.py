@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from deltatune import calls, empty, inject, recompute
+from deltatune import calls, empty, inject, manners, recompute
 from deltatune.building import find_saved
 from deltatune.calling import Calling
 from deltatune.combine.verbs import CombineVerbs
@@ -71,7 +71,7 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
         recompute.bind(model, self.base_model.selection, self.prompts)
-        self.training = model.training
+        self.training = model.training or manners.as_peft
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from deltatune.adapter import Adapter
+from deltatune.errors import StateError
 from deltatune.inject import adapted_layers, trained_copies
 from deltatune.registry import METHODS
 
@@ -52,11 +53,17 @@ class TunerModelStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """One entry per wrapped layer, in the order of the model; prefixes come last, under their attention's name."""
     bare = _bare(model)
-    entries = []
+    entries: list[TunerLayerStatus] = []
     for path, layer in adapted_layers(bare):
         entries.append(_entry(path, _kind(layer), layer, layer.adapters, layer.merged_adapters))
     for path, copies in trained_copies(bare):
         entries.append(_entry(path, "TrainedCopies", copies, copies.modules_to_save, []))
+    if not entries and not getattr(model, "peft_config", None):
+        raise StateError(
+            f"this {type(bare).__name__} carries no adapters, so there is no status to tell; "
+            "get_peft_model() puts some on it",
+            found=type(bare).__name__,
+        )
     return entries
 
 

@@ -18,6 +18,7 @@ from deltatune.lora.losses import PeerLosses
 from deltatune.lora.stacked import subtracted
 from deltatune.merging import Merged
 from deltatune.notice import warn
+from deltatune.peer.methods import PREFIXES
 from deltatune.peer.tuner_verbs import TunerVerbs
 from deltatune.registry import METHODS
 from deltatune.selection import Selection
@@ -59,7 +60,8 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
     def prefix(self) -> str:
         """How the names of the active method's tensors begin."""
         names = self.selection.active or tuple(self.peft_config)
-        return METHODS[self.peft_config[names[0]].peft_type].key_prefix  # type: ignore[index]
+        peft_type: Any = self.peft_config[names[0]].peft_type
+        return PREFIXES.get(getattr(peft_type, "value", peft_type), METHODS[peft_type].key_prefix)
 
     @property
     def active_adapters(self) -> list[str]:

@@ -459,3 +459,18 @@ def test_ranks_by_parameter():
     each = model.get_base_model().model.layers[0].mlp.experts.adapters["default"].each
     assert (each["gate_up_proj"].r, each["down_proj"].r) == (4, 2)
     assert (each["gate_up_proj"].scaling, each["down_proj"].scaling) == (0.75, 4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("init_lora_weights", start) for start in ("pissa", "pissa_niter_2", "olora", "orthogonal", "eva", "corda")),
+        *(("lora_dropout", 0.1), ("use_dora", True), ("lora_bias", True), ("alora_invocation_tokens", [1])),
+    ],
+)
+def test_options_that_need_a_layer_are_refused_by_the_config(field, value):
+    """PEFT fails when it builds them, with an AttributeError for the starts."""
+    with pytest.raises(ConfigError, match="target_parameters") as error:
+        LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], **{field: value})
+    assert error.value.field == field
+    assert getattr(LoraConfig(target_modules=["q_proj"], **{field: value}), field) == value

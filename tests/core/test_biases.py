@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from deltatune import HRAConfig, LoraConfig, PeftModel, RandLoraConfig, get_peft_model
+from deltatune import HRAConfig, LoraConfig, PeftModel, RandLoraConfig, get_peft_model, inject
 from deltatune.biases import TrainedBias, WithBias
 from deltatune.errors import ConfigError
 from deltatune.inspect import inspect_adapter
@@ -32,8 +32,9 @@ def moved(model, seed=1):
 
 
 def trained(model, name="default"):
-    found = {path: module for path, module in model.get_base_model().named_modules() if isinstance(module, TrainedBias)}
-    return [path.partition(".")[0] for path in found if f".{name}" in path]
+    layers = inject.adapted_layers(model.get_base_model())
+    held = {path: layer.adapters[name] for path, layer in layers if name in layer.adapters}
+    return [path for path, adapter in held.items() if isinstance(adapter, (TrainedBias, WithBias))]
 
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(2))

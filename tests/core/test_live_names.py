@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import deltatune
+from deltatune.layer import AdaptedLayer
 from tests.core.tiny import batch, logits, tiny
 from tests.peer.pairs import scatter
 
@@ -42,9 +43,47 @@ def test_every_name_is_a_path(model):
         assert model.get_parameter(name) is parameter
 
 
-def test_each_parameter_comes_once_and_every_module_is_met(model):
+def test_each_parameter_comes_once_and_every_module_the_same_each_time(model):
     assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
-    assert layer(model).adapters["second"] in list(model.modules())
+    assert [id(module) for module in model.modules()] == [id(module) for module in model.modules()]
+    assert list(model.named_modules()) == list(model.named_modules())
+
+
+def test_what_looks_like_a_layer_is_one(model):
+    """Programs look for layers by attributes that our own adapters have as well; these are none of the modules."""
+    for name in ("lora_A", "hada_w1_a", "merge", "r"):
+        found = [path for path, module in model.named_modules() if hasattr(module, name)]
+        assert name != "hada_w1_a" or PATH in found
+        assert all(isinstance(model.get_submodule(path), AdaptedLayer) for path in found), (name, found)
+
+
+def test_a_mode_set_module_by_module_reaches_the_adapters(model):
+    for mode in (True, False):
+        for module in model.modules():
+            module.training = mode
+        assert all(part.training is mode for adapter in layer(model).adapters.values() for part in adapter.modules())
+
+
+def test_a_variant_is_called_as_in_peft():
+    made = deltatune.get_peft_model(tiny("llama"), deltatune.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    names = {name for name, _ in made.named_parameters() if name.startswith(PATH)}
+    own = (
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+        "lora_magnitude_vector.default.weight",
+        "base_layer.weight",
+    )
+    assert names == {f"{PATH}.{name}" for name in own}
+    assert all(made.get_parameter(name) is not None for name in names)
+
+
+def test_what_has_no_name_stays_under_the_adapter():
+    made = deltatune.get_peft_model(
+        tiny("llama"), deltatune.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    names = {name for name, _ in made.named_buffers() if name.startswith(PATH)}
+    assert names == {f"{PATH}.adapters.default.start_A", f"{PATH}.adapters.default.start_B"}
+    assert made.get_buffer(f"{PATH}.adapters.default.start_A") is layer(made).adapters["default"].start_A
 
 
 def test_a_state_dict_goes_back_in_under_the_same_names(model):

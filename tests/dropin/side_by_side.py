@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
+CASES = Path(__file__).parent / "cases"  # modules of functions, each a small program (`observe`)
 TOLERANCE = 1e-4  # relative and absolute
 
 
@@ -57,6 +58,8 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return [] if abs(one - other) <= TOLERANCE * (1 + abs(one)) else [f"{path}: {one} != {other}"]
     if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() == other.keys() == {"raises"} and set(one["raises"]) <= set(other["raises"]):
+            return []  # what catches the one catches the other
         one, other = list(map(list, sorted(one.items()))), list(map(list, sorted(other.items())))
     if not isinstance(other, list) or len(one) != len(other):
         return [f"{path}: {one!r} != {other!r}"]
@@ -66,9 +69,13 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 def main(names: list[str]) -> None:
     import runpy
 
+    sys.path[:0] = [str(Path(__file__).parent), str(CASES)]
     for name in names:
         print(f"program {name}", flush=True)
-        runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
+        if (CASES / f"{name}.py").exists():
+            __import__("observe").run(name)
+        else:
+            runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

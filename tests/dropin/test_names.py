@@ -63,6 +63,11 @@ def test_what_other_libraries_import_is_there(module):
     assert [name for name in IMPORTED[module].split() if home_of(module, name) is None] == []
 
 
+def test_prefixes_are_pefts():
+    ours = __import__("deltatune.peer.models", fromlist=["x"]).PEFT_TYPE_TO_PREFIX_MAPPING
+    assert {k.value: v for k, v in peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.items()} == {k.value: ours[k] for k in ours}
+
+
 def test_methods_are_called_as_in_peft():
     for named in (*TUNERS, *PROMPTS):
         package = __import__(f"peft.tuners.{named.folder}", fromlist=["x"])

@@ -339,8 +339,10 @@ def test_inputs_are_never_cast():
 def test_units_of_fsdp_are_blocks_adapters_and_trained_layers(monkeypatch):
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     policy = helpers.fsdp_auto_wrap_policy(model)
-    chosen = [name for name, m in model.named_modules() if policy(module=m, recurse=False, nonwrapped_numel=0)]
-    kinds = {type(model.get_submodule(name)).__name__ for name in chosen}
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    modules = {**dict(model.named_modules()), "adapter": layer.adapters["default"]}
+    chosen = [name for name, m in modules.items() if policy(module=m, recurse=False, nonwrapped_numel=0)]
+    kinds = {type(modules[name]).__name__ for name in chosen}
     assert kinds == {"LlamaDecoderLayer", "LoRA", "Linear"}
     trained_layers = [name for name in chosen if name.endswith("lm_head.modules_to_save.default")]
     assert len(trained_layers) == 1

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltatune import METHODS, PeftModel, get_peft_model
-from deltatune.adapter import Adapter, LinearMap, Method
+from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases import as_map
 from deltatune.bases import block as block_base
 from deltatune.config import PeftConfig
 from deltatune.errors import PeftError
+from deltatune.layer import AdaptedLayer
 
 LAYER = "layer"  # where the adapted layer is in `Holder`
 
@@ -418,6 +419,15 @@ def adapters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
     from deltatune.inject import adapter_parameters
 
     return list(adapter_parameters(_bare(model), name))
+
+
+def stored(model: nn.Module) -> list[Stored]:
+    """All parts of which files hold something: those of adapters, which are none of `modules()`, and shared ones."""
+    wholes = [
+        adapter for part in model.modules() if isinstance(part, AdaptedLayer) for adapter in part.adapters.values()
+    ]
+    parts = [part for whole in (model, *wholes) for part in whole.modules() if isinstance(part, Stored)]
+    return list(dict.fromkeys(parts))
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from deltatune import Adapter, PeftModel, Stored, get_peft_model
-from tests.laws.examples import BASES, Case, Holder, adapters, base_values, cases, move, same
+from deltatune import Adapter, PeftModel, get_peft_model
+from tests.laws.examples import BASES, Case, Holder, adapters, base_values, cases, move, same, stored
 
 
 def fresh_base(case: Case, dtype=torch.float32) -> Holder:
@@ -20,12 +20,11 @@ def fresh_base(case: Case, dtype=torch.float32) -> Holder:
 
 def kept_though_derivable(model: PeftModel) -> dict[tuple[int, str], Tensor]:
     """Tensors that a file could leave out, but that an option asks for or rounding decides."""
-    parts = {id(part): part for part in model.modules() if isinstance(part, Stored)}
-    return {(key, name): tensor for key, part in parts.items() for name, tensor in part.kept_tensors().items()}
+    return {(id(part), name): tensor for part in stored(model) for name, tensor in part.kept_tensors().items()}
 
 
 def lossless(model: PeftModel) -> bool:
-    return all(part.lossless is True for part in model.modules() if isinstance(part, Adapter))
+    return all(part.lossless is True for part in stored(model) if isinstance(part, Adapter))
 
 
 @pytest.mark.parametrize("case", cases())

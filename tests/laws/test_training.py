@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from deltatune.adapter import Stored
-from tests.laws.examples import Case, adapters, base_values, cases, move, same
+from tests.laws.examples import Case, adapters, base_values, cases, move, same, stored
 
 
 def step(model, case: Case, lr: float = 0.1) -> None:
@@ -54,7 +53,7 @@ def test_training_lowers_the_loss_and_does_not_touch_the_base(case: Case):
 def test_the_count_is_that_of_the_file(case: Case):
     model = case.model()
     trainable, total = model.get_nb_trainable_parameters()
-    kept = [part.kept_tensors() for part in model.modules() if isinstance(part, Stored)]
+    kept = [part.kept_tensors() for part in stored(model)]
     frozen = sum(tensor.numel() for tensors in kept for tensor in tensors.values())
     assert trainable + frozen == sum(tensor.numel() for tensor in model.adapter_tensors("default").values())
     assert total == trainable + sum(tensor.numel() for tensor in base_values(model).values())

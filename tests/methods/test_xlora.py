@@ -19,6 +19,7 @@ from deltatune import (
     get_peft_model,
 )
 from deltatune.errors import ConfigError, MergeError, StateError, TargetError
+from deltatune.inject import adapted_layers
 from tests.core.tiny import batch, tiny
 from tests.laws.examples import base_values, same
 
@@ -279,9 +280,10 @@ def test_copies_are_equal_and_independent(folders):
             assert torch.equal(other(**inputs).logits, expected)
             for parameter in other.prompt_encoder.parameters():
                 parameter.add_(1.0).mul_(-2)
-            for lora in other.modules():
-                if isinstance(lora, deltatune.methods.lora.LoRA):
-                    lora.lora_B.weight.mul_(2)
+            for _, layer in adapted_layers(other.get_base_model()):
+                for lora in layer.adapters.values():
+                    if isinstance(lora, deltatune.methods.lora.LoRA):
+                        lora.lora_B.weight.mul_(2)
             assert not torch.allclose(other(**inputs).logits, expected, atol=1e-3)
             assert torch.equal(model(**inputs).logits, expected)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 
+from deltatune import manners
 from deltatune.as_peft.finder import FINDER, ROOT, ours
 from deltatune.errors import StateError
 from deltatune.kernels import low_rank
@@ -56,6 +57,7 @@ def uninstall() -> None:
 def _speak(as_peft: bool) -> None:
     """Let what is left open mean what PEFT means by it, so that programs get the numbers that they got with PEFT."""
     low_rank.own_dropout = not as_peft  # its own masks would be others under the same seed
+    manners.as_peft = as_peft
     prompts.usual_layout = "peft" if as_peft else "native"
 
 

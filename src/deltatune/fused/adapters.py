@@ -26,6 +26,7 @@ class ParameterAdapters(Adapter):
     def __init__(self, each: dict[str, ExpertLoRA], interleaved: bool = False) -> None:
         super().__init__()
         self.each = nn.ModuleDict(each)
+        vars(self)["views"] = (*type(self).views, *(f"each_{name}" for name in list(each)[:-1]))
         self.interleaved = interleaved  # how the module keeps gate and up in one parameter
         reasons = [adapter.identity_at_birth for adapter in each.values() if adapter.identity_at_birth is not True]
         self.identity_at_birth = reasons[0] if reasons else True
@@ -39,7 +40,13 @@ class ParameterAdapters(Adapter):
         """What programs read per adapter is that of the last parameter, as in PEFT's outermost wrapper."""
         if name in type(self).views:
             return getattr(list(self.each.values())[-1], name)
+        if name in vars(self).get("views", ()):  # the others
+            return self.each[name.removeprefix("each_")]
         return super().__getattr__(name)
+
+    def live_parts(self) -> dict[str, nn.Module]:
+        *others, (_, last) = self.each.items()
+        return {**last.live_parts(), **{f"each_{name}": part for name, part in others}}  # type: ignore[operator]
 
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Also tensors of single experts (`deltatune.fused.apart`)."""

@@ -16,22 +16,8 @@ from deltatune.adapter import Adapter
 from deltatune.bases.experts import Experts
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor
+from deltatune.lora import parameters
 from deltatune.patterns import pattern_value
-
-# What acts on a layer's input or output, of which there is none here, or is defined for one matrix.
-_WITHOUT: dict[str, Any] = {
-    "lora_dropout": 0.0,
-    "lora_bias": False,
-    "use_dora": False,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "velora_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-}
-_STARTS = (True, False, None, "gaussian")
 
 
 class ExpertLoRA(Adapter):
@@ -55,25 +41,7 @@ class ExpertLoRA(Adapter):
     @classmethod
     def build(cls, layer: Any, config: Any, path: str) -> ExpertLoRA:
         """`path` is that of the parameter."""
-        for name, inert in _WITHOUT.items():
-            if getattr(config, name) != inert:
-                raise ConfigError(
-                    f"LoraConfig: {name}={getattr(config, name)!r} is not possible with target_parameters: {path} is a "
-                    f"parameter, whose module alone sees inputs and outputs; leave it at {inert!r}",
-                    field=name,
-                    path=path,
-                    found=getattr(config, name),
-                    expected=inert,
-                )
-        if config.init_lora_weights not in _STARTS:
-            raise ConfigError(
-                f"LoraConfig: init_lora_weights={config.init_lora_weights!r} is not possible with target_parameters "
-                f"({path}); use one of {_STARTS[:2] + _STARTS[3:]}",
-                field="init_lora_weights",
-                path=path,
-                found=config.init_lora_weights,
-                expected=_STARTS,
-            )
+        parameters.check(config, path)
         r = pattern_value(config.rank_pattern, path, config.r)
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         if r > max(layer.in_features, layer.out_features):

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from deltatune.adapter import Adapter
 from deltatune.errors import TargetError
 from deltatune.helpers.bare import bare
+from deltatune.inject import adapted_layers
 from deltatune.model import PeftModel
 
 
@@ -29,7 +29,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
     inner = bare(model)
     kinds = {_class_in(inner, name) for name in _blocks(inner)}
-    wholes = [module for module in model.modules() if isinstance(module, Adapter)]
+    wholes: list[nn.Module] = [adapter for _, layer in adapted_layers(inner) for adapter in layer.adapters.values()]
     wholes += list(model.prompt_encoder.values()) if isinstance(model, PeftModel) else []
     units = {id(whole) for whole in wholes}
     inside = {id(part) for whole in wholes for part in whole.modules()} - units

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, ClassVar
 
-from deltatune import biases, checks, replication
+from deltatune import biases, checks, manners, replication
 from deltatune.adapter import Method
 from deltatune.config import PeftType, config
-from deltatune.lora import options, starts
+from deltatune.lora import options, parameters, starts
 from deltatune.lora.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from deltatune.lora.variants import check_variants
 from deltatune.lora.variants.arrow import ArrowConfig
@@ -106,6 +106,12 @@ class LoraConfig(LayerConfig):
         options.settle(self)
         super().__post_init__()
 
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if manners.as_peft:
+            del values["runtime_config"]
+        return values
+
     def validate(self) -> None:
         super().validate()
         checks.positive_int("LoraConfig", "r", self.r)
@@ -114,6 +120,7 @@ class LoraConfig(LayerConfig):
         biases.check("LoraConfig", self.bias, "lora_only")
         replication.check("LoraConfig", self.layer_replication)
         starts.check(self.init_lora_weights)
+        parameters.check(self)
         checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
         options.fill_in(self)
         self.beside()

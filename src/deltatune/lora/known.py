@@ -95,9 +95,15 @@ class Known(Adapter):
         return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
 
     def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        held = [variant.live_tensors() for variant in self.variants]
+        own = {name: place for tensors in (super().live_tensors(), *held) for name, place in tensors.items()}
         if not self.embedding:
-            return super().live_tensors()
-        return {"lora_embedding_A": (self.lora_A, "weight"), "lora_embedding_B": (self.lora_B, "weight")}
+            return own
+        return {"lora_embedding_A": (self.lora_A, "weight"), "lora_embedding_B": (self.lora_B, "weight"), **own}
+
+    def live_parts(self) -> dict[str, nn.Module]:
+        own = {name: module for name, module in super().live_parts().items() if module is not self.variants}
+        return own | {name: module for variant in self.variants for name, module in variant.named_children()}
 
     @property
     def lora_embedding_A(self) -> Tensor | None:

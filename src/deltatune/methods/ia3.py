@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.errors import MergeError
+from deltatune.errors import ConfigError, MergeError
 from deltatune.methods.common import LayerConfig
 from deltatune.patterns import name_matches
 
@@ -36,13 +36,27 @@ class IA3Config(LayerConfig):
         self.feedforward_modules = checks.as_set(self.feedforward_modules)
         super().__post_init__()
 
+    def validate(self) -> None:
+        super().validate()
+        targets, inner = self.target_modules, self.feedforward_modules
+        if not isinstance(targets, set) or not isinstance(inner, set):
+            return
+        if stray := sorted(inner - targets):
+            raise ConfigError(
+                f"IA3Config: feedforward_modules names {stray}, which target_modules does not; they are a part of the "
+                "targets",
+                field="feedforward_modules",
+                found=stray,
+                expected=sorted(targets),
+            )
+
 
 class IA3(Adapter):
     """Trainable: one vector l, as long as the layer's output, or its input channels in feed-forward layers."""
 
     base_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacks = ("is_feedforward", "kernel")
-    views: ClassVar[tuple[str, ...]] = ("ia3_l", "is_feedforward")
+    views: ClassVar[tuple[str, ...]] = ("ia3_l",)
 
     def __init__(self, layer: LinearMap, on_input: bool, ones: bool) -> None:
         super().__init__()

@@ -101,6 +101,15 @@ def _of_method(named: Named) -> dict[str, Any]:
 
 LAYERS: dict[str, dict[str, Any]] = {named.folder: _of_method(named) for named in TUNERS if named.layer}
 
+_TENSORS = {adapter: n.tensors for n in reversed(TUNERS) if n.layer for adapter in _adapters(n.peft_type)}
+
+
+def tensor_names(layer: AdaptedLayer) -> tuple[str, ...]:
+    """What PEFT's classes of this layer's adapters call the tensors that they may hold."""
+    kinds = [type(adapter.core) for adapter in layer.adapters.values()]  # type: ignore[union-attr]
+    return tuple(name for kind in kinds for name in _TENSORS.get(kind, ()))
+
+
 BaseTunerLayer = kind(
     "BaseTunerLayer",
     lambda module: isinstance(module, AdaptedLayer),

@@ -43,6 +43,17 @@ _GRALORA = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
 _HIRA = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
 _CONVS = ("Linear", "Conv1d", "Conv2d")
 
+PREFIXES = {  # how PEFT says that names of a method's tensors begin, where it is another beginning than ours
+    "VERA": "vera_lambda_",
+    "PVERA": "pvera_lambda_",
+    "ADAPTION_PROMPT": "adaption_prompt_",
+    "XLORA": "xlora_",
+    **{
+        name: f"{name.lower()}_"
+        for name in ("CARTRIDGE", "CPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+    },
+}
+
 TUNERS = (
     Named("lora", "LORA", "LoraModel", "LoraLayer", _LORA_KINDS, _LORA, mixed=True),
     Named(

@@ -13,7 +13,7 @@ from deltatune.config import PeftConfig, PeftType
 from deltatune.functional import set_peft_model_state_dict
 from deltatune.model import PeftModel
 from deltatune.peer.kinds import LAYERS, Kind
-from deltatune.peer.methods import PROMPTS, TUNERS, Named
+from deltatune.peer.methods import PREFIXES, PROMPTS, TUNERS, Named
 from deltatune.peer.targets import usual
 from deltatune.registry import METHODS
 from deltatune.tuner import Tuner
@@ -58,7 +58,7 @@ def _tuner(name: str) -> Any:
     values = {
         "named": named,
         "test": staticmethod(test),
-        "prefix": METHODS[named.peft_type].key_prefix,
+        "prefix": PREFIXES.get(named.peft_type, METHODS[named.peft_type].key_prefix),
         "tuner_layer_cls": LAYERS.get(named.folder, {}).get(named.layer),
         "target_module_mapping": usual(named.peft_type),
         "__doc__": f"The base model under adapters of {named.peft_type}.",
@@ -116,4 +116,4 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, Any] = {
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, Any] = {
     name: PEFT_TYPE_TO_TUNER_MAPPING[name] for name, named in _BUILT.items() if named in TUNERS
 }
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[Any, str] = {name: METHODS[name].key_prefix for name in _BUILT}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[Any, str] = {n: PREFIXES.get(n.value, METHODS[n].key_prefix) for n in _BUILT}

@@ -40,6 +40,13 @@ class TunerVerbs:
             generator,
         )
 
+    def _get_name(self: Any) -> str:
+        """What a printed model calls it: PEFT's class, where all adapters are of one method."""
+        from deltatune.peer.methods import TUNERS
+
+        types = {config.peft_type for config in self.peft_config.values()}
+        return next((named.model for named in TUNERS if types == {named.peft_type}), type(self).__name__)
+
     def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
         return _whole(self).supports_lora_conversion(adapter_name)
 

@@ -18,6 +18,25 @@ class PeerVerbs:
     def base_model_torch_dtype(self: Any) -> torch.dtype | None:
         return getattr(self.base_model.model, "dtype", None)
 
+    @property
+    def word_embeddings(self: Any) -> Any:
+        """Of the base, where an adapter acts on its input or attention."""
+        if not self.prompts:
+            raise AttributeError("word_embeddings: no adapter of a prompt method is there")
+        return self.base_model.model.get_input_embeddings()
+
+    @property
+    def prompt_tokens(self: Any) -> dict[str, Tensor]:
+        """The numbers of the virtual tokens, by adapter."""
+        if not self.prompts:
+            raise AttributeError("prompt_tokens: no adapter of a prompt method is there")
+        counts = {
+            name: self.peft_config[name]
+            for name in self.prompts
+            if hasattr(self.peft_config[name], "num_virtual_tokens")
+        }
+        return {n: torch.arange(c.num_virtual_tokens * (c.num_transformer_submodules or 1)) for n, c in counts.items()}
+
     def get_prompt(self: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """What the active prompt adapter puts before the tokens.
 

@@ -39,9 +39,11 @@ def _metadata(config: PeftConfig, tags: Iterable[str] = ()) -> dict[str, str]:
     base = config.base_model_name_or_path
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     found = {"library_name": "library_name: peft"}
+    own = ["deltatune", method]
     if base and (is_repository(base) or is_repository(f"owner/{base}")):  # a hub name, not a folder of this machine
         found["base_model"] = f"base_model: {_quoted(base)}"
-    found["tags"] = "\n".join(["tags:", *(f"- {_quoted(tag)}" for tag in ("deltatune", method, *tags))])
+        own.append(f"base_model:adapter:{base}")  # the hub shows it among the adapters of that model
+    found["tags"] = "\n".join(["tags:", *(f"- {_quoted(tag)}" for tag in (*own, *tags))])
     return found
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from deltatune import manners
 from deltatune.config import CONFIG_NAME, PEER_VERSION, PeftConfig
 from deltatune.errors import FormatError, MismatchError, SaveError
 from deltatune.filling import Source
@@ -83,7 +84,10 @@ def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:
         for name in names
         if not (places[name] / CARD_NAME).exists()
     }
-    written = {places[name]: {**cards.get(places[name], {}), **files} for name, files in contents.items()}
+    if manners.as_peft and folder not in cards and not (folder / CARD_NAME).exists():
+        cards[folder] = {CARD_NAME: model_card(model.peft_config[names[0]], how.tags).encode()}
+    written = {places[name]: {**cards.pop(places[name], {}), **files} for name, files in contents.items()}
+    beside = {**cards, **beside}
     stale = [target / file for target in written for file in FORMATS if file != how.weights]
     write_folders({**beside, **written}, stale)
 

@@ -131,3 +131,8 @@ class Variant(nn.Module):
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **self.kept_tensors()}
+
+    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        """As of an adapter."""
+        own, hidden = {**self._parameters, **self._buffers}, self._non_persistent_buffers_set
+        return {name: (self, name) for name, tensor in own.items() if tensor is not None and name not in hidden}
