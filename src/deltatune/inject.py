@@ -14,6 +14,7 @@ from torch import nn
 from deltatune import biases, calls, empty, replication, targets, tying
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
+from deltatune.bases.parameter import offloading
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
@@ -54,6 +55,7 @@ def graft(
     Everything is built and checked before the first module of the model is replaced.
     """
     config.validate()
+    _refuse_slices(model)
     replicated = replication.replicate(model, getattr(config, "layer_replication", None))
     try:
         with told(f"building adapter {name!r}", SMALLER):
@@ -62,6 +64,18 @@ def graft(
         if replicated:
             replication.restore(model)
         raise
+
+
+def _refuse_slices(model: nn.Module) -> None:
+    size = getattr(model, "_tp_size", None)
+    if isinstance(size, int) and size > 1:
+        raise StateError(
+            f"{type(model).__name__} is in tensor parallel (tp_plan) over {size} processes, and its layers answer with "
+            "a part of the output, to which no whole adapter can be added; load it without tp_plan (deltatune train "
+            "has profile: fsdp2 for bases that one device cannot hold)",
+            field="tp_plan",
+            found=size,
+        )
 
 
 def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection, autocast_adapter_dtype: bool) -> None:
@@ -305,9 +319,16 @@ def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) ->
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
     holder = _holder(module)
-    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    device = _device(holder)
     if not _is_in(made, device, dtype):
         made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
+
+
+def _device(holder: nn.Module) -> torch.device:
+    """Where a layer computes; accelerate may keep its parameters elsewhere in between."""
+    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    hooks = (offloading(module) for module in holder.modules()) if device.type == "meta" else ()
+    return next((torch.device(hook.execution_device) for hook in hooks if hook is not None), device)
 
 
 def _is_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from deltatune.bases import as_map
 from deltatune.bases.block import Block, first_tensor, with_first
 from deltatune.bases.packed import PackedLinear
 from deltatune.bases.parallel import ParallelLinear
-from deltatune.bases.parameter import like
+from deltatune.bases.parameter import like, offloading
 from deltatune.compat import LayerViews
 from deltatune.errors import MergeError, StateError
 from deltatune.live_names import say_names
@@ -293,6 +293,18 @@ class AdaptedLayer(LayerViews, nn.Module):
         """
         names = tuple(name for name in names if name in self.adapters)
         old_weight, old_bias = self._kept()
+        if hasattr(old_weight, "_local_tensor"):
+            raise MergeError(
+                f"the weight of this {type(self.base_layer).__name__} is in shards, of which this process has one; "
+                "save the adapter, and merge it into a base that one process has loaded whole",
+                found="sharded",
+            )
+        if offloading(self.base_layer) is not None:
+            raise MergeError(
+                f"the weight of this {type(self.base_layer).__name__} is kept in host memory or on disk (device_map), "
+                "from where it would come back unmerged; merge into a base that is loaded without offloading",
+                found="offloaded",
+            )
         training = self.training
         try:
             self.eval()
