@@ -68,7 +68,7 @@ def test_a_base_is_shared_on_each_machine_or_over_all(settings, tmp_path):
         job(settings, moved, **shards, shard_across="all", break_at=3),
         job(settings, moved, **shards, resume_from_checkpoint=True),
     ]
-    told = crew(tmp_path, jobs, count=4)["told"]
+    told = crew(tmp_path, jobs, count=4, limit=500)["told"]
     assert [part["exit"] for part in told[3]] == ["done", "done", "KeyError: 'broken off'", "done"]
     held = [[process[place]["held"] for process in told] for place in (0, 1, 3)]
     assert held == [pytest.approx([share] * 4, abs=0.1) for share in (0.5, 0.25, 0.5)]
@@ -92,7 +92,7 @@ def test_methods_on_shards_learn_what_they_learn_on_a_whole_base(task, settings,
     for name in METHODS:
         train(settings(output_dir=str(tmp_path / name), **made(name, ONE)))
         jobs.append(job(settings, tmp_path / f"{name}-two", **made(name, {**TWO, "profile": "fsdp2"})))
-    told = crew(tmp_path, jobs)["told"]
+    told = crew(tmp_path, jobs, limit=500)["told"]
     assert [part["exit"] for part in told[0]] == ["done"] * len(METHODS)
     for place, name in enumerate(METHODS):
         one, two = tmp_path / name, tmp_path / f"{name}-two"
