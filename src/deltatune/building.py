@@ -14,6 +14,7 @@ from torch import nn
 from deltatune import biases, empty, targets, tying
 from deltatune.adapter import Adapter, LinearMap, Method, Stored
 from deltatune.bases.block import Block, width_of
+from deltatune.bases.parameter import offloading
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
 from deltatune.errors import ConfigError, StateError, TargetError
@@ -260,9 +261,16 @@ def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) ->
     half = layer.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and autocast else layer.dtype
     holder = _holder(module)
-    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    device = _device(holder)
     if not _is_in(made, device, dtype):
         made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
+
+
+def _device(holder: nn.Module) -> torch.device:
+    """Where a layer computes; accelerate may keep its parameters elsewhere in between."""
+    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
+    hooks = (offloading(module) for module in holder.modules()) if device.type == "meta" else ()
+    return next((torch.device(hook.execution_device) for hook in hooks if hook is not None), device)
 
 
 def _is_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from deltatune import calls, replication, targets
 from deltatune.building import Built, build
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
+from deltatune.errors import StateError
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
@@ -48,6 +49,7 @@ def graft(
     Everything is built and checked before the first module of the model is replaced.
     """
     config.validate()
+    _refuse_slices(model)
     replicated = replication.replicate(model, getattr(config, "layer_replication", None))
     try:
         with told(f"building adapter {name!r}", SMALLER):
@@ -58,6 +60,18 @@ def graft(
         if replicated:
             replication.restore(model)
         raise
+
+
+def _refuse_slices(model: nn.Module) -> None:
+    size = getattr(model, "_tp_size", None)
+    if isinstance(size, int) and size > 1:
+        raise StateError(
+            f"{type(model).__name__} is in tensor parallel (tp_plan) over {size} processes, and its layers answer with "
+            "a part of the output, to which no whole adapter can be added; load it without tp_plan (deltatune train "
+            "has profile: fsdp2 for bases that one device cannot hold)",
+            field="tp_plan",
+            found=size,
+        )
 
 
 def _graft(model: nn.Module, built: Built, name: str, selection: Selection) -> None:

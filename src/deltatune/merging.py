@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.adapter import LinearMap
 from deltatune.bases.packed import PackedLinear
-from deltatune.bases.parameter import is_finite, like
+from deltatune.bases.parameter import is_finite, like, offloading
 from deltatune.errors import MergeError, StateError
 from deltatune.selection import Selection
 
@@ -85,6 +85,18 @@ class Merging(nn.Module):
         names = tuple(name for name in names if name in self.adapters)
         base = self.as_map()
         old_weight, old_bias = self._kept(base)
+        if hasattr(old_weight, "_local_tensor"):
+            raise MergeError(
+                f"the weight of this {type(self.base_layer).__name__} is in shards, of which this process has one; "
+                "save the adapter, and merge it into a base that one process has loaded whole",
+                found="sharded",
+            )
+        if offloading(self.base_layer) is not None:
+            raise MergeError(
+                f"the weight of this {type(self.base_layer).__name__} is kept in host memory or on disk (device_map), "
+                "from where it would come back unmerged; merge into a base that is loaded without offloading",
+                found="offloaded",
+            )
         with in_eval_mode([self.base_layer, *(self.adapters[name] for name in names)]), torch.no_grad():
             bias = self.as_map(names).bias
             plain = weight = base.weight

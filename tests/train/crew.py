@@ -2,9 +2,10 @@
 
 python crew.py JOBS.json PROCESSES SECONDS
 
-A job is {"settings": ..., "break_at": step or null, "kill": [process, step] or null}. Prints one JSON line: for each
-job and process the exit of its training ("done", or the error's class and message) and its losses. A killed process
-says nothing, and ends the list of jobs.
+A job is {"settings": ..., "break_at": step or null, "kill": [process, step] or null, "machines": number}. Prints one
+JSON line: for each job and process the exit of its training ("done", or the error's class and message), its losses, and
+which share of the numbers in shards it holds (1.0: there are none). A killed process says nothing, and ends the list of
+jobs.
 """
 
 from __future__ import annotations
@@ -45,18 +46,29 @@ class Watch(Listener):
         self.evaluated.append(evaluation.scores["loss"])
 
 
-def work(jobs: list[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
+def share_held(model: Any) -> float:
+    from torch.distributed.tensor import DTensor
+
+    shards = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    mine = sum(shard.to_local().numel() for shard in shards)
+    return mine / sum(shard.numel() for shard in shards) if shards else 1.0
+
+
+def work(jobs: list[dict[str, Any]], rank: int, count: int) -> list[dict[str, Any]]:
     told = []
     for job in jobs:
+        beside = count // job.get("machines", 1)
+        os.environ.update({"LOCAL_WORLD_SIZE": str(beside), "LOCAL_RANK": str(rank % beside)})
         process, step = job.get("kill") or (None, None)
         watch = Watch(job.get("break_at"), step if process == rank else None)
-        exit = "done"
+        exit, held = "done", None
         try:
-            train(TrainSettings(**job["settings"]), callbacks=[watch])
+            held = share_held(train(TrainSettings(**job["settings"]), callbacks=[watch]).model)
         except Exception as error:
             exit = f"{type(error).__name__}: {error}"
         told.append({
             "exit": exit, "losses": watch.losses, "evaluated": watch.evaluated, "notices": watch.notices,
+            "held": held,
         })  # fmt: skip
     return told
 
@@ -76,10 +88,8 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 faulthandler.dump_traceback_later(limit, exit=True)  # nothing of a broken test waits for ever
-                os.environ.update(
-                    {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-                )
-                (Path(folder) / str(rank)).write_text(json.dumps(work(jobs, rank)))
+                os.environ.update({**common, "RANK": str(rank)})
+                (Path(folder) / str(rank)).write_text(json.dumps(work(jobs, rank, count)))
                 os._exit(0)
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -40,9 +40,12 @@ def crew(folder: Path, jobs: list[dict[str, Any]], count: int = 2, limit: int = 
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "stderr": done.stderr}
 
 
-def job(settings: Any, output: Path, *, break_at: int | None = None, kill: Any = None, **changes: Any) -> dict:
-    made = settings("causal", output_dir=str(output), **changes).model_dump(mode="json")
-    return {"settings": made, "break_at": break_at, "kill": kill}
+def job(
+    settings: Any, output: Path, *, break_at: int | None = None, kill: Any = None, machines: int = 1, **changes: Any
+) -> dict[str, Any]:
+    task = changes.pop("task", "causal")
+    made = settings(task, output_dir=str(output), **changes).model_dump(mode="json")
+    return {"settings": made, "break_at": break_at, "kill": kill, "machines": machines}
 
 
 def losses(output: Path, key: str = "loss") -> list[float]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.bases.parameter import held, like, plainly_called
+from deltatune.bases.parameter import held, like, plainly_called, value
 
 
 class Linear:
@@ -41,11 +41,11 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        return self.matrix(held(self.module, "weight"))
+        return self.matrix(value(self.module, "weight"))
 
     @property
     def bias(self) -> Tensor | None:
-        return held(self.module, "bias")
+        return value(self.module, "bias")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x, *self.args, **self.kwargs)

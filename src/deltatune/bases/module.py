@@ -6,6 +6,7 @@ weight's first axis by all others, and it is run with another weight by being ca
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class OneWeight:
     def __init__(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
         self.module, self.args, self.kwargs = module, args, kwargs or {}
         self.shape = self.stored.shape
-        self.out_features, self.in_features = self.shape[0], self.stored[0].numel()
+        self.out_features, self.in_features = self.shape[0], prod(self.shape[1:])
 
     @property
     def stored(self) -> nn.Parameter:

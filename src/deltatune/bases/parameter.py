@@ -26,6 +26,24 @@ def held(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
+def value(module: nn.Module, name: str) -> Any:
+    """The parameter with its numbers, also where accelerate keeps them elsewhere between the module's own passes."""
+    parameter = held(module, name)
+    if parameter is None or not parameter.is_meta:
+        return parameter
+    hook = offloading(module)
+    return parameter if hook is None else hook.weights_map[name].to(hook.execution_device)
+
+
+def offloading(module: nn.Module) -> Any:
+    """The hook of accelerate that brings the module's own parameters from host memory or disk; None without."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
+            return part
+    return None
+
+
 _PLAIN = (nn.Parameter, Tensor)  # the latter in a functional call
 
 

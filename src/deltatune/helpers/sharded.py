@@ -28,7 +28,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
     inner = bare(model)
-    kinds = {_class_in(inner, name) for name in _blocks(inner)}
+    kinds = {_class_in(inner, name) for name in block_names(inner)}
     wholes: list[nn.Module] = [adapter for _, layer in adapted_layers(inner) for adapter in layer.adapters.values()]
     wholes += list(model.prompt_encoder.values()) if isinstance(model, PeftModel) else []
     units = {id(whole) for whole in wholes}
@@ -47,7 +47,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     return functools.partial(_or_policy, policies=policies)
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def block_names(model: nn.Module) -> list[str]:
+    """Classes of the blocks that transformers does not split, or those that FSDP_TRANSFORMER_CLS_TO_WRAP names."""
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     if named is not None:
         return [name for name in named.split(",") if name]

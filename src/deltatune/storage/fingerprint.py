@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -18,6 +19,19 @@ from deltatune.replication import Replicas
 from deltatune.shared import SharedModules
 
 SAMPLES = 8  # values taken from each parameter
+UNKNOWN = hashlib.sha256().hexdigest()[:32]  # values of a base that is not all in memory
+KEPT = "_deltatune_fingerprint"  # key in the __dict__ of a base whose values were taken before
+
+
+@dataclass(frozen=True)
+class Part:
+    """What counts of one tensor of a base. `sample` is None where it has no numbers, empty for packed weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    owner: int  # equal for tied parameters; 0 for packed weights, which are never tied
+    sample: bytes | None
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -27,34 +41,43 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
         without: Names of modules that are trained whole, whose values are not the base's (a fresh classifier head).
     """
     structure, values = hashlib.sha256(), hashlib.sha256()
-    dtypes, count, skipped, seen = set(), 0, set(without), set()
-    packed = dict(_packed_weights(model))
-    plain = {name: tensor for name, tensor in base_parameters(model) if name not in packed}
-    for name in sorted({*plain, *packed}):
-        if skipped & set(name.split(".")):
+    dtypes, count, skipped, seen, known = set(), 0, set(without), set(), True
+    name, parts = vars(model).get(KEPT) or _facts(model)
+    for part in parts:
+        if skipped & set(part.name.split(".")):
             continue
-        if name in packed:  # counts as the matrix it stands for, so that an adapter crosses over from base to base
-            shape, kind = packed[name]
-            structure.update(f"{name} {shape}\n".encode())
-            count += prod(shape)
-            dtypes.add(kind)
-            continue
-        tensor = plain[name]
-        structure.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        count += tensor.numel() if id(tensor) not in seen else 0  # tied parameters once
-        seen.add(id(tensor))
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
-        if not tensor.is_meta and tensor.numel():
-            values.update(_sample(tensor))
-        elif tensor.is_meta:
-            values = hashlib.sha256()
+        structure.update(f"{part.name} {part.shape}\n".encode())
+        count += prod(part.shape) if not part.owner or part.owner not in seen else 0  # tied parameters once
+        seen.add(part.owner)
+        dtypes.add(part.kind)
+        known = known and part.sample is not None
+        values.update(part.sample or b"")
     return {
-        "class": type(model).__name__,
+        "class": name,
         "parameters": count,
         "structure": structure.hexdigest()[:32],
-        "values": values.hexdigest()[:32],
+        "values": values.hexdigest()[:32] if known else UNKNOWN,
         "dtypes": sorted(dtypes),
     }
+
+
+def keep_fingerprint(model: nn.Module) -> None:
+    """Take the values now, for good: before the base is sharded, after which no process can read them by itself."""
+    vars(model)[KEPT] = _facts(model)
+
+
+def _facts(model: nn.Module) -> tuple[str, list[Part]]:
+    packed = dict(packed_weights(model))
+    plain = {name: tensor for name, tensor in base_parameters(model) if name not in packed}
+    found = []
+    for name in sorted({*plain, *packed}):
+        if name in packed:  # counts as the matrix it stands for, so that an adapter crosses over from base to base
+            found.append(Part(name, *packed[name], 0, b""))
+            continue
+        tensor = plain[name]
+        kind = str(tensor.dtype).removeprefix("torch.")
+        found.append(Part(name, tuple(tensor.shape), kind, id(tensor), None if tensor.is_meta else _sample(tensor)))
+    return type(model).__name__, found
 
 
 def difference(made_for: dict[str, Any], present: dict[str, Any]) -> str | None:
@@ -64,7 +87,8 @@ def difference(made_for: dict[str, Any], present: dict[str, Any]) -> str | None:
             f"{made_for['class']} of {made_for['parameters']:,} parameters, this is "
             f"{present['class']} of {present['parameters']:,}"
         )
-    if made_for["dtypes"] == present["dtypes"] and made_for["values"] != present["values"]:
+    values = {made_for["values"], present["values"]}
+    if made_for["dtypes"] == present["dtypes"] and len(values) > 1 and UNKNOWN not in values:
         return f"{made_for['class']} of the same shape with other weights"
     return None
 
@@ -74,7 +98,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from _walk(model, "")
 
 
-def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[tuple[int, int], str]]]:
+def packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[tuple[int, int], str]]]:
     """Name, shape of the matrix, and kind of packing of the quantised layers."""
     for name, child in module._modules.items():
         if isinstance(child, AdaptedLayer):
@@ -88,7 +112,7 @@ def _packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
         layer = as_map(child)
         if isinstance(layer, PackedLinear):
             yield f"{prefix}{name}.weight", ((layer.out_features, layer.in_features), type(layer).__name__)
-        yield from _packed_weights(child, f"{prefix}{name}.")
+        yield from packed_weights(child, f"{prefix}{name}.")
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -111,6 +135,8 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sample(tensor: Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
     flat = tensor.detach().flatten()
     step = max(flat.numel() // SAMPLES, 1)
     picked = flat[::step][:SAMPLES]

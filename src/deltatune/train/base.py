@@ -128,6 +128,8 @@ def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) ->
 
     source = _place(settings.model_name_or_path)
     options: dict[str, Any] = {"dtype": dtype}
+    if settings.device_map is not None:
+        options |= {"device_map": settings.device_map, "offload_folder": settings.offload_folder}
     if labels is not None:
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels.names))

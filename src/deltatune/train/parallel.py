@@ -1,4 +1,4 @@
-"""One model in several processes: what DDP has to know of it."""
+"""One model in several processes: what trains is in each, and its gradients are averaged by DDP."""
 
 from __future__ import annotations
 
@@ -13,15 +13,34 @@ from deltatune.model import PeftModel
 from deltatune.train import randomness
 from deltatune.train.base import autocast
 from deltatune.train.settings import TrainSettings
+from deltatune.train.sharding import sharded
 
 
-def make_ready(accelerator: Any, model: nn.Module, batch: dict[str, Tensor], settings: TrainSettings) -> None:
-    """What accelerate's `prepare` is to make of the model for DDP."""
+def prepare(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    settings: TrainSettings,
+) -> tuple[nn.Module, Any]:
+    """Model and optimizer as the steps call them.
+
+    Args:
+        batch: A row, on the CPU.
+    """
+    if accelerator.num_processes == 1:
+        return accelerator.prepare(model, optimizer)
     accelerator.ddp_handler.find_unused_parameters = leaves_some_out(model, batch, settings, accelerator.device)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
     # the base is equal everywhere already (`check_equal`) and need not go over the network, at no step and not at first
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    if not sharded(model):
+        return accelerator.prepare(model, optimizer)
+    # accelerate refuses DDP around shards, without looking whether DDP is to ignore them
+    options = accelerator.ddp_handler.to_kwargs()
+    devices = None if accelerator.device.type == "cpu" else [accelerator.device]
+    return DistributedDataParallel(model, device_ids=devices, **options), accelerator.prepare(optimizer)
 
 
 def leaves_some_out(model: nn.Module, batch: dict[str, Tensor], settings: TrainSettings, device: torch.device) -> bool:

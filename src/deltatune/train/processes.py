@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from deltatune.errors import ConfigError, MismatchError, TrainError
+from deltatune.train.defaults import FULL
 from deltatune.train.settings import TrainSettings
 
 T = TypeVar("T")
@@ -46,14 +47,22 @@ def profile_of(settings: TrainSettings) -> str:
     """
     count = launched()
     name = settings.profile
+    if settings.device_map is not None and (count > 1 or settings.method == FULL):
+        raise ConfigError(
+            f"device_map={settings.device_map!r} spreads a frozen base over the devices of one process, expected an "
+            f"adapter and one process, not method {settings.method} in {count}; use profile: fsdp2 for several",
+            field="device_map",
+            found=count,
+            expected=1,
+        )
     for switch, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(switch, "false").lower() == "true":
             raise ConfigError(
-                f"accelerate's configuration asks for {what}, which `train` does not have; take it out, or use "
-                "accelerate launch --multi_gpu",
+                f"accelerate's configuration asks for {what}; take it out (accelerate launch --multi_gpu), and say "
+                "profile: fsdp2 for a base in shards",
                 field="profile",
                 found=what,
-                expected="ddp",
+                expected="fsdp2",
             )
     if name == "auto":
         return "single" if count == 1 else "ddp"
@@ -70,6 +79,15 @@ def profile_of(settings: TrainSettings) -> str:
             field="profile",
             found=name,
         )
+    if name == "fsdp2" and settings.method == FULL:
+        raise ConfigError(
+            "profile='fsdp2' shards a frozen base, and method: full trains it; use profile: ddp, or an adapter",
+            field="profile",
+            found=name,
+            expected="ddp",
+        )
+    if name == "fsdp2" and count == 1:
+        return "single"  # there is nobody to share with
     return name
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,12 @@ from deltatune.train.method import adapt, enable_checkpointing
 from deltatune.train.optim import build_optimizer, build_scheduler
 from deltatune.train.pace import Pace
 from deltatune.train.packing import check_packing, pack
-from deltatune.train.parallel import make_ready
+from deltatune.train.parallel import prepare
 from deltatune.train.processes import by_first, check_equal, meet, profile_of
 from deltatune.train.regroup import regroup
 from deltatune.train.result import HISTORY, TrainResult, history_lines
 from deltatune.train.settings import TrainSettings
+from deltatune.train.sharding import check_shardable, shard
 from deltatune.train.step import Stepper
 from deltatune.train.trackers import TransformersCallbacks, tracker_callbacks, trainer_arguments
 
@@ -84,7 +85,7 @@ def train(
     foreign = [c for c in callbacks if isinstance(c, TrainerCallback) and not isinstance(c, AdapterCallback)]
     foreign += tracker_callbacks(settings.report_to)
     check_device(settings.device)
-    profile_of(settings)
+    profile = profile_of(settings)
     arguments = trainer_arguments(settings) if foreign else None
     accelerator = meet(settings.device)
     output = Path(settings.output_dir)
@@ -99,11 +100,12 @@ def train(
         with threads(settings, kept):
             corpus = load_corpus(settings, train_rows, eval_rows, test_rows, listener)
             given = None if model is None else finish_base(model, tokenizer, settings)
-            return _train(settings, accelerator, corpus, given, listener, foreign, arguments, source, kept)
+            return _train(settings, profile, accelerator, corpus, given, listener, foreign, arguments, source, kept)
 
 
 def _train(
     settings: TrainSettings,
+    profile: str,
     accelerator: Any,
     corpus: Corpus,
     given: Base | None,
@@ -130,16 +132,13 @@ def _train(
         accelerator.num_processes,
     )
     check_equal(accelerator, facts)
+    if profile == "fsdp2":
+        check_shardable(base.model)
     if kept is not None:
         compare(kept.state["conditions"]["run"], facts, settings.allow_change, str(source), listener.on_notice)
         compare_machines(kept.state["conditions"]["machine"], listener.on_notice)
 
-    base.model.to(device)
-    choose_loss(base, settings, listener)
-    judge = Judge(settings, corpus, base.tokenizer, accelerator, listener)
-    untrained = replace(judge, corpus=corpus.without_task_ids())
-    before = before_training(untrained, base.model, corpus) if kept is None else kept.state["progress"]["before"]
-
+    rows = corpus
     if settings.packing:
         corpus = pack(corpus, base.model)
     order = Order(
@@ -153,10 +152,30 @@ def _train(
     pace = Pace.of(settings, order.steps_per_epoch)
     if kept is not None:
         refuse_fewer_steps(str(source), kept.state["progress"]["step"], pace.total_steps)
+    assert corpus.collator is not None
+    filler = corpus.train.features[:1]
 
-    randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
-    options = settings.options_of(pace.total_steps)
-    bare = adapt(base.model, settings.method, settings.task, options, partial(begin, settings, corpus))
+    def adapted() -> nn.Module:
+        randomness.seed_all(settings.seed)  # what is drawn from here on does not depend on what was evaluated before
+        options = settings.options_of(pace.total_steps)
+        return adapt(base.model, settings.method, settings.task, options, partial(begin, settings, corpus))
+
+    bare: Any = None
+    untouched: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if profile == "fsdp2":  # adapters may start from whole weights, which there are in the host's memory, and only now
+        bare = adapted()
+        shard(bare, device, settings.shard_across, corpus.collator(filler))
+        untouched = bare.disable_adapter
+    elif settings.device_map is None:
+        base.model.to(device)
+    choose_loss(base, settings, listener)
+    judge = Judge(settings, rows, base.tokenizer, accelerator, listener)
+    if kept is None:
+        with untouched():
+            before = before_training(replace(judge, corpus=rows.without_task_ids()), base.model, rows)
+    else:
+        before = kept.state["progress"]["before"]
+    bare = adapted() if bare is None else bare
     if settings.packing:
         check_packing(bare, corpus, settings, device)
     if settings.gradient_checkpointing:
@@ -172,11 +191,7 @@ def _train(
         trackers.first, trackers.first_of_node = accelerator.is_main_process, accelerator.is_local_main_process
         listener.members.append(trackers)
     memory = MemoryMeter(device)
-    assert corpus.collator is not None
-    filler = corpus.train.features[:1]
-    if accelerator.num_processes > 1:
-        make_ready(accelerator, bare, corpus.collator(filler), settings)
-    prepared, wrapped = accelerator.prepare(bare, optimizer)
+    prepared, wrapped = prepare(accelerator, bare, optimizer, corpus.collator(filler), settings)
     memory.measure()
 
     stepper = Stepper(settings, accelerator, prepared, bare, wrapped, scheduler, corpus.collator, filler)

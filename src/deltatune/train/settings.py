@@ -21,7 +21,7 @@ Files = str | list[str] | None
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
-Profile = Literal["auto", "single", "ddp"]
+Profile = Literal["auto", "single", "ddp", "fsdp2"]
 Optimizers = Literal["adamw", "loraplus", "lorafa", "riemannian"]
 MAX_VALUES = 10_000  # in a file of settings
 UNKNOWN_STEPS = 10**9  # of a run, before its data are read
@@ -103,7 +103,15 @@ class TrainSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
-    profile: Profile = Field("auto", description="of several processes: ddp, where each has the base")
+    profile: Profile = Field(
+        "auto", description="of several processes: ddp, each has the base; fsdp2, each has a share of its blocks"
+    )
+    shard_across: Literal["node", "all"] = Field("node", description="fsdp2: processes that share the base's blocks")
+
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="a base over several devices, host memory (cpu) and disk: auto, balanced, or part: device"
+    )
+    offload_folder: str | None = Field(None, description="for what device_map puts on disk")
 
     output_dir: str = Field("outputs", min_length=1)
     overwrite_output_dir: bool = Field(False, description="start anew where another run has left its files")
@@ -184,6 +192,14 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = canonical(values, own)
     if "task" in given:
         given["task"] = _task(given["task"])
+    if str(given.get("profile")).lower() in ("zero3", "zero2", "deepspeed"):
+        raise ConfigError(
+            f"profile={given['profile']!r}: DeepSpeed is not supported, whether it is installed or not; fsdp2 shares "
+            "the same frozen weights among the processes (docs/scale.md)",
+            field="profile",
+            found=given["profile"],
+            expected="fsdp2",
+        )
     method = given["method"] = normal_method(given.get("method", "lora"))
     options = given.pop("method_options", None) or {}
     if not isinstance(options, dict):
