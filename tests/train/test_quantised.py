@@ -44,6 +44,16 @@ def test_the_base_is_quantised_and_the_run_learns(settings: Any, field: str):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("field", BITS)
+def test_the_head_of_a_classifier_stays_whole_and_trains(settings: Any, field: str):
+    result = train(settings("classification", **{field: True}))
+    assert packed(result.model) > 0
+    heads = [(n, p) for n, p in result.model.named_parameters() if "classifier" in n and "weight" in n]
+    assert any(p.requires_grad for _, p in heads)
+    assert all(p.dtype == torch.float32 for _, p in heads)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("field", BITS)
 def test_a_resumed_run_ends_where_the_whole_one_does(settings_into: Any, tmp_path: Path, field: str):
     whole = train(settings_into(tmp_path / "whole", "causal", save_steps=2, **{field: True}))
     broken = settings_into(tmp_path / "broken", "causal", save_steps=2, **{field: True})

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from deltatune.data.example import TEXT_TASKS
 from deltatune.errors import ConfigError
+from deltatune.targets import HEAD_NAMES
 from deltatune.train.defaults import FULL
 from deltatune.train.settings import TrainSettings
 
@@ -52,8 +54,15 @@ def loading_options(settings: TrainSettings, dtype: torch.dtype, device: torch.d
     check_installed(field)
     from transformers import BitsAndBytesConfig
 
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    config = BitsAndBytesConfig(**{field: True}, **(four if field == "load_in_4bit" else {}))
+    four: dict[str, Any] = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    options = four if field == "load_in_4bit" else {}
+    if settings.task not in TEXT_TASKS:  # the head is trained as a whole
+        options |= {"llm_int8_skip_modules": list(HEAD_NAMES)}
+    config = BitsAndBytesConfig(**{field: True}, **options)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
