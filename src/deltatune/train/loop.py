@@ -13,6 +13,7 @@ from deltatune.data.features import Features
 from deltatune.data.order import Order
 from deltatune.data.prepare import Corpus
 from deltatune.errors import LimitError, SaveError, TrainError
+from deltatune.report.words import plural
 from deltatune.train import checkpoint as checkpoints
 from deltatune.train import snapshot
 from deltatune.train.choice import answers_wanted, better, refuse_missing
@@ -201,7 +202,7 @@ class Loop:
         if patience is not None and position.without_gain >= patience:
             position.stopped_early = True
             self.listener.on_notice(
-                f"stopping after step {position.step}: {patience} evaluations without a better {metric}"
+                f"stopping after step {position.step}: {plural(patience, 'evaluation')} without a better {metric}"
             )
         return improved
 
