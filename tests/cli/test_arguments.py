@@ -65,3 +65,12 @@ def test_whole_numbers_stay_whole(number):
     found = value_of(str(number))
     assert found == number
     assert type(found) is int
+
+
+def test_what_a_run_goes_on_from_may_be_a_folder_or_nothing():
+    flags = {*FLAGS, "resume", "resume_from_checkpoint"}
+    assert parse(["--resume", "out/checkpoint-5"], flags).settings == {"resume": "out/checkpoint-5"}
+    assert parse(["--resume_from_checkpoint", "true"], flags).settings == {"resume_from_checkpoint": True}
+    found = parse(["--resume", "run.yaml"], flags)
+    assert (found.config, found.settings) == ("run.yaml", {"resume": True})
+    assert parse(["--resume", "r=4"], flags).settings == {"resume": True, "r": 4}

@@ -23,6 +23,11 @@ def off_init(model):
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def test_the_formula_is_the_methods_and_no_sentence_about_its_options():
+    model, batch = example("lora", "t5")
+    assert trace(model, batch).methods[0].formula.startswith("LoRA: W' = W + (alpha / r) B A")
+
+
 def test_every_wrapped_layer_of_lora_with_rank_scaling_and_norms():
     model, batch = example("lora", "t5", r=4, lora_alpha=12, rank_pattern={"v": 2})
     off_init(model)

@@ -51,6 +51,17 @@ class Bitsandbytes4bit(PackedLinear):
         return made.to(old.device)
 
 
+def keep_layout(model: nn.Module) -> None:
+    """Have the 4-bit layers of a model stay as they are where they are called in evaluation mode on a CPU.
+
+    Rearranged they compute in bfloat16 for good, so that an evaluation would change the training after it; and layers
+    whose outputs are no multiple of 32 cannot be rearranged at all: they raise AssertionError.
+    """
+    for module in model.modules():
+        if Bitsandbytes4bit.fits(module):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
 def _laid_out_for_cpu(stored: Any) -> bool:
     """Whether a call in evaluation mode has rearranged the codes for a CPU with bfloat16 instructions."""
     return getattr(stored.quant_state, "packing_format_for_cpu", False)

@@ -18,6 +18,7 @@ _WORDS = {"true", "false", "yes", "no", "on", "off"}
 # may be given several times: names of columns, files
 _COLUMNS = {"column", "columns", "column_mapping"}
 _FILES = {"train_file", "eval_file", "test_file", "data"}
+_FOLDERS = {"resume", "resume_from_checkpoint"}  # true, false, or a folder
 # given as one word, meant as a list of names; a pattern (anything else than plain names) stays a string
 _LISTS = {"target_modules", "modules_to_save", "exclude_modules", "lora_target_modules", "lora_target"}
 
@@ -44,7 +45,7 @@ def parse(words: Sequence[str], flags: Collection[str] = (), files: bool = False
                 _set(result, key, text)
             elif key.startswith("no_") and key[3:] in flags:
                 _set(result, key[3:], "false")
-            elif rest and _is_value(rest[0], key in flags):
+            elif rest and (_is_value(rest[0], key in flags) or (key in _FOLDERS and _is_folder(rest[0]))):
                 _set(result, key, rest.pop(0))
             else:
                 _set(result, key, "true")
@@ -114,6 +115,11 @@ def _map(result: Arguments, text: str) -> None:
             found=text,
         )
     result.settings["column_mapping"] = {**result.settings.get("column_mapping", {}), **pairs}
+
+
+def _is_folder(word: str) -> bool:
+    """Rather than a settings file, another option or a pair."""
+    return not word.startswith("-") and "=" not in word and not word.lower().endswith((".yaml", ".yml", ".json"))
 
 
 def _is_value(word: str, flag: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from deltatune.report.words import duration, plural, share, size
+from deltatune.report.words import duration, plural, rate, share, size
 from deltatune.train.events import Listener, RunInfo
 from deltatune.train.events import Progress as Step
 from deltatune.train.result import Evaluation
@@ -75,7 +75,7 @@ class ProgressBar(Listener):
         kept = progress.loss if self.loss is None else self.loss
         self.loss = SMOOTHING * kept + (1 - SMOOTHING) * progress.loss
         note = (
-            f"loss {self.loss:.3f}  lr {progress.learning_rate:.1e}  {size(progress.memory_bytes)}  "
+            f"loss {self.loss:.3f}  {rate(progress.tokens_per_second)}  {size(progress.memory_bytes)}  "
             f"{duration(progress.remaining_seconds)} left"
         )
         if self.training is not None:

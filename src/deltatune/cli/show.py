@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -51,8 +52,9 @@ def warnings_as_lines() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' notices and its bars for loading weights off the screen."""
+    """Keep transformers' notices and its bars for loading weights off the screen, and bitsandbytes' of every layer."""
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

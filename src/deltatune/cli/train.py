@@ -80,14 +80,18 @@ def _plan(settings: TrainSettings) -> None:
     """Everything up to the first step: rows read, model loaded and adapted. Nothing is written."""
     from deltatune.train.base import load_base
     from deltatune.train.begin import begin
+    from deltatune.train.choice import check_choice
     from deltatune.train.corpus import encode_corpus, load_corpus
     from deltatune.train.detect import detected
     from deltatune.train.finish import count_parameters
     from deltatune.train.method import adapt
+    from deltatune.train.quantised import check_quantised
     from deltatune.train.settings import UNKNOWN_STEPS
 
     settings = detected(settings)
+    check_quantised(settings)
     corpus = load_corpus(settings)
+    check_choice(settings, corpus.eval is not None, corpus.columns.form)
     base = load_base(settings, corpus.labels)
     corpus = encode_corpus(settings, corpus, base.tokenizer, base.vocabulary, base.positions)
     options = settings.options_of(UNKNOWN_STEPS)

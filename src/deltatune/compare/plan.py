@@ -15,6 +15,7 @@ from deltatune.errors import ConfigError
 from deltatune.train.aliases import canonical
 from deltatune.train.detect import detected
 from deltatune.train.method import method_fields, normal_method
+from deltatune.train.quantised import check_quantised
 from deltatune.train.settings import TrainSettings
 
 SEEDS = 3
@@ -141,7 +142,9 @@ def _candidates(item: str | dict[str, Any], values: dict[str, Any], rates: list[
     for rate in rates or [None]:
         whole = {**QUIET, **common, **given, **({} if rate is None else {"learning_rate": rate})}
         label = str(name or _label(given)) + ("" if rate is None else f" lr={rate:g}")
-        made.append(Candidate(label, detected(TrainSettings(**whole))))
+        candidate = detected(TrainSettings(**whole))
+        check_quantised(candidate)
+        made.append(Candidate(label, candidate))
     return made
 
 

@@ -26,8 +26,9 @@ from deltatune.train.settings import TrainSettings
 # of the settings of training
 KEPT = (
     *("task", "max_length", "max_target_length", "separator", "model_name_or_path"),
-    *("completion_only_loss", "truncation", "train_on"),
+    *("completion_only_loss", "truncation", "train_on", "load_in_4bit", "load_in_8bit"),
 )
+AS_STORED = {"load_in_4bit": False, "load_in_8bit": False}
 LABELS = "labels.json"  # names of the classes, in order
 TASKS = {
     TaskType.SEQ_2_SEQ_LM: "seq2seq",
@@ -155,9 +156,9 @@ def settings_of(folder: Path, config: PeftConfig | None, model: str | None, sepa
     else:
         values |= {"separator": "", "task": _task_of(str(folder))}
     if config is None:
-        values["model_name_or_path"] = str(folder)
+        values |= {"model_name_or_path": str(folder), **AS_STORED}  # a merged one has the settings of its adapter's run
     elif model is not None:
-        values["model_name_or_path"] = model
+        values |= {"model_name_or_path": model, **AS_STORED}
     elif config.base_model_name_or_path:
         values.setdefault("model_name_or_path", config.base_model_name_or_path)
     if not values.get("model_name_or_path"):

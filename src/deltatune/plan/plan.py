@@ -17,6 +17,7 @@ from deltatune.plan.many import Spread, spread
 from deltatune.plan.probe import Probe, probe
 from deltatune.plan.speed import Speed
 from deltatune.plan.step import Memory, simulate
+from deltatune.train.quantised import field_of
 from deltatune.train.settings import TrainSettings
 
 
@@ -90,6 +91,8 @@ def plan(
     shape, usual, steps, labels = _shapes(settings)
     job = build_job(settings, place, labels)
     notes = [*job.notes, "evaluation is not reckoned"]
+    if (field := field_of(settings)) is not None:
+        notes.append(f"reckoned with the base as it is stored; {field} makes its linear layers smaller")
     whole = simulate(job, shape)
     average = whole if usual == shape else simulate(job, usual)
     probed = probe(settings, place, shape, speed) if probing else None

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PydanticUserError, TypeAdapter
 
 from deltatune.recipes.options import Option, options
-from deltatune.train.aliases import ALIASES, TRANSLATED
+from deltatune.train.aliases import ALIASES, BITS, TRANSLATED
 from deltatune.train.defaults import NICKNAMES
 from deltatune.train.method import method_names
 from deltatune.train.settings import TASKS, TrainSettings
@@ -34,6 +34,7 @@ def settings_schema() -> dict[str, Any]:
         if name in own:
             own |= {alias: _same_as(name) for alias in aliases if alias not in own}
     own |= {name: {"type": ["boolean", "string"]} for name in TRANSLATED if name not in own}
+    own |= {name: {"type": ["integer", "string", "null"]} for name in BITS}
     return {
         "$schema": DRAFT,
         **made,

@@ -12,6 +12,11 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def rate(tokens: float) -> str:
+    """Tokens per second in words: 850 tok/s, 12.3k tok/s."""
+    return f"{tokens:.0f} tok/s" if tokens < 1000 else f"{tokens / 1000:.1f}k tok/s"
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: 42 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 60:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from deltatune import inject
-from deltatune.errors import ConfigError
-from deltatune.generate.load import load_ready
+from deltatune.errors import ConfigError, MergeError
+from deltatune.generate.load import Ready, load_ready
 from deltatune.model import PeftModel
 from deltatune.ship.place import carry, new_folder
 from deltatune.ship.proof import Proof, Tolerance, compare
 from deltatune.ship.record import Record, record
 from deltatune.ship.samples import samples
 from deltatune.train.base import quiet
+from deltatune.train.quantised import field_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALLOWED = {torch.float32: Tolerance(), torch.bfloat16: Tolerance(2e-2, 5e-2), torch.float16: Tolerance(1e-3, 1e-2)}
@@ -64,7 +65,8 @@ def merge_to_folder(
 
     Raises:
         ProofError: What was written says something else; the folder is removed.
-        MergeError: No weight can hold the method.
+        MergeError: No weight can hold the method, or the adapter was trained on a base in 4 or 8 bits and no `model`
+            is given.
         SaveError: `out` is there already.
     """
     with quiet():
@@ -73,6 +75,7 @@ def merge_to_folder(
         raise ConfigError(
             f"{adapter} is a model and no adapter; there is nothing to merge", field="adapter", found=adapter
         )
+    _refuse_quantised(adapter, ready)
     wanted = _dtype(dtype, ready.model)
     texts = samples(adapter, ready, inputs)
     before = record(ready, texts) if verify else None
@@ -88,6 +91,18 @@ def merge_to_folder(
             proof = compare(before, _again(folder, texts, before), _tolerance(wanted, tolerance))
             proof.require(f"{out}")
     return Made(Path(out), str(wanted).removeprefix("torch."), proof, lost)
+
+
+def _refuse_quantised(adapter: str, ready: Ready) -> None:
+    field = None if ready.settings is None else field_of(ready.settings)
+    if field is not None and ready.settings is not None:
+        base = ready.settings.model_name_or_path
+        raise MergeError(
+            f"{adapter} was trained with {field}; merged into rounded weights its update would be rounded away. "
+            f"Merge it into the base as it is stored: --model {base} (its answers can differ a little)",
+            field=field,
+            found=True,
+        )
 
 
 @torch.no_grad()

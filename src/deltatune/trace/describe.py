@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 def _method(name: str, config: Any) -> MethodStop:
     entry = registry.METHODS[config.peft_type]
-    home = sys.modules[entry.config.__module__]
+    home = sys.modules[(entry.adapter or entry.config).__module__]
     return MethodStop(
         where="deltatune.registry:METHODS",
         adapter=name,

@@ -49,6 +49,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "resume_from_checkpoint": ("resume",),
     "early_stopping_patience": ("early_stopping_steps", "early_stop_interval"),
     "report_to": ("log", "logger_name"),
+    "metric_for_best_model": ("best_metric",),
+    "predict_with_generate": ("eval_with_generate", "do_predict_with_generate"),
     "completion_only_loss": ("assistant_only_loss", "train_on_completions", "mask_prompt"),
     "num_threads": ("threads",),
 }
@@ -57,6 +59,9 @@ CANONICAL = {alias: name for name, aliases in ALIASES.items() for alias in alias
 
 # names whose value says the opposite, or says it in other words
 TRANSLATED = ("train_on_inputs", "train_on_prompt", "bf16", "lora_target_linear")
+BITS = ("quantization", "quantization_bit", "quantize", "quant_bits")  # of the frozen base
+IN_FOUR = ("4", "int4", "nf4", "4bit", "bnb", "bnb.nf4", "bnb.nf4-dq")
+IN_EIGHT = ("8", "int8", "8bit", "bnb.int8")
 
 
 def canonical(values: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -88,16 +93,33 @@ def _translated(key: str, value: Any) -> tuple[str | None, Any]:
         return ("dtype", "bfloat16") if value else (None, None)
     if key == "lora_target_linear" and isinstance(value, bool):
         return ("target_modules", "all-linear") if value else (None, None)
+    if key in BITS:
+        return _bits(key, value)
     name = CANONICAL.get(key, key)
     if name == "target_modules" and value == "all":
         return name, "all-linear"
     return name, value
 
 
+def _bits(key: str, value: Any) -> tuple[str | None, Any]:
+    """The setting that means what another program calls so."""
+    said = str(value).lower()
+    if value is None or said in ("none", "false", "0", "16"):
+        return None, None
+    if said in IN_FOUR or said in IN_EIGHT:
+        return ("load_in_4bit" if said in IN_FOUR else "load_in_8bit"), True
+    raise ConfigError(
+        f"{key}={value!r} is not allowed, expected 4 or 8 (or int4, nf4, int8), or load_in_4bit: true",
+        field=key,
+        found=value,
+        expected=[*IN_FOUR, *IN_EIGHT],
+    )
+
+
 def unknown_key(key: str, known: Iterable[str], method: str, elsewhere: Iterable[str]) -> ConfigError:
     """`elsewhere`: the methods that do have such an option."""
     owners = sorted(elsewhere)
-    names = sorted({*known, *CANONICAL, *TRANSLATED})
+    names = sorted({*known, *CANONICAL, *TRANSLATED, *BITS})
     if owners:
         named = ", ".join(owners[:4]) + (f" and {len(owners) - 4} others" if len(owners) > 4 else "")
         told = f"{key!r} is an option of {named}; method is {method}"

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.bases.bitsandbytes import keep_layout
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.labels import Labels
 from deltatune.errors import ConfigError, FormatError
+from deltatune.train.quantised import loading_options, refuse_embedded
 from deltatune.train.settings import TrainSettings
 
 DEMO = "demo"
@@ -35,9 +37,11 @@ def load_base(settings: TrainSettings, labels: Labels | None = None, device: tor
     device = device or torch.device("cpu")
     dtype = resolve_dtype(settings.dtype, device)
     if settings.model_name_or_path == DEMO:
+        refuse_embedded(settings)
         model, tokenizer = _demo(settings)
         return finish_base(model.to(dtype), tokenizer, settings)
-    model, tokenizer, fresh = _load(settings, labels, dtype)
+    model, tokenizer, fresh = _load(settings, labels, dtype, device)
+    keep_layout(model)
     if settings.task not in TEXT_TASKS:  # the head is new, the model below it must not be
         fresh = [name for name in fresh if name.startswith(f"{model.base_model_prefix}.")]
     notices = []
@@ -122,12 +126,14 @@ def _demo(settings: TrainSettings) -> tuple[nn.Module, Any]:
     return load_embedded()
 
 
-def _load(settings: TrainSettings, labels: Labels | None, dtype: torch.dtype) -> tuple[nn.Module, Any, list[str]]:
+def _load(
+    settings: TrainSettings, labels: Labels | None, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, Any, list[str]]:
     """Model, tokenizer, and the tensors that the files lack."""
     import transformers
 
     source = _place(settings.model_name_or_path)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, **loading_options(settings, dtype, device)}
     if settings.device_map is not None:
         options |= {"device_map": settings.device_map, "offload_folder": settings.offload_folder}
     if labels is not None:

@@ -23,7 +23,7 @@ HARMLESS = {
     "train_file", "eval_file", "dataset", "dataset_config", "model_name_or_path",
 }  # fmt: skip
 # only these decisions hang on evaluation
-EVALUATED = {"eval_steps", "max_eval_samples"}
+EVALUATED = {"eval_steps", "max_eval_samples", "metric_for_best_model", "predict_with_generate"}
 
 
 def conditions(
@@ -37,6 +37,8 @@ def conditions(
     kept["training data"] = data
     if chooses:
         kept["evaluation data"] = eval_data
+        if settings.predict_with_generate:
+            kept |= {name: resolved[name] for name in ("num_scored", "num_beams")}
     kept["base model"] = base
     kept["num_threads"] = torch.get_num_threads()
     kept["processes"] = processes

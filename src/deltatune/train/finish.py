@@ -45,6 +45,8 @@ def finish(loop: Loop, tokenizer: Any, source: Path | None) -> TrainResult:
         "before": position.before.get("scores", {}),
         "after": after,
         "best_eval_loss": position.best_loss,
+        "best_metric": settings.metric_for_best_model,
+        "best_score": position.best_score,
         "best_step": position.best_step,
         "stopped_early": position.stopped_early,
         "trainable_parameters": trained,

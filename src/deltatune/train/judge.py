@@ -134,6 +134,11 @@ class Judge:
                 after_batch=self._done,
             )
 
+    def written(self, model: nn.Module, part: Part) -> dict[str, float]:
+        """Scores of what the model writes for `num_scored` inputs, the same ones every time."""
+        questions = self.questions(part, self.settings.num_scored)
+        return self.text_scores(self.answers(model, questions), questions)
+
     def text_scores(self, answers: list[str], questions: list[Question]) -> dict[str, float]:
         """Scores of generated answers; nothing for other tasks (scored over all rows) and for plain text."""
         if not answers or self.settings.task not in TEXT_TASKS or self.corpus.columns.form == "text":

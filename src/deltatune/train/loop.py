@@ -13,8 +13,10 @@ from deltatune.data.features import Features
 from deltatune.data.order import Order
 from deltatune.data.prepare import Corpus
 from deltatune.errors import LimitError, SaveError, TrainError
+from deltatune.report.words import plural
 from deltatune.train import checkpoint as checkpoints
 from deltatune.train import snapshot
+from deltatune.train.choice import answers_wanted, better, refuse_missing
 from deltatune.train.events import Listener, Progress
 from deltatune.train.judge import Judge, StopAsked
 from deltatune.train.memory import MemoryMeter
@@ -35,7 +37,8 @@ class Position:
     step: int = 0
     loss_sum: float = 0.0  # of the steps since the last log
     loss_count: int = 0
-    best_loss: float | None = None
+    best_score: float | None = None  # by the metric that was chosen
+    best_loss: float | None = None  # of that evaluation
     best_step: int | None = None
     without_gain: int = 0  # evaluations since the best one
     evaluation_due: bool = False  # a signal came before it was done
@@ -49,6 +52,7 @@ class Position:
     @classmethod
     def of(cls, progress: dict[str, Any]) -> Position:
         known = {part.name for part in fields(cls)}
+        progress = {"best_score": progress.get("best_loss"), **progress}  # without a choice it was the loss
         return cls(**{key: value for key, value in progress.items() if key in known})
 
 
@@ -174,18 +178,22 @@ class Loop:
             self.save()
 
     def _evaluate(self) -> bool:
-        """Loss over the evaluation rows; whether it is the best so far."""
+        """Scores over the evaluation rows; whether they are the best so far."""
         position, part = self.position, self.corpus.eval
         if part is None:
             position.evaluation_due = False
             return False
         scores = self.judge.loss(self.stepper.bare, part)
+        if answers_wanted(self.settings):
+            scores |= self.judge.written(self.stepper.bare, part)
+        metric = self.settings.metric_for_best_model
+        refuse_missing(metric, scores)
         position.evaluation_due = False
-        loss = scores["loss"]
-        improved = position.best_loss is None or loss < position.best_loss
-        told = Evaluation(position.step, scores, position.best_loss, improved)
+        improved = better(metric, scores[metric], position.best_score)
+        told = Evaluation(position.step, scores, position.best_score, improved)
         if improved:
-            position.best_loss, position.best_step, position.without_gain = loss, position.step, 0
+            position.best_score, position.best_loss = scores[metric], scores["loss"]
+            position.best_step, position.without_gain = position.step, 0
         else:
             position.without_gain += 1
         self._log({"step": position.step, "epoch": self._epoch(), **{f"eval_{key}": v for key, v in scores.items()}})
@@ -194,7 +202,7 @@ class Loop:
         if patience is not None and position.without_gain >= patience:
             position.stopped_early = True
             self.listener.on_notice(
-                f"stopping after step {position.step}: {patience} evaluations without a better loss"
+                f"stopping after step {position.step}: {plural(patience, 'evaluation')} without a better {metric}"
             )
         return improved
 

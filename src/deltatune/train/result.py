@@ -38,7 +38,7 @@ class Evaluation:
 
     step: int
     scores: dict[str, float]
-    best_loss: float | None = None  # of the evaluations before this one
+    best_score: float | None = None  # of the evaluations before this one, by `metric_for_best_model`
     improved: bool = False
 
 

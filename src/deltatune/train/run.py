@@ -19,6 +19,7 @@ from deltatune.train import checkpoint as checkpoints
 from deltatune.train import randomness, snapshot
 from deltatune.train.base import Base, check_device, finish_base, load_base
 from deltatune.train.begin import begin
+from deltatune.train.choice import check_choice
 from deltatune.train.chunks import choose_loss
 from deltatune.train.claim import claim, threads
 from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine, refuse_fewer_steps
@@ -36,6 +37,7 @@ from deltatune.train.pace import Pace
 from deltatune.train.packing import check_packing, pack
 from deltatune.train.parallel import prepare
 from deltatune.train.processes import by_first, check_equal, meet, profile_of
+from deltatune.train.quantised import check_quantised
 from deltatune.train.regroup import regroup
 from deltatune.train.result import HISTORY, TrainResult, history_lines
 from deltatune.train.settings import TrainSettings
@@ -83,8 +85,9 @@ def train(
     settings = detected(settings, train_rows, None if model is None else model.config)
     # what AdapterCallback does the loop does anyway
     foreign = [c for c in callbacks if isinstance(c, TrainerCallback) and not isinstance(c, AdapterCallback)]
-    foreign += tracker_callbacks(settings.report_to)
+    foreign += tracker_callbacks(settings.report_to, listener.on_notice)
     check_device(settings.device)
+    check_quantised(settings, given=model is not None)
     profile = profile_of(settings)
     arguments = trainer_arguments(settings) if foreign else None
     accelerator = meet(settings.device)
@@ -99,6 +102,7 @@ def train(
             settings = regroup(settings, stored, accelerator.num_processes, str(source), listener.on_notice)
         with threads(settings, kept):
             corpus = load_corpus(settings, train_rows, eval_rows, test_rows, listener)
+            check_choice(settings, corpus.eval is not None, corpus.columns.form)
             given = None if model is None else finish_base(model, tokenizer, settings)
             return _train(settings, profile, accelerator, corpus, given, listener, foreign, arguments, source, kept)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deltatune.data.example import CAUSAL_TASKS
+from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.errors import ConfigError, LimitError
 from deltatune.train.aliases import CANONICAL, canonical, unknown_key
 from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
@@ -23,6 +23,13 @@ Scheduler = Literal[
 ]
 Profile = Literal["auto", "single", "ddp", "fsdp2"]
 Optimizers = Literal["adamw", "loraplus", "lorafa", "riemannian"]
+METRICS_OF_ANSWERS = ("bleu", "rouge_l", "exact_match")
+METRICS = {  # that an evaluation has beside the loss
+    **dict.fromkeys(TEXT_TASKS, ("perplexity", *METRICS_OF_ANSWERS)),
+    "classification": ("accuracy", "macro_f1"),
+    "token_classification": ("accuracy", "precision", "recall", "f1", "macro_f1"),
+    "question_answering": ("exact_match", "f1"),
+}
 MAX_VALUES = 10_000  # in a file of settings
 UNKNOWN_STEPS = 10**9  # of a run, before its data are read
 TASKS = {
@@ -101,6 +108,8 @@ class TrainSettings(BaseModel):
     )
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU")
+    load_in_4bit: bool = Field(False, description="the frozen base in 4 bits (NF4, double scales), by bitsandbytes")
+    load_in_8bit: bool = Field(False, description="the frozen base in 8 bits (LLM.int8), by bitsandbytes")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
     profile: Profile = Field(
@@ -124,8 +133,12 @@ class TrainSettings(BaseModel):
     save_steps: float | None = Field(None, ge=0, description="as eval_steps; unset: at the end of every epoch")
     save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept; best and last always are")
     load_best_model_at_end: bool = False
-    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better loss")
-    report_to: list[str] = Field(default_factory=list, description="trackers of transformers: tensorboard, wandb, ...")
+    metric_for_best_model: str = Field("loss", description="score by which the best is kept and training stops early")
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better score")
+    predict_with_generate: bool = Field(False, description="evaluations also score num_scored written answers")
+    report_to: list[str] | None = Field(
+        None, description="trackers of transformers: wandb, mlflow, ...; unset: tensorboard if installed; none: no one"
+    )
     num_samples: int = Field(4, ge=0, description="outputs shown before and after")
     num_scored: int = Field(64, ge=0, description="evaluation inputs answered for BLEU and ROUGE-L; 0: loss only")
     num_beams: int = Field(1, ge=1)
@@ -141,6 +154,8 @@ class TrainSettings(BaseModel):
     def _together(self) -> TrainSettings:
         if self.max_steps == 0:
             raise _refused("max_steps", 0, "a number of 1 or more, or -1 for as many as the epochs take")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise _refused("load_in_8bit", True, "false beside load_in_4bit")
         if self.train_file is not None and self.dataset is not None:
             raise _refused("dataset", self.dataset, "either train_file or dataset, not both")
         if self.eval_file is not None and self.eval_split:
@@ -167,9 +182,22 @@ class TrainSettings(BaseModel):
             raise _refused("packing", True, "false beside a task_column: rows of a pack share one task")
         if self.truncation is not None and self.task in ("token_classification", "question_answering"):
             raise _refused("truncation", self.truncation, f"none with task {self.task}, which cuts by its own rule")
+        self._check_metric()
         for name in ("chat_template", "train_on"):
             if getattr(self, name) not in (None, "assistant") and self.task != "chat":
                 raise _refused(name, getattr(self, name), f"to be left out with task {self.task}; it is for task chat")
+
+    def _check_metric(self) -> None:
+        written = self.predict_with_generate
+        if written and self.task not in TEXT_TASKS:
+            raise _refused("predict_with_generate", True, f"false with task {self.task}, whose rows are all scored")
+        if written and self.num_scored == 0:
+            raise _refused("num_scored", 0, "1 or more beside predict_with_generate")
+        metric = self.metric_for_best_model
+        if metric in METRICS_OF_ANSWERS and self.task in TEXT_TASKS and not written:
+            raise _refused("metric_for_best_model", metric, "predict_with_generate: true beside it")
+        if metric not in (known := ["loss", *METRICS[self.task]]):
+            raise _refused("metric_for_best_model", metric, f"one of {', '.join(known)} with task {self.task}")
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -223,6 +251,8 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
         given["column_mapping"] = dict(pair.split("=", 1) for pair in given["column_mapping"].split(",") if "=" in pair)
     if isinstance(given.get("allow_change"), str):
         given["allow_change"] = given["allow_change"].split(",")
+    if isinstance(given.get("metric_for_best_model"), str):  # transformers writes eval_loss
+        given["metric_for_best_model"] = given["metric_for_best_model"].removeprefix("eval_")
     given["method_options"] = with_defaults(method, {k: v for k, v in options.items() if v is not None})
     if method != FULL:
         # refuses bad values before anything is loaded

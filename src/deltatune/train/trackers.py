@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from deltatune.errors import ConfigError
+from deltatune.train.choice import LOWER_IS_BETTER
 from deltatune.train.events import Listener, Progress, RunInfo
 from deltatune.train.settings import TrainSettings
 
+DEFAULT = "tensorboard"
 
-def tracker_callbacks(names: Iterable[str]) -> list[Any]:
-    """The callbacks of `report_to`, each of which brings its own package."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+def tracker_callbacks(names: Iterable[str] | None, tell: Callable[[str], None] = lambda text: None) -> list[Any]:
+    """The callbacks of `report_to`, each of which brings its own package; unset, tensorboard's where that is there."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, is_tensorboard_available
+
+    if names is None:
+        if not is_tensorboard_available():
+            return []
+        try:
+            made = [INTEGRATION_TO_CALLBACK[DEFAULT]()]
+        except Exception as error:  # nobody asked for it: a broken package must not cost a run
+            tell(f"tensorboard is installed and does not start ({type(error).__name__}); report_to: none leaves it out")
+            return []
+        tell("curves also for tensorboard, in the folder runs of the output; report_to: none leaves them out")
+        return made
     made = []
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -110,7 +123,7 @@ class TransformersCallbacks(Listener):
         self._call("on_log", logs={key: value for key, value in entry.items() if key != "step"})
 
     def on_evaluate(self, evaluation: Any) -> None:
-        self.state.best_metric = evaluation.best_loss
+        self.state.best_metric = evaluation.best_score
         self._call("on_evaluate", metrics={f"eval_{key}": value for key, value in evaluation.scores.items()})
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
@@ -154,8 +167,8 @@ def trainer_arguments(settings: TrainSettings) -> Any:
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=f"eval_{settings.metric_for_best_model}",
+        greater_is_better=settings.metric_for_best_model not in LOWER_IS_BETTER,
         use_cpu=settings.device == "cpu",
         report_to="none",
     )
