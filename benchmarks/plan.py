@@ -115,13 +115,15 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def row(name: str, found: dict[str, Any]) -> list[str]:
     mib, ms = 2**20, 1e-3
-    (peak, true), (resident, rss), (first, probed, took) = found["peak"], found["resident"], found["seconds"]
-    return [
+    (peak, true), (resident, rss) = found["peak"], found["resident"]
+    first, probed, took = found.get("seconds") or (float("nan"),) * 3  # bytes may be kept where times are out of date
+    cells = [
         name, f"{peak / mib:,.1f} MiB", f"{true / mib:,.1f} MiB", f"{peak / true:.3f}",
         f"{resident / mib:,.0f} MiB", f"{rss / mib:,.0f} MiB",
         f"{first / ms:.0f} ms", f"{probed / ms:.0f} ms", f"{took / ms:.0f} ms", f"{first / took:.2f}",
         f"{probed / took:.2f}",
     ]  # fmt: skip
+    return [cell if "nan" not in cell else "-" for cell in cells]
 
 
 def main() -> None:
