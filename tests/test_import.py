@@ -17,6 +17,32 @@ def test_import_loads_torch_and_nothing_heavier():
     assert run(code) == "[]"
 
 
+# Parts that LoRA on a model has no use for before something is saved, loaded or combined.
+LATER = (
+    *("deltatune.combine.weighted", "deltatune.combine.convert", "deltatune.loading", "deltatune.storage.folder"),
+    *("deltatune.prompts.key_values", "deltatune.prompts.attention", "deltatune.inputs.stage", "deltatune.inputs.rows"),
+    *("safetensors", "deltatune.lora.convert", "deltatune.fused.export"),
+)
+
+
+def test_the_first_names_load_no_part_that_they_do_not_need():
+    names = "from deltatune import LoraConfig, PeftModel, get_peft_model"
+    found = run(f"import torch, sys; {names}; print([name for name in {(*HEAVY, *LATER)!r} if name in sys.modules])")
+    assert found == "[]"
+
+
+def test_a_lora_model_runs_without_what_prompts_bring():
+    code = """
+import torch, sys, deltatune
+config = deltatune.LoraConfig(r=2, target_modules=["0"], alora_invocation_tokens=None)
+model = deltatune.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
+model(torch.randn(2, 6), adapter_names=["default", "__base__"])
+assert model.prefixes == {}
+print([name for name in sys.modules if name.startswith(("deltatune.prompts.k", "deltatune.inputs."))])
+"""
+    assert run(code) == "[]"
+
+
 def test_a_plain_module_is_adapted_saved_and_loaded_without_transformers(tmp_path):
     """The packages of the extras are hidden: only torch and safetensors may be needed."""
     code = f"""

@@ -1,4 +1,7 @@
-"""How a `PeftModel` goes into a folder and comes back; the files themselves are `deltatune.storage`'s."""
+"""How a `PeftModel` goes into a folder and comes back; the files themselves are `deltatune.storage`'s.
+
+Much of that is of no use before the first save or load, and is imported there.
+"""
 
 from __future__ import annotations
 
@@ -6,66 +9,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from deltatune import biases, checks, empty, inject
+from deltatune import checks, inject
 from deltatune.config import PeftConfig
-from deltatune.errors import MismatchError, StateError
-from deltatune.filling import filled_from
-from deltatune.fused import export
-from deltatune.names import check_name
-from deltatune.state_dict import (
-    ROOT,
-    Loaded,
-    check,
-    check_finite,
-    collect,
-    derived,
-    fill,
-    fitting,
-    keyed,
-    matched,
-    parts,
-    reads_plainly,
-    translated,
-)
-from deltatune.storage import folder as storage
-from deltatune.storage import options
-from deltatune.storage.derived import check_derived
-from deltatune.storage.embeddings import Replacements, saved_embeddings
-from deltatune.storage.keys import adjusted
-from deltatune.storage.options import STRICT, Allowed
-from deltatune.storage.weights import checked_device
+from deltatune.errors import StateError
+from deltatune.state_dict import ROOT, collect, fill
 
 if TYPE_CHECKING:
     from deltatune.model import PeftModel
-
-
-def load_into(model: nn.Module, name: str, saved: storage.Saved, allowed: Allowed = STRICT) -> list[str]:
-    """Check the tensors of a folder against an adapter on the layers of a bare model, then fill it.
-
-    Returns the keys that were left out because their sizes differ.
-    """
-    found = parts(model, name)
-    known = keyed(found, name, given=None)
-    tensors = adjusted(model, matched(biases.of_peer(saved.tensors), known), known)
-    base = Replacements(model, saved.config, tensors, known, allowed.embeddings, saved.source)
-    tensors = translated(model, name, base.rest)
-    found = found if reads_plainly(model, name) else parts(model, name)
-    expected = keyed(found, name, given=tensors)
-    given = fitting(tensors, expected, saved.source) if allowed.mismatched_sizes else tensors
-    left_out = sorted(tensors.keys() - given.keys())
-    wanted = {key: tensor for key, tensor in expected.items() if key not in left_out}
-    check(given, wanted, saved.source, finite=not allowed.nonfinite)
-    if saved.derived is not None and not allowed.base_mismatch:
-        check_derived(saved.derived, derived(model, name, given), saved.source)
-    numberless = any(tensor.is_meta for tensor in known.values())
-    if numberless:
-        empty.give_room(model, name, left_out)
-    fill(model, name, given, found=None if numberless else found)
-    base.put()
-    return left_out
 
 
 class Persistence:
@@ -77,6 +29,8 @@ class Persistence:
         """File key -> tensor of one adapter; of those that a file may leave out only the given ones (None: all)."""
         self._known([name])
         if name not in self.prompts:
+            from deltatune.fused import export
+
             model = self.base_model.model
             checks.one_of("save_pretrained", "format", format, (None, "native", "peft", "lora", export.PER_EXPERT))
             tensors = collect(model, name, given=None if format == "peft" else given)
@@ -93,6 +47,8 @@ class Persistence:
 
     def base_embeddings(self: Any, name: str, asked: bool | str, known: Collection[str] = ()) -> dict[str, Tensor]:
         """The base's embeddings as far as they belong into the adapter's file: `save_embedding_layers`."""
+        from deltatune.storage.embeddings import saved_embeddings
+
         return saved_embeddings(self.base_model.model, self.peft_config[name], asked, known, self.root_of(name))
 
     def fill_adapter(self: Any, name: str, tensors: dict[str, Tensor]) -> None:
@@ -150,13 +106,15 @@ class Persistence:
         Raises:
             SaveError: Nothing was written.
         """
+        from deltatune.storage import folder, options
+
         how = options.saving(
             safe_serialization, save_embedding_layers, path_initial_model_for_weight_conversion, format, kwargs
         )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._known(names)
         if is_main_process:
-            storage.save(self, Path(save_directory), names, how)
+            folder.save(self, Path(save_directory), names, how)
 
     def push_to_hub(
         self: Any,
@@ -186,6 +144,7 @@ class Persistence:
             SaveError: The hub refused or cannot be reached; the repository is as it was.
         """
         from deltatune.storage.hub import push
+        from deltatune.storage.options import other_formats
 
         endpoint = kwargs.pop("endpoint", None)
 
@@ -202,7 +161,7 @@ class Persistence:
             revision=revision,
             create_pr=create_pr,
             endpoint=endpoint,
-            stale=options.other_formats(kwargs.get("safe_serialization", True)),
+            stale=other_formats(kwargs.get("safe_serialization", True)),
         )
 
     def create_or_update_model_card(self: Any, output_dir: str | Path) -> None:
@@ -245,27 +204,12 @@ class Persistence:
         Raises:
             PeftError: The folder is damaged or does not fit the model, which is left as it was.
         """
-        from deltatune.model import PeftModel
-        from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+        from deltatune import loading
 
-        check_name(adapter_name)
-        checked_device(kwargs.pop("torch_device", "cpu") or "cpu")
-        allowed, hub = options.loading(allow_base_mismatch, kwargs)
-        saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
-        storage.check_base(saved, model, allowed.base_mismatch)
-        saved.config.inference_mode = not is_trainable
-        by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
-        kind: Any = by_task if cls is PeftModel else cls
-        with inject.unchanged_on_error(model), filled_from(saved.source_kind):
-            numberless = low_cpu_mem_usage and not allowed.mismatched_sizes
-            made = kind(model, saved.config, adapter_name, autocast_adapter_dtype, numberless)
-            try:
-                made._load(adapter_name, saved, allowed)
-            except BaseException:
-                made.unload()
-                raise
-        made.train(is_trainable)
-        return made
+        how = loading.How(is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        return loading.from_pretrained(
+            cls, model, model_id, adapter_name, how, config, key_mapping, allow_base_mismatch, kwargs
+        )
 
     def load_adapter(
         self: Any,
@@ -291,83 +235,9 @@ class Persistence:
         Raises:
             PeftError: As `from_pretrained`; the model and its adapters are as they were.
         """
-        checked_device(torch_device or "cpu")
-        allowed, hub = options.loading(allow_base_mismatch, kwargs)
-        saved = storage.read(model_id, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
-        return self.load_saved(adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, allowed)
+        from deltatune import loading
 
-    def load_saved(
-        self: Any,
-        adapter_name: str,
-        saved: storage.Saved,
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        allowed: Allowed = STRICT,
-    ) -> Any:
-        """`load_adapter` for the content of a folder that has been read."""
-        storage.check_base(saved, self.base_model.model, allowed.base_mismatch)
-        saved.config.inference_mode = not is_trainable
-        with self._changing(adapter_name, saved.config):
-            return self._load_saved(
-                adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, allowed
-            )
-
-    def _load_saved(
-        self: Any,
-        adapter_name: str,
-        saved: storage.Saved,
-        is_trainable: bool,
-        autocast_adapter_dtype: bool,
-        low_cpu_mem_usage: bool,
-        allowed: Allowed,
-    ) -> Any:
-        fresh = adapter_name not in self.peft_config
-        if not fresh:
-            self._refuse_merged(adapter_name)
-        before = {} if fresh else {k: t.clone() for k, t in self.adapter_tensors(adapter_name).items()}
-        if fresh:
-            numberless = low_cpu_mem_usage and not allowed.mismatched_sizes
-            with filled_from(saved.source_kind):
-                self.add_adapter(adapter_name, saved.config, numberless, autocast_adapter_dtype)
-        else:
-            storage.warn_other_options(adapter_name, self.peft_config[adapter_name], saved)
-        try:
-            with filled_from(saved.source_kind):
-                left_out = self._load(adapter_name, saved, allowed)
-        except BaseException:
-            if fresh:
-                self.delete_adapter(adapter_name)
-            elif _differ(before, self.adapter_tensors(adapter_name)):
-                self.fill_adapter(adapter_name, before)
-            raise
-        if is_trainable:
-            self.set_requires_grad(adapter_name)
-        elif self.training or any(module.training for _, module in inject.targets.walk(self.base_model.model)):
-            self.eval()  # which looks into every adapter, so it is asked of none that is there already
-        told = Loaded(left_out, [])
-        told.verified = saved.verified
-        return told
-
-    def _load(self: Any, name: str, saved: storage.Saved, allowed: Allowed) -> list[str]:
-        """Check the tensors of a folder against an adapter of this model, then fill it; returns keys left out."""
-        if name not in self.prompts:
-            return load_into(self.base_model.model, name, saved, allowed)
-        model, graft = self.base_model.model, self.prompts[name]
-        tensors = graft.from_file(saved.tensors)
-        copies = collect(model, name, graft.root) if self._has_copies(name) else {}
-        heads = {key: value for key, value in tensors.items() if not graft.owns(key)}
-        base = Replacements(model, saved.config, heads, copies, allowed.embeddings, saved.source, graft.root)
-        check(base.rest, copies, saved.source, finite=not allowed.nonfinite)
-        if len(heads) == len(tensors):
-            raise MismatchError(f"{saved.source}: {graft.absent}", path=saved.source)
-        for key, tensor in tensors.items() if not allowed.nonfinite else ():
-            check_finite(saved.source, key, tensor)
-        self.fill_adapter(name, {key: value for key, value in tensors.items() if key not in heads or key in base.rest})
-        base.put()
-        return []
-
-
-def _differ(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
-    """Whether values have changed; of tensors on the meta device, which have none, nothing has."""
-    return any(not tensor.is_meta and not torch.equal(tensor, now[key]) for key, tensor in before.items())
+        how = loading.How(is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        return loading.load_adapter(
+            self, model_id, adapter_name, how, torch_device, key_mapping, allow_base_mismatch, kwargs
+        )

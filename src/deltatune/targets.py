@@ -30,17 +30,24 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs")
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of a model as it was before any adapter; a module reachable twice comes twice."""
-    for name, child in module._modules.items():  # named_children() leaves out what it has met before
-        if child is None or isinstance(child, SharedModules):
-            continue
-        path = f"{prefix}.{name}" if prefix else name
-        yield path, child
-        if isinstance(child, TrainedCopies):
-            yield from walk(child.original_module, path)
-        elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it, or a block
-            yield from walk(child.base_layer, path if child.is_block else f"{path}.base_layer")
+    # a stack in one generator: of nested ones every module would be handed through all those around it
+    around = [(prefix, iter(module._modules.items()))]
+    while around:
+        prefix, children = around[-1]
+        for name, child in children:  # named_children() leaves out what it has met before
+            if child is None or isinstance(child, SharedModules):
+                continue
+            path = f"{prefix}.{name}" if prefix else name
+            yield path, child
+            if isinstance(child, TrainedCopies):
+                child = child.original_module
+            elif isinstance(child, AdaptedLayer):  # a layer with parts of its own, adapted beside it, or a block
+                path, child = path if child.is_block else f"{path}.base_layer", child.base_layer
+            if child._modules:
+                around.append((path, iter(child._modules.items())))
+                break
         else:
-            yield from walk(child, path)
+            around.pop()
 
 
 def find(model: nn.Module, config: Any, adapter: type[Adapter] | None = None) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deltatune import IA3Config, LoraConfig, PeftModel, set_peft_model_state_dict
+from deltatune.bases.parameter import is_finite
 from deltatune.errors import AdapterNameError, MergeError, PeftWarning, StateError
 from deltatune.inject import adapted_layers
 from deltatune.layer import AdaptedLayer
@@ -30,6 +31,23 @@ def factor(model, layer=2):
 def pristine(model, before, expected):
     merged = [path for path, layer in adapted_layers(model.get_base_model()) if layer.merged]
     return unchanged(model, before) and not merged and torch.equal(logits(model, INPUTS), expected)
+
+
+def test_merging_leaves_every_module_in_the_mode_it_is_in():
+    model = adapted().train()
+    layer = model.get_base_model().get_submodule(QUERY.format(0))
+    layer.base_layer.eval()
+    modes = [module.training for module in model.modules()]
+    model.merge_adapter()
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_values_are_finite_though_their_sum_overflows_and_not_though_it_does_not(dtype):
+    largest = torch.full((64, 64), torch.finfo(dtype).max).to(dtype)
+    assert is_finite(largest) and is_finite(torch.zeros(0).to(dtype))
+    for wrong in ([float("nan")], [float("nan"), 1.0]) if dtype.itemsize < 2 else ([float("inf"), float("-inf")],):
+        assert not is_finite(torch.tensor(wrong).to(dtype))
 
 
 # 63 ------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,19 @@ def test_it_is_the_layer_plus_the_two_products(lead, bias):
     assert_close(of_found, of_expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1), (2,), (2, 3), (0, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5, dtype=torch.float64)])
+def test_without_gradients_too_for_one_token_and_for_more(lead, bias, scale):
+    x, W, b, A, B = parts(*lead, bias=bias)
+    expected = F.linear(x, W, b) + 0.5 * F.linear(F.linear(x, A), B)
+    assert_close(low_rank_linear(x, W, b, A, B, scale=scale), expected)
+    if x.ndim > 1:  # as a slice of longer rows, which is not contiguous
+        wide = torch.cat([x, x], dim=-1)[..., :6]
+        assert_close(low_rank_linear(wide, W, b, A, B, scale=scale), expected)
+
+
 def test_the_gradient_of_a_weight_that_trains_too_is_right():
     inputs = [tensor.detach().requires_grad_() for tensor in parts(4) if tensor is not None]
     torch.autograd.gradcheck(low_rank_linear, inputs)

@@ -31,6 +31,9 @@ KINDS = (
 
 def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> LinearMap | None:
     """The layer as a linear map, or None when no kind fits; further call arguments are passed to the layer."""
+    # the commonest layer of all, which is asked for several times by whatever walks over a model
+    if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter and Linear.fits(module):
+        return Linear(module, args, kwargs)
     for kind in KINDS:
         if kind.fits(module):
             return kind(module, args, kwargs or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,13 @@ from torch import Tensor, nn
 def like(value: Tensor, old: Tensor) -> nn.Parameter:
     """`value` in the precision of `old`, and trained as that was."""
     return nn.Parameter(value.detach().to(old.dtype).clone(), requires_grad=old.requires_grad)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether none is infinite or NaN. A sum that is neither says so in one pass; one that overflows says nothing."""
+    if values.element_size() < 2:
+        values = values.float()  # torch has no sum of eight-bit floats
+    return math.isfinite(values.detach().sum()) or bool(values.isfinite().all())
 
 
 def held(module: nn.Module, name: str) -> Any:

@@ -22,6 +22,7 @@ from deltatune.hotswap.compatible import check_hotswap_configs_compatible
 from deltatune.hotswap.incoming import WHERE, adapters_of, built, copies_of, read
 from deltatune.hotswap.transplant import Step, steps
 from deltatune.inject import adapted_layers
+from deltatune.loading import load
 from deltatune.shared import shared_modules
 from deltatune.state_dict import (
     ROOT,
@@ -213,4 +214,4 @@ def _swap_prompt(model: Any, name: str, saved: storage.Saved, allowed: Allowed) 
         )
     gate = model.base_model.selection.gate
     with gate.preparing(), gate.changing([name]):
-        model._load(name, saved, replace(allowed, base_mismatch=True))  # the base has been checked
+        load(model, name, saved, replace(allowed, base_mismatch=True))  # the base has been checked

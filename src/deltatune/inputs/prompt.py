@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from deltatune.config import TaskType
 from deltatune.errors import AdapterNameError, ConfigError, DataError, MismatchError
+from deltatune.inputs import INPUT
 from deltatune.inputs.encoder import STATE, InputEncoder
 from deltatune.inputs.places import ENCODER, Places, find_places
-from deltatune.inputs.stage import INPUT, InputStage
+from deltatune.inputs.stage import InputStage
 from deltatune.prompts.graft import Graft
 from deltatune.selection import Selection
 

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from deltatune.config import TaskType
 from deltatune.errors import DataError, StateError
+from deltatune.inputs import INPUT
 from deltatune.inputs.call import CACHES, IGNORED, span_loss
 from deltatune.inputs.prompt import Input
-from deltatune.inputs.stage import INPUT
 from deltatune.names import BASE
 from deltatune.selection import Call
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import StateError
+from deltatune.inputs import INPUT
 from deltatune.inputs.call import for_rows, shorten, span_loss
 from deltatune.inputs.generate import Generation, build_processors, generate
 from deltatune.inputs.one_pass import Pass, lengthened
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from deltatune.inputs.prompt import Input
 
-INPUT = "_deltatune_input"  # key in the __dict__ of the model's root
 _PROCESSORS = "_get_logits_processor"  # what generate() asks for all processors, its own and the caller's
 
 

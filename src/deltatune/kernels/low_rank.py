@@ -64,6 +64,10 @@ def _without_gradient(
     """For few rows, while decoding, in the fewest calls: one of them costs what a factor's product does."""
     if A.dtype != x.dtype or B.dtype != x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
+    if x.numel() == x.shape[-1] and not isinstance(scale, Tensor):  # one token: vectors need no transposed matrices
+        y = F.linear(x, weight, bias)
+        y.view(-1).addmv_(B, A.mv(x.reshape(-1)), alpha=scale)
+        return y
     rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias)
     h = F.linear(rows, A) if len(rows) <= _FEW else (A @ rows.T).T

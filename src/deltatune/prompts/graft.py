@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from deltatune.config import PeftConfig
-from deltatune.prompts.config import PromptLearningConfig
 from deltatune.selection import Selection
+
+if TYPE_CHECKING:
+    from deltatune.prompts.config import PromptLearningConfig
 
 
 class Graft:
@@ -21,6 +23,7 @@ class Graft:
         root: How keys of modules that are trained whole beside it begin in its file. PEFT puts no tuner around a model
             with a prompt, so they are one step shorter than those of layer methods.
         place: Where it acts, in words.
+        gives_key_values: Whether it hands keys and values to attentions, as `deltatune.prompts.key_values:Prefix` does.
         identity_at_birth: Whether a fresh adapter leaves the output as it was.
         verbs: Methods of its own that the `PeftModel` has too while the adapter is active.
         absent: What is said of a file without any of its tensors.
@@ -31,6 +34,7 @@ class Graft:
     takes_positions: ClassVar[bool] = False
     root: ClassVar[str] = "base_model."
     place: ClassVar[str] = "the attentions"
+    gives_key_values: ClassVar[bool] = False
     identity_at_birth: ClassVar[bool] = False
     verbs: ClassVar[tuple[str, ...]] = ()
     absent: ClassVar[str] = "the file holds no tensor of its prompt"

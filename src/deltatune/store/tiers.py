@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltatune import inject
 from deltatune.errors import ConfigError, LimitError
+from deltatune.loading import How, load_saved
 from deltatune.storage import folder as storage
 from deltatune.storage.options import Allowed
 
@@ -89,7 +90,7 @@ class Tiers:
         self._make_room(entry.needs(saved), 1, wanted)
         shown = copy.copy(saved)
         shown.config = copy.deepcopy(saved.config)  # grafting fills it in
-        self.model.load_saved(entry.name, shown, allowed=entry.allowed)
+        load_saved(self.model, entry.name, shown, How(), entry.allowed)
         self.in_host.pop(entry.name, None)
         entry.saved = None
         entry.bytes = sum(map(_bytes, inject.adapter_tensors(self.model.base_model.model, entry.name)))

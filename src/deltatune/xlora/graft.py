@@ -213,7 +213,7 @@ def _load(
 ) -> list[tuple[str, PeftConfig, dict[str, LoRA]]]:
     """Every expert on the model, as a LoRA adapter under a name of its own; or none of them, where one fails."""
     from deltatune import inject
-    from deltatune.persistence import load_into
+    from deltatune.loading import load_into
     from deltatune.storage import folder as storage
 
     experts = []

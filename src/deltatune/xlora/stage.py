@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltatune.cache import makes_one, new_cache, own_layers
 from deltatune.errors import StateError
-from deltatune.inputs.stage import INPUT
+from deltatune.inputs import INPUT
 from deltatune.selection import Call, Selection
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from deltatune import checks
 from deltatune.adapter import LinearMap
 from deltatune.calls import Value
 from deltatune.errors import ConfigError, DataError, StateError
-from deltatune.inputs.call import past_tokens
 from deltatune.lora.variants.variant import Pass, Variant
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ class Invoked:
         ids = next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
         if not isinstance(ids, Tensor):
             return None
+        from deltatune.inputs.call import past_tokens  # which brings what prompts need, of no use to other LoRA
+
         length, past = ids.shape[1], past_tokens(named)
         column = torch.arange(length, device=ids.device)
         if given is not None and given.ndim == 1:
