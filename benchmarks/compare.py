@@ -31,6 +31,7 @@ from deltatune.data.example import Columns
 from deltatune.data.features import Features
 from deltatune.data.prepare import Corpus, Part
 from deltatune.train import TrainSettings
+from deltatune.train.optim import build_optimizer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "compare.md"
 RESULTS = Path(__file__).with_name("compare.json")
@@ -52,14 +53,15 @@ class Lone:
 
     def __init__(self, run: Together) -> None:
         self.run, self.member = run, run.members[0]
+        self.optimizer = build_optimizer(run.model, self.member.settings)  # as a run has it
 
     def step(self, rows: list[Features]) -> None:
         self.run.model.train()
         self.run.lone_loss(rows).backward()
         nn.utils.clip_grad_norm_(self.member.parameters, 1.0)
-        self.member.optimizer.step()
+        self.optimizer.step()
         self.member.scheduler.step()
-        self.member.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def measure(rows: int, tokens: int, ranks: tuple[int, ...], rounds: int) -> dict[str, float]:
@@ -118,10 +120,11 @@ def main() -> None:
             key = f"{size} {name}"
             stored[key] = measure(*SIZES[size], ranks, asked.rounds)
             print(*line(key, stored[key]), sep=" | ", flush=True)
-    if not asked.no_write:
-        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-        table = markdown(COLUMNS, [line(key, stored[key]) for key in keys if key in stored])
-        DOCUMENT.write_text(put_between(DOCUMENT.read_text(), "one-pass", table, DOCUMENT.name))
+            if asked.no_write:
+                continue
+            RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+            table = markdown(COLUMNS, [line(key, stored[key]) for key in keys if key in stored])
+            DOCUMENT.write_text(put_between(DOCUMENT.read_text(), "one-pass", table, DOCUMENT.name))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What `deltatune plan` reckons for a training job, beside what the job takes: bytes, resident memory, time.
 
     python benchmarks/plan.py                         all jobs, and the table of docs/plan.md
-    python benchmarks/plan.py --only llama-lora --no-write
+    python benchmarks/plan.py --only "llama, LoRA" --no-write
 
 Each job runs in a process of its own: it is planned from the config of a random model, then real steps are done on
 random tokens. Allocated bytes are the profiler's count of a step beside what the model and the optimizer hold; resident
-memory is the process's peak; time is wall time of a step, the median of several, with one thread.
+memory is the process's peak; time is process CPU time of a step with one thread, the median of several.
 """
 
 from __future__ import annotations
@@ -115,13 +115,15 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def row(name: str, found: dict[str, Any]) -> list[str]:
     mib, ms = 2**20, 1e-3
-    (peak, true), (resident, rss), (first, probed, took) = found["peak"], found["resident"], found["seconds"]
-    return [
+    (peak, true), (resident, rss) = found["peak"], found["resident"]
+    first, probed, took = found.get("seconds") or (float("nan"),) * 3  # bytes may be kept where times are out of date
+    cells = [
         name, f"{peak / mib:,.1f} MiB", f"{true / mib:,.1f} MiB", f"{peak / true:.3f}",
         f"{resident / mib:,.0f} MiB", f"{rss / mib:,.0f} MiB",
         f"{first / ms:.0f} ms", f"{probed / ms:.0f} ms", f"{took / ms:.0f} ms", f"{first / took:.2f}",
         f"{probed / took:.2f}",
     ]  # fmt: skip
+    return [cell if "nan" not in cell else "-" for cell in cells]
 
 
 def main() -> None:
@@ -136,16 +138,17 @@ def main() -> None:
         return
     from harness.tables import markdown, put_between
 
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in asked.only or JOBS:
         command = [sys.executable, __file__, "--here", name, "--rounds", str(asked.rounds)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{name}: {done.stderr[-2000:]}")
-        stored[name] = json.loads(done.stdout.splitlines()[-1])
-        print(" | ".join(row(name, stored[name])), flush=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(" | ".join(row(name, found)), flush=True)
         if asked.no_write:
             continue
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may run beside this one
+        stored[name] = found
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         table = markdown(COLUMNS, [row(name, stored[name]) for name in JOBS if name in stored])
         DOCUMENT.write_text(put_between(DOCUMENT.read_text(), "jobs", table, DOCUMENT.name))

@@ -114,6 +114,51 @@ def test_adapters_of_known_kind(name, tmp_path):
             assert found.verdicts["peft"].word == (LOADS if same else CHANGES)
 
 
+def four_bits(linear):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(*linear.weight.shape[::-1], linear.bias is not None, torch.float32, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def eight_bits(linear):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(*linear.weight.shape[::-1], linear.bias is not None, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def torchao_int8(linear):
+    library = pytest.importorskip("torchao.quantization")
+    library.quantize_(linear, library.Int8WeightOnlyConfig())
+    return linear
+
+
+def quantised(make):
+    """A base whose adapted layers are stored in few bits."""
+
+    def base():
+        model = llama()
+        for layer in model.model.layers:
+            for name in QV:
+                setattr(layer.self_attn, name, make(getattr(layer.self_attn, name)))
+        return model
+
+    return base
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("make", [four_bits, eight_bits, torchao_int8])
+def test_an_adapter_of_a_quantised_base_is_judged_by_what_it_is(make, options, tmp_path):
+    trained(case(lora(**options), LOADS, LOADS, LOADS, LOADS, quantised(make)), tmp_path)
+    found = diagnose(tmp_path)
+    assert found.healthy, found.problems
+    other = REFUSES if options else LOADS
+    assert {name: verdict.word for name, verdict in found.verdicts.items()} == {
+        "peft": LOADS, "vllm": other, "sglang": other, "llama.cpp": other,
+    }  # fmt: skip
+
+
 def test_what_has_to_be_said_at_the_start_is_no_refusal(tmp_path):
     trained(CASES["high_rank"], tmp_path)
     (finding,) = diagnose(tmp_path, ["vllm"]).verdicts["vllm"].findings

@@ -91,6 +91,17 @@ def test_the_bytes_are_those_of_real_steps(models, kind, options):
     assert reckoned.optimizer == pytest.approx(2 * trained, rel=0.01)
 
 
+def test_a_step_without_numbers_has_the_operations_of_a_real_one(models):
+    settings, shape, counted = settings_for(models, "llama"), Shape(2, 16), Cost()
+    reckoned = simulate(build_job(settings, torch.device("cpu")), shape)
+    real = RealSteps(settings, torch.device("cpu"), shape)
+    real()  # the states of the optimizer
+    with LiveBytes(counted.add):
+        real()
+    assert reckoned.micro.count + reckoned.update.count == pytest.approx(counted.count, rel=0.15)
+    assert reckoned.micro.flop == pytest.approx(counted.flop, rel=0.01)
+
+
 def test_live_bytes_follow_storages_and_not_tensors():
     with LiveBytes() as live:
         x = torch.zeros(1000)

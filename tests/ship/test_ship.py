@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from deltatune.cli.app import app
 from deltatune.demo.base import load_base
 from deltatune.errors import ConversionError, MergeError, SaveError
 from deltatune.registry import METHODS
+from deltatune.ship import convert as converting
 from deltatune.ship import convert_adapter, export_adapter, merge_to_folder
 from deltatune.ship import merge as merging
 from deltatune.ship.proof import ProofError
+from deltatune.ship.targets import gguf as gguf_target
 from deltatune.ship.targets import servers
 from deltatune.ship.targets.llama_layout import turned
 
@@ -123,6 +126,21 @@ def test_what_is_exported_says_the_same(to, config, tmp_path):
         assert done.exit_code == 0, done.output
 
 
+# a change of the embedding is nothing that these two programs add to a model
+EVERYWHERE = [name for name in MERGEABLE if name != "trainable_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "to"), [("llama", "peft"), ("llama", "vllm"), ("llama", "gguf"), ("t5", "peft")])
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_every_method_is_exported_or_refused_with_a_reason(name, base, to, tmp_path):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    adapter = trained(tmp_path / "adapter", usual(name, base), base)
+    made = export_adapter(adapter, tmp_path / "out", to, inputs=TEXTS)
+    assert made.proof.holds and made.proof.positions > 4
+
+
 def test_a_gguf_adapter_as_the_package_reads_it(tmp_path):
     gguf = pytest.importorskip("gguf")
     adapter = trained(tmp_path / "adapter", lora(target_modules=["q_proj", "k_proj", "o_proj"], use_rslora=True))
@@ -203,6 +221,35 @@ def test_a_wrong_scale_is_caught(adapter, tmp_path, monkeypatch):
     out = tmp_path / "out"
     message = refused(lambda: export_adapter(adapter, out, "sglang", inputs=TEXTS), out)
     assert "first at model.layers.0.self_attn.q_proj" in message
+
+
+def test_a_wrong_scale_in_a_gguf_file_is_caught(adapter, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    real = gguf_target.write_file
+
+    def scaled(file, kind, config, tensors, base):
+        return real(file, kind, replace(config, lora_alpha=2 * config.lora_alpha), tensors, base)
+
+    monkeypatch.setattr(gguf_target, "write_file", scaled)
+    out = tmp_path / "out"
+    assert "KL divergence" in refused(lambda: export_adapter(adapter, out, "gguf", inputs=TEXTS), out)
+
+
+def test_a_layer_that_conversion_skips_is_caught_and_named(tmp_path, monkeypatch):
+    real = converting.save_as_lora
+
+    def skipping(folder, *rest, **options):
+        errors = real(folder, *rest, **options)
+        file = folder / "adapter_model.safetensors"
+        tensors = {key: t * 0 if "layers.2.mlp.down_proj.lora_B" in key else t for key, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+        return errors
+
+    adapter = trained(tmp_path / "adapter", usual("loha"))
+    monkeypatch.setattr(converting, "save_as_lora", skipping)
+    out = tmp_path / "out"
+    message = refused(lambda: convert_adapter(adapter, out, inputs=TEXTS), out)
+    assert "first at model.layers.2.mlp.down_proj" in message
 
 
 def test_another_template_is_caught(adapter, tmp_path, monkeypatch):

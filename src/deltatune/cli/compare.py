@@ -9,7 +9,7 @@ from deltatune.cli.arguments import parse
 from deltatune.cli.show import console, quiet_libraries, table
 from deltatune.cli.train import flags
 from deltatune.compare import CompareSettings, Comparison, compare
-from deltatune.compare.summary import COLUMNS, JSON, PICTURE, TABLE, cells_of
+from deltatune.compare.summary import COLUMNS, JSON, PICTURE, TABLE, cells_of, stopped_cells
 from deltatune.errors import ConfigError
 from deltatune.train.settings import read_settings
 
@@ -43,6 +43,7 @@ def _show(found: Comparison) -> None:
     shown = len(columns) - (not forgets)
     out.print()
     rows = [cells_of(line)[:shown] for line in summary.lines]
+    rows += [stopped_cells(name, stopped)[:shown] for name, stopped in summary.stopped.items()]
     out.print(table(columns[:shown], rows, numbers="lrl" + "r" * 6), soft_wrap=True)
     out.print()
     for text in summary.verdict:

@@ -65,10 +65,17 @@ class Result:
 
 
 def run_cell(spec: Spec, listener: Listener | None = None) -> Result:
-    """Train and score; the adapter and the files of its run are left in the folder of the settings."""
+    """Train and score; the adapter and the files of its run are left in the folder of the settings.
+
+    A run whose first part was trained already goes on from there.
+    """
+    from deltatune.compare import leg
+
+    settings = spec.run.model_copy(update=leg.changes_to_go_on(spec))
     try:
-        done = train(spec.run, callbacks=[listener] if listener is not None else [])
+        done = train(settings, callbacks=[listener] if listener is not None else [])
         result = measure(spec, done)
+        leg.clear(Path(spec.settings["output_dir"]))
     except PeftError as error:
         result = Result(spec.key, failed=f"{type(error).__name__}: {error}")
     write(result, Path(spec.settings["output_dir"]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.compare import cell
+from deltatune.compare.leg import Leg, legs_of, run_leg
 from deltatune.compare.plan import Candidate, Plan
 from deltatune.data.prepare import Corpus
 from deltatune.errors import TrainError
@@ -74,6 +75,16 @@ def run(specs: list[cell.Spec], isolate: bool) -> list[cell.Result]:
     folders = [Path(spec.settings["output_dir"]) for spec in specs]
     in_process("deltatune.compare.cell", [asdict(spec) for spec in specs], folders)
     return [read(spec, folder) for spec, folder in zip(specs, folders)]
+
+
+def leg(spec: cell.Spec, share: float, isolate: bool) -> Leg | None:
+    """Where a cell stands after a share of its steps; None where it failed, which its result says."""
+    folder = Path(spec.settings["output_dir"])
+    found = legs_of(folder, spec.key).get(f"{share:g}")
+    if found is not None or not isolate:
+        return found or run_leg(spec, share)
+    in_process("deltatune.compare.leg", {"spec": asdict(spec), "share": share}, [folder])
+    return legs_of(folder, spec.key).get(f"{share:g}")
 
 
 def run_together(specs: list[cell.Spec], isolate: bool, must_gain: bool) -> str | None:

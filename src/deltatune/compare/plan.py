@@ -41,6 +41,11 @@ class CompareSettings(BaseModel):
     forget_file: str | None = Field(None, description="rows of something else: how much worse does the base get on it?")
     one_pass: Literal["auto", "always", "never"] = "auto"
     learning_rates: list[float] = Field(default_factory=list, description="each candidate is tried with each of them")
+    stop_losers: bool = Field(False, description="train a part of the steps, stop the worse half, and again")
+    search: dict[str, Any] = Field(
+        default_factory=dict, description="ranges of settings to search with optuna: {low, high, log} or a list"
+    )
+    trials: int = Field(16, ge=2, description="how many candidates a search proposes")
 
     def __init__(self, **values: Any) -> None:
         for name in ("candidates", "learning_rates"):
@@ -96,14 +101,18 @@ def make_plan(own: CompareSettings, values: dict[str, Any]) -> Plan:
     values, notices = canonical(values, set(TrainSettings.model_fields)), []
     given = own.candidates or ([values["method"]] if "method" in values else [])
     values.pop("method", None)
-    if "eval_file" not in values and "test_file" not in values and not values.get("eval_split"):
+    early = own.stop_losers or bool(own.search)
+    if "eval_file" not in values and not values.get("eval_split") and (early or "test_file" not in values):
         values["eval_split"] = HELD_OUT
-        notices.append(f"{HELD_OUT:.0%} of the training rows are held out to score on (eval_split, or a test_file)")
+        what = "judge losers by" if "test_file" in values else "score on"
+        notices.append(f"{HELD_OUT:.0%} of the training rows are held out to {what} (eval_split, or an eval_file)")
     values.setdefault("split_seed", values.get("seed", TrainSettings.model_fields["seed"].default))
     candidates = [one for item in given for one in _candidates(item, values, own.learning_rates)]
     _check_options(given, values)
     _check_different(candidates)
-    if len(candidates) < 2:
+    if early:
+        _check_early(own, candidates)
+    if len(candidates) < (1 if own.search else 2):
         raise ConfigError(
             f"{len(candidates)} candidate{'' if candidates else 's'} cannot be compared; give two or more, "
             "such as --methods lora,prefix_tuning",
@@ -118,6 +127,10 @@ def make_plan(own: CompareSettings, values: dict[str, Any]) -> Plan:
             found=own.forget_file,
         )
     metric = choose_metric(shared.task, own.metric)
+    if own.search:
+        from deltatune.compare.search import check_space
+
+        check_space(own.search, candidates, _SHARED)
     return Plan(candidates, _seeds(own.seeds, shared.seed), metric, own, Path(shared.output_dir), notices)
 
 
@@ -163,6 +176,25 @@ def _check_options(given: list[str | dict[str, Any]], values: dict[str, Any]) ->
     if unknown and methods:
         # says what was meant, and which methods would take it
         TrainSettings(method=methods[0], **{name: values.get(name) for name in sorted(unknown)})
+
+
+def _check_early(own: CompareSettings, candidates: list[Candidate]) -> None:
+    """What cannot be stopped on the way."""
+    for name, settings in ((candidate.name, candidate.settings) for candidate in candidates):
+        if settings.load_best_model_at_end or settings.early_stopping_patience is not None:
+            raise ConfigError(
+                f"candidate {name}: load_best_model_at_end and early_stopping_patience choose by evaluations of their "
+                "own; drop them, or stop_losers and search",
+                field="stop_losers",
+                found=name,
+            )
+    if own.one_pass == "always":
+        raise ConfigError(
+            "one_pass='always' trains all candidates to the end; with stop_losers or search leave it at auto",
+            field="one_pass",
+            found=own.one_pass,
+            expected="auto",
+        )
 
 
 def _check_different(candidates: list[Candidate]) -> None:

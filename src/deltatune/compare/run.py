@@ -10,6 +10,7 @@ from typing import Any
 from deltatune.compare import cell, cells
 from deltatune.compare.cell import Result, forget_settings, held_out
 from deltatune.compare.plan import CompareSettings, Plan, make_plan
+from deltatune.compare.select import select
 from deltatune.compare.statistics import why_undecided
 from deltatune.compare.summary import Summary, summarise, write_summary
 from deltatune.compare.together import shared_settings, why_alone
@@ -25,7 +26,7 @@ Specs = dict[tuple[str, int], cell.Spec]
 class Comparison:
     """What a comparison found; the same is in `compare.json`, `compare.md` and `compare.png`."""
 
-    plan: Plan
+    plan: Plan  # its candidates are those that were trained to the end
     results: dict[tuple[str, int], Result]  # by candidate and seed
     summary: Summary
     output: Path
@@ -67,8 +68,9 @@ def compare(
         )
         if (reason := why_undecided(len(plan.seeds), len(part.examples))) is not None:
             say(f"cannot decide: {reason}")
+        plan, tried = select(plan, corpus, forget, isolate, say)
         results = _run(plan, cells.specs(plan, corpus, forget), isolate, say)
-        summary = summarise(plan, results)
+        summary = summarise(plan, results, tried)
         write_summary(plan, summary, plan.output)
     return Comparison(plan, results, summary, plan.output)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from string import ascii_lowercase
@@ -14,6 +14,7 @@ from deltatune.compare.cell import Result
 from deltatune.compare.picture import Point, draw
 from deltatune.compare.plan import Plan
 from deltatune.compare.scores import LOWER_IS_BETTER
+from deltatune.compare.select import Stopped, Tried
 from deltatune.compare.statistics import Estimate, Findings, judge
 from deltatune.report.words import duration, share, size
 from deltatune.train.result import as_json
@@ -54,10 +55,16 @@ class Summary:
     findings: Findings  # its numbers are places in `lines`
     failed: dict[str, str]  # why, by candidate
     verdict: list[str]
+    stopped: dict[str, Stopped] = field(default_factory=dict)  # losers, best first
 
 
-def summarise(plan: Plan, results: dict[tuple[str, int], Result]) -> Summary:
-    failed: dict[str, str] = {}
+def summarise(plan: Plan, results: dict[tuple[str, int], Result], tried: Tried | None = None) -> Summary:
+    """
+    Args:
+        tried: Candidates that were stopped on the way, or failed there.
+    """
+    tried = tried or Tried()
+    failed: dict[str, str] = dict(tried.failed)
     whole: list[tuple[str, float, list[Result]]] = []
     for candidate in plan.candidates:
         mine = [results[candidate.name, seed] for seed in plan.seeds if (candidate.name, seed) in results]
@@ -72,7 +79,7 @@ def summarise(plan: Plan, results: dict[tuple[str, int], Result]) -> Summary:
     whole.sort(key=lambda one: sign * fmean(result.rows.mean for result in one[2] if result.rows is not None))
     findings = _judged([mine for *_, mine in whole])
     lines = [_line(*one, i, findings) for i, one in enumerate(whole)]
-    return Summary(plan.metric, lines, findings, failed, _verdict(plan, lines, findings))
+    return Summary(plan.metric, lines, findings, failed, _verdict(plan, lines, findings), tried.stopped)
 
 
 def _other_rows(whole: list[tuple[str, list[Result]]]) -> list[str]:
@@ -139,6 +146,12 @@ def _verdict(plan: Plan, lines: list[Line], findings: Findings) -> list[str]:
     return said
 
 
+def stopped_cells(name: str, stopped: Stopped) -> list[str]:
+    """A loser as a line of the table, in the order of `COLUMNS`."""
+    told = f"stopped at step {stopped.step}: eval loss {stopped.loss:.4g}, needed {stopped.needed:.4g}"
+    return [name, told, *["-"] * (len(COLUMNS) - 2)]
+
+
 COLUMNS = ("candidate", "score", "group", "trains", "share", "adapter", "memory", "time", "forgetting")
 
 
@@ -175,6 +188,7 @@ def write_summary(plan: Plan, summary: Summary, folder: Path) -> None:
         ],
         "groups": [[summary.lines[i].name for i in group] for group in summary.findings.groups if summary.lines],
         "failed": summary.failed,
+        "stopped": {name: asdict(one) for name, one in summary.stopped.items()},
         "settings": {one.name: one.settings.resolved() for one in plan.candidates},
     }
     (folder / JSON).write_bytes(as_json(facts))
@@ -196,6 +210,7 @@ def _point(place: int, line: Line, findings: Findings) -> Point:
 def _markdown(summary: Summary) -> str:
     head = ["candidate", summary.metric, *COLUMNS[2:]]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *(cells_of(line) for line in summary.lines)]
+    rows += [stopped_cells(name, stopped) for name, stopped in summary.stopped.items()]
     said = [*(f"- {text}" for text in summary.verdict)]
     said += [f"- {name} failed: {why}" for name, why in summary.failed.items()]
     table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)

@@ -126,6 +126,8 @@ class Together:
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
         optimizer = build_optimizer(self.model, settings)
+        for group in optimizer.param_groups:  # one call for all tensors: with six candidates they are many and small
+            group.update(fused=True, foreach=False)
         scheduler = build_scheduler(optimizer, settings, self.pace.total_steps)
         return Member(_name(number), settings, parameters, optimizer, scheduler)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from deltatune.compare.together import Together
 from deltatune.data.features import Features
+from deltatune.plan.speed import now
 from deltatune.train import randomness
 
 TOLERANCE = 1e-4  # of the largest gradient of a parameter, in float32; sums are in another order
@@ -113,10 +113,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
     for _ in range(TIMED):
         _wait(device)
-        begun = time.perf_counter()
+        begun = now(device)
         work()
         _wait(device)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, now(device) - begun)
     return best
 
 

@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in made:
             self._see(tensor)
         self.peak = max(self.peak, self.now + _inside(func, args))
-        if not _is_view(func):
+        if func.namespace != "prim" and not _is_view(func):  # a question about a device is no operation
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             dtype = next((t.dtype for t in (*read, *made) if t.is_floating_point()), torch.float32)
             self.spent(_flop(func, args, kwargs, out), sum(_bytes(t) for t in (*read, *made)), dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from deltatune.loss.stage import chunk_loss
 from deltatune.plan.job import Shape, batch_of, build_job, uses_chunks
 from deltatune.plan.live import LiveBytes
-from deltatune.plan.speed import Speed
+from deltatune.plan.speed import Speed, now
 from deltatune.plan.step import simulate
 from deltatune.train.base import DEMO, auto_class, load_base, quiet, resolve_dtype
 from deltatune.train.method import adapt, enable_checkpointing
@@ -85,11 +84,11 @@ class RealSteps:
     def seconds(self, steps: int = STEPS) -> float:
         took = []
         for _ in range(steps):
-            start = time.perf_counter()
+            start = now(self.device)
             self()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            took.append(time.perf_counter() - start)
+            took.append(now(self.device) - start)
         return statistics.median(took)
 
     def peak(self) -> int:

@@ -118,6 +118,13 @@ def here(device: str = "cpu") -> Speed:
     return replace(speed, overhead=_overhead(speed))
 
 
+def now(device: torch.device) -> float:
+    """Seconds, to take differences of. With one thread on a CPU those of this process alone, which are not longer where
+    other programs run beside it."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
 def _bandwidth(entries: int, device: torch.device) -> float:
     wide = torch.randn(entries, device=device)
     return 3 * wide.numel() * 4 / _seconds(lambda: wide + wide, device)
@@ -126,13 +133,13 @@ def _bandwidth(entries: int, device: torch.device) -> float:
 def _seconds(run: Callable[[], Any], device: torch.device, least: float = 0.1) -> float:
     """Of one run: the median of those that there is time for."""
     run()
-    took, start = [], time.perf_counter()
-    while time.perf_counter() - start < least:
-        begun = time.perf_counter()
+    took, start = [], now(device)
+    while now(device) - start < least:
+        begun = now(device)
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - begun)
+        took.append(now(device) - begun)
     return statistics.median(took)
 
 

@@ -18,6 +18,7 @@ from deltatune.train.base import quiet
 
 ERROR = 1e-5  # of a layer's change, where neither rank nor error is asked for
 LOSSY = 1e-2  # KL divergence, where a rank was
+CUT = 5e-2  # share of a layer's output
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,20 @@ def convert_adapter(
     texts = samples(adapter, ready, inputs)
     before = record(ready, texts) if verify else None
     error = ERROR if rank is None and max_error is None else max_error
-    usual = Tolerance(1e-5 if rank is None and max_error is None else LOSSY, 5e-2)
+    # where ranks are cut every layer differs a little: only one that differs much is at fault
+    usual = Tolerance() if rank is None and max_error is None else Tolerance(LOSSY, CUT)
     with new_folder(out) as folder:
         errors = save_as_lora(folder, ready.model, rank, max_error=error)
         carry(adapter, folder)
         ready.tokenizer.save_pretrained(folder)
         proof = prove(
-            folder, texts, before, usual if tolerance is None else Tolerance(tolerance, 5e-2), model, ready, str(out)
+            folder,
+            texts,
+            before,
+            usual if tolerance is None else Tolerance(tolerance, usual.layer),
+            model,
+            ready,
+            str(out),
         )
         ranks = _ranks(folder)
     return Converted(Path(out), proof, errors, ranks)
