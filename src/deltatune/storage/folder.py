@@ -155,8 +155,10 @@ def _before(target: Path, values: dict[str, Any], facts: dict[str, Any], weights
     if present is not None and isinstance(present.get("base"), dict):
         other = difference(present["base"], facts["base"])
         kinds = [(present.get("config") or {}).get("peft_type"), values.get("peft_type")]
-        if other is not None and kinds[0] != kinds[1]:
+        if other is not None:
             warn(f"{target}: a {kinds[0]} adapter for another base ({other}) is replaced by this {kinds[1]} one")
+        elif kinds[0] != kinds[1]:
+            warn(f"{target}: a {kinds[0]} adapter is replaced by this {kinds[1]} one")
     return {REPLACES: others} if others else {}
 
 
