@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltatune import biases, checks, empty, inject
 from deltatune.config import PeftConfig
-from deltatune.errors import MismatchError, StateError
+from deltatune.errors import MismatchError, SaveError, StateError
 from deltatune.filling import filled_from
 from deltatune.fused import export
 from deltatune.names import check_name
@@ -150,6 +150,8 @@ class Persistence:
         Raises:
             SaveError: Nothing was written.
         """
+        if save_directory == "":
+            raise SaveError("save_directory='' names no folder; '.' is the one this program runs in", path="")
         how = options.saving(
             safe_serialization, save_embedding_layers, path_initial_model_for_weight_conversion, format, kwargs
         )

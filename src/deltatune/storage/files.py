@@ -27,12 +27,12 @@ def write_folders(contents: Mapping[Path, Mapping[str, bytes]], stale: Iterable[
     Raises:
         SaveError: Nothing was replaced, in none of the folders.
     """
-    for folder in contents:
-        if folder.exists() and not folder.is_dir():
-            raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
-    made = [path for folder in contents for path in _missing(folder)]
     folder = next(iter(contents))
+    made: list[Path] = []
     try:
+        for folder, files in contents.items():
+            _refuse_others(folder, files)
+        made = [path for folder in contents for path in _missing(folder)]
         for folder in contents:
             folder.mkdir(parents=True, exist_ok=True)
         with locked(contents):
@@ -44,6 +44,19 @@ def write_folders(contents: Mapping[Path, Mapping[str, bytes]], stale: Iterable[
     except OSError as error:
         _unmake(made)
         raise _refusal(error, folder, contents, True) from error
+
+
+def _refuse_others(folder: Path, files: Iterable[str]) -> None:
+    """A file where the folder should be; a device or pipe where a file should be, which would wait or be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
+    for target in (folder / name for name in files):
+        if target.exists() and not (target.is_file() or target.is_dir()):  # a folder's own error is told later
+            raise SaveError(
+                f"{target} is a device or a pipe, expected a file; nothing was written",
+                path=str(target),
+                hint="remove it, or choose another folder",
+            )
 
 
 def _unmake(made: Iterable[Path]) -> None:
@@ -69,10 +82,19 @@ def _replace(contents: Mapping[Path, Mapping[str, bytes]]) -> None:
             os.replace(source, target)
     except OSError as error:
         whole = _put_back(before)
-        for path in temporary.values():
-            with suppress(OSError):  # on a disk that fails for good it stays
-                path.unlink(missing_ok=True)
+        _remove(temporary.values())
         raise _refusal(error, folder, contents, whole) from error
+    except BaseException:  # Ctrl-C: perhaps after the last of them is in place
+        if list(temporary.values())[-1:] and list(temporary.values())[-1].exists():
+            _put_back(before)
+        _remove(temporary.values())
+        raise
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):  # on a disk that fails for good it stays
+            path.unlink(missing_ok=True)
 
 
 def _tidy(contents: Iterable[Path], stale: Iterable[Path]) -> None:
