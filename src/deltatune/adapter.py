@@ -128,6 +128,7 @@ class Adapter(Stored):
         replaces: Its W' does not depend on W, so that adapters before it on a layer have no effect.
         mergeable: True, or the reason why no weight can hold the change, so that `adapt` is not defined.
         deterministic: True, or the reason why equal calls in evaluation mode give different outputs.
+        learns_in_eval: True, or the reason why gradients reach some parameters in training mode alone.
         lossless: True, or the reason why a file holds less than what trains.
         bounded_r: Whether a config's `r` is a rank or width, so that one above both sides of a layer is refused.
         pointwise: True, or the reason why what it does at a token depends on others of the row.
@@ -147,6 +148,7 @@ class Adapter(Stored):
     replaces: ClassVar[bool] = False
     mergeable: bool | str = True
     deterministic: bool | str = True
+    learns_in_eval: bool | str = True
     lossless: bool | str = True
     bounded_r: ClassVar[bool] = True
     pointwise: bool | str = True

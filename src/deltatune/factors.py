@@ -186,16 +186,21 @@ def _correlated(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(torch.view_as_complex(Y.contiguous()), n=kernel.shape[-1]).flatten(-2)
 
 
-def drawn_positions(rows: int, columns: int, count: int, seed: int) -> Tensor:
-    """(2, count) distinct entries of a matrix, by a random stream that files rely on: they hold the seed alone."""
-    drawn = _drawn(rows * columns, count, seed).clone()  # one that autograd may keep, wherever the first was made
+def drawn_positions(rows: int, columns: int, count: int, seed: int, in_order: bool = False) -> Tensor:
+    """(2, count) distinct entries of a matrix, by a random stream that files rely on: they hold the seed alone.
+
+    Args:
+        in_order: Row by row, and not in the order in which they were drawn.
+    """
+    drawn = _drawn(rows * columns, count, seed, in_order)
     return torch.stack([drawn // columns, drawn % columns])
 
 
 @functools.lru_cache(maxsize=32)  # a model has few sizes of layers, and each permutation is as large as a layer
-def _drawn(size: int, count: int, seed: int) -> Tensor:
+def _drawn(size: int, count: int, seed: int, in_order: bool) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(size, generator=generator, device="cpu")[:count].clone()
+    drawn = torch.randperm(size, generator=generator, device="cpu")[:count]
+    return drawn.sort().values if in_order else drawn.clone()
 
 
 def at_least_single(tensor: Tensor) -> torch.dtype:
@@ -221,10 +226,16 @@ def through_sum(x: Tensor, layer: LinearMap, build: Callable[..., Tensor], *tens
 
 
 def through_entries(x: Tensor, layer: LinearMap, places: Tensor, values: Tensor) -> Tensor | None:
-    """`through_sum` of an update by `values` at `places` (n,) of the matrix, counted row by row, each there once."""
-    if not _has_sum(x, layer):
+    """`through_sum` of an update by `values` at `places` (n,) of the matrix, counted row by row, each there once.
+
+    In half precision the update has a product of its own beside the layer's, which rounds it to its own size.
+    """
+    if _has_sum(x, layer):
+        return _ThroughEntries.apply(x, layer.weight, layer.bias, places, values)
+    if layer.kind != "linear" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return None
-    return _ThroughEntries.apply(x, layer.weight, layer.bias, places, values)
+    y, nothing = layer(x), x.new_zeros(()).expand(layer.out_features, layer.in_features)
+    return y + _ThroughEntries.apply(x, nothing, None, places, values).to(y.dtype)
 
 
 def _has_sum(x: Tensor, layer: LinearMap) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -11,22 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import biases, calls, empty, replication, targets, tying
-from deltatune.adapter import Adapter, LinearMap, Method, Stored
-from deltatune.bases.block import Block, width_of
+from deltatune import calls, replication, targets
+from deltatune.building import Built, build
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
-from deltatune.errors import ConfigError, StateError, TargetError
-from deltatune.fused import graft as fused
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
 from deltatune.memory import SMALLER, told
-from deltatune.registry import METHODS
 from deltatune.selection import Selection
 from deltatune.shared import SHARED, SharedModules, add_shared, remove_shared, strip_shared
 from deltatune.storage.fingerprint import base_parameters
-from deltatune.suggest import nearest
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -57,164 +51,35 @@ def graft(
     replicated = replication.replicate(model, getattr(config, "layer_replication", None))
     try:
         with told(f"building adapter {name!r}", SMALLER):
-            _graft(model, config, name, selection, autocast_adapter_dtype)
+            built = build(model, config, name, autocast_adapter_dtype)
+            _graft(model, built, name, selection)
+            vars(config).update({key: value for key, value in vars(built.config).items() if key != "unknown_fields"})
     except BaseException:
         if replicated:
             replication.restore(model)
         raise
 
 
-def _graft(model: nn.Module, config: PeftConfig, name: str, selection: Selection, autocast_adapter_dtype: bool) -> None:
-    method = METHODS[config.peft_type]  # type: ignore[index]
-    resolved: Any = copy.copy(config)
-    fused.convert(model, resolved)
-    tie = getattr(resolved, "ensure_weight_tying", False)
-    if tie:
-        tying.retarget(model, resolved)
-    saved = find_saved(model, resolved)
-    built: dict[int, Adapter] = {}  # by the id of the module that each is for
-    shared = None
-    if not fused.targets_no_layer(resolved, targets.model_type_of(model), method):
-        shared = _build_all(model, method, resolved, name, autocast_adapter_dtype, built)
-    if resolved.target_parameters is not None:
-        fused.build(model, resolved, name, autocast_adapter_dtype, built)
-    for part, options in resolved.beside():
-        _build_all(model, part, options, name, autocast_adapter_dtype, built)
-        _refuse_copied(model, built, saved)
-    _build_tied(model, built, saved)
-    if (choice := getattr(resolved, "bias", "none")) != "none":
-        biases.build(
-            _outside(model, saved),
-            choice,
-            built,
-            lambda adapter, module, layer: _place(adapter, module, layer, autocast_adapter_dtype),
-        )
+def _graft(model: nn.Module, built: Built, name: str, selection: Selection) -> None:
+    tie = getattr(built.config, "ensure_weight_tying", False)
     with _undone_on_error() as undo:
-        if shared is not None:
-            add_shared(model, name, shared)
+        if built.shared is not None:
+            add_shared(model, name, built.shared)
             undo.append(lambda: remove_shared(model, name))
         # backwards: parts before what they are in; a layer that has another name too is adapted under both
         wrappers = _wrappers(model, AdaptedLayer)
         for path, module in reversed(list(targets.walk(model))):
-            if id(module) not in built:
+            if id(module) not in built.adapters:
                 continue
-            kind = FusedLayer if isinstance(built[id(module)], ParameterAdapters) else AdaptedLayer
+            adapter = built.adapters[id(module)]
+            kind = FusedLayer if isinstance(adapter, ParameterAdapters) else AdaptedLayer
             wrapper = _wrap(model, path, module, kind, wrappers, selection, undo)
             if name not in wrapper.adapters:
-                wrapper.add(name, built[id(module)])
+                wrapper.add(name, adapter)
                 undo.append(lambda wrapper=wrapper: wrapper.adapters.__delitem__(name))
-        add_copies(model, saved, name, selection, undo, tie)
-        calls.follow(model, selection, name, (value for adapter in built.values() for value in adapter.reads))
-    vars(config).update({key: value for key, value in vars(resolved).items() if key != "unknown_fields"})
-
-
-def _build_all(
-    model: nn.Module, method: Method, config: Any, name: str, autocast: bool, built: dict[int, Adapter]
-) -> Stored | None:
-    """An adapter for every layer that a config targets; `built` gets them. Returns what they share."""
-    assert method.adapter is not None
-    targets.with_defaults(config, model, lambda kind: method.usual_targets(kind, config), method.find_targets)
-    found, owners = targets.find(model, config, method.adapter), _owners(model, built)
-    for path, module in found.items():
-        if id(module) in built:
-            raise ConfigError(
-                f"{type(config).__name__}: {path} is a target twice, and a layer has one adapter of a name; "
-                "take it out of one of the lists, or add a second adapter",
-                field="target_modules",
-                path=path,
-            )
-    made, shared = _build(model, method, found, config, name, autocast)
-    for module in {id(module): module for module in found.values()}.values():
-        sharing = owners.setdefault(id(_stored(module)), [])
-        followed = (owner.tied(_map(module), config) for owner in sharing)
-        follows = next((adapter for adapter in followed if adapter is not None), None)
-        if follows is None:
-            sharing.append(made[id(module)])
-        built[id(module)] = follows or made[id(module)]
-    return shared
-
-
-def _build_tied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
-    """Adapters for layers that no one targets, but whose weight is that of one whose adapter they have to follow."""
-    if not any(adapter.ties for adapter in built.values()):
-        return
-    owners = _owners(model, built)
-    for path, module in targets.walk(model):
-        if targets.map_of(module) is None or _inside(path, saved):
-            continue
-        present = built.get(id(module))
-        for owner in owners.get(id(_stored(module)), []):
-            follows = None if owner is present else owner.tied(_map(module))
-            if follows is not None and present is None:
-                present = built[id(module)] = follows
-            elif follows is not None and type(present) is not type(follows):
-                raise ConfigError(
-                    f"{path} shares its weight with a layer whose {type(owner).__name__} it has to follow, and is a "
-                    f"target of {type(present).__name__} too; take it out of target_modules",
-                    field="target_modules",
-                    path=path,
-                )
-
-
-def _outside(model: nn.Module, saved: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, LinearMap | None]]:
-    """Path, module and map of what is not trained whole."""
-    for path, module in targets.walk(model):
-        if not _inside(path, saved) and not isinstance(module, TrainedCopies):
-            yield path, module, targets.map_of(module)
-
-
-def _owners(model: nn.Module, built: dict[int, Adapter]) -> dict[int, list[Adapter]]:
-    """The adapters that are built, by the id of the parameter that they change."""
-    found: dict[int, list[Adapter]] = {}
-    for module in {id(module): module for _, module in targets.walk(model)}.values():
-        if id(module) in built:
-            found.setdefault(id(_stored(module)), []).append(built[id(module)])
-    return found
-
-
-def _refuse_copied(model: nn.Module, built: dict[int, Adapter], saved: dict[str, nn.Module]) -> None:
-    for path, module in targets.walk(model):
-        if id(module) in built and _inside(path, saved):
-            raise ConfigError(
-                f"modules_to_save: {path} is trained whole and has an adapter too; name it in one of the two",
-                field="modules_to_save",
-                path=path,
-            )
-
-
-def _inside(path: str, saved: dict[str, nn.Module]) -> bool:
-    return any(f"{path}.".startswith(f"{other}.") for other in saved)
-
-
-def _map(module: nn.Module) -> LinearMap:
-    return targets.map_of(module) or Block(_holder(module))
-
-
-def _stored(module: nn.Module) -> Any:
-    """The parameter in which a layer keeps its weight; the layer itself where it is none."""
-    layer, holder = targets.map_of(module), _holder(module)
-    stored = None if layer is None else holder._parameters.get(layer.keeps[0])
-    return holder if stored is None else stored
-
-
-def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Path -> module for everything that is to be trained whole. Changes nothing."""
-    names = config.modules_to_save or []
-    modules = dict(targets.walk(model))
-    # as PEFT: any ending, so that "norm" means "input_layernorm" too; its files hold what it has trained
-    found = {path: module for path, module in modules.items() if path.endswith(tuple(names))}
-    dead = [name for name in names if not any(path.endswith(name) for path in found)]
-    dead = [name for name in dead if name not in targets.HEAD_NAMES]  # PEFT's files name every usual head
-    if dead:
-        endings = {path.rpartition(".")[2] for path in modules}
-        raise TargetError(
-            f"modules_to_save: {dead[0]!r} matches no module of {type(model).__name__}; "
-            f"the nearest names are {nearest(dead[0], endings, 3) or sorted(endings)[:5]}",
-            field="modules_to_save",
-            found=dead,
-        )
-    inner = [path for path in found if any(path.startswith(f"{other}.") for other in found)]
-    return {path: module for path, module in found.items() if path not in inner}
+        add_copies(model, built.saved, name, selection, undo, tie)
+        read = (value for adapter in built.adapters.values() for value in adapter.reads)
+        calls.follow(model, selection, name, read)
 
 
 def add_copies(
@@ -232,90 +97,6 @@ def add_copies(
         wrapper = _wrap(model, path, module, TrainedCopies, wrappers, selection, undo)
         if name not in wrapper.modules_to_save:
             wrapper.add(name, shared if tie else {})
-
-
-def _build(
-    model: nn.Module, method: Method, found: dict[str, nn.Module], config: PeftConfig, name: str, autocast: bool
-) -> tuple[dict[int, Adapter], Stored | None]:
-    """An adapter per layer, by the layer's id, and what they share, all in place and precision of their layers."""
-    assert method.adapter is not None
-    once = {id(module): path for path, module in reversed(found.items())}  # a layer goes by the first of its paths
-    layers = {
-        path: _layer(method.adapter, model, module, config, path, name)
-        for path, module in found.items()
-        if once[id(module)] == path
-    }
-    made, shared = empty.build(method, layers, config)
-    for path, adapter in made.items():
-        _place(adapter, found[path], layers[path], autocast)
-        if layers[path].only_weight and adapter.mergeable is not True:
-            raise TargetError(
-                f"target {path!r} is a {type(_holder(found[path])).__name__}, which is adapted through its weight "
-                f"alone, and no weight can hold {type(adapter).__name__}: {adapter.mergeable}; target layers around it",
-                field="target_modules",
-                path=path,
-            )
-    if shared is not None:
-        first = next(iter(layers))
-        _place(shared, found[first], layers[first], autocast)
-    return {id(found[path]): adapter for path, adapter in made.items()}, shared
-
-
-def _layer(
-    kind: type[Adapter], model: nn.Module, module: nn.Module, config: PeftConfig, path: str, name: str
-) -> LinearMap:
-    """A target as the map that is adapted.
-
-    Raises:
-        PeftError: It is adapted under this name already, or the method does not fit it.
-    """
-    if isinstance(module, AdaptedLayer):
-        if name in module.adapters:
-            raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
-        if module.merged:
-            raise StateError(f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}")
-        layer = module.as_map()
-    else:
-        layer = targets.as_map(module)
-    if layer is None or layer.kind == "block":
-        layer = Block(_holder(module), width=width_of(model, path))
-    if (fits := kind.fits(layer)) is not True:
-        raise TargetError(
-            f"target {path!r} is a {type(_holder(module)).__name__}, which {kind.__name__} cannot adapt; {fits}",
-            field="target_modules",
-            path=path,
-        )
-    rank = getattr(config, config.rank_name, 0) if kind.bounded_r else 0
-    longer = max(layer.in_features, layer.out_features)
-    if rank and rank > longer:
-        raise ConfigError(
-            f"{type(config).__name__}: {config.rank_name}={rank} is larger than both sides of {path} "
-            f"({layer.out_features}, {layer.in_features}); use at most {min(layer.in_features, layer.out_features)}",
-            field=config.rank_name,
-            expected=longer,
-        )
-    return layer
-
-
-def _holder(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdaptedLayer) else module
-
-
-def _place(made: Stored, module: nn.Module, layer: LinearMap, autocast: bool) -> None:
-    half = layer.dtype in (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if half and autocast else layer.dtype
-    holder = _holder(module)
-    device = next(itertools.chain(holder.parameters(), holder.buffers())).device
-    if not _is_in(made, device, dtype):
-        made.to(device=None if empty.is_empty(made) else device, dtype=dtype)
-
-
-def _is_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `module.to(device, dtype)` would change nothing."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and (tensor.device != device or (tensor.dtype != dtype and tensor.is_floating_point())):
-            return False
-    return all(child is None or _is_in(child, device, dtype) for child in module._modules.values())
 
 
 def _wrappers(model: nn.Module, kind: type) -> dict[int, Any]:

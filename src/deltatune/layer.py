@@ -13,57 +13,13 @@ from deltatune import mixed
 from deltatune.adapter import Adapter, Applied, LinearMap
 from deltatune.bases import as_map
 from deltatune.bases.block import Block, first_tensor, with_first
-from deltatune.bases.packed import PackedLinear
 from deltatune.bases.parallel import ParallelLinear
-from deltatune.bases.parameter import like
 from deltatune.compat import LayerViews
-from deltatune.errors import MergeError, StateError
+from deltatune.errors import StateError
 from deltatune.live_names import say_names
+from deltatune.merging import Merging
 from deltatune.selection import Call, Selection, has_scale
 from deltatune.weight import LazyWeight
-
-
-@dataclass
-class Merged:
-    """Adapters whose change is in the base layer now, and the parameters that were there before.
-
-    Attributes:
-        lost: What rounding to the layer's precision changed, as a share of the update: |held - W'| / |W' - W|.
-        merged_at: The parameters of the adapters, with the versions that are merged.
-    """
-
-    names: tuple[str, ...]
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    lost: float = 0.0
-    merged_at: tuple[tuple[nn.Parameter, int], ...] = ()
-
-    def by_name(self, keeps: tuple[str, str]) -> dict[str, nn.Parameter | None]:
-        """Parameters by their names in a layer that calls its two so."""
-        return dict(zip(keeps, (self.weight, self.bias)))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.merged_at = tuple(
-            (parameter, parameter._version) for parameter, _ in self.merged_at
-        )  # a copy's count anew
-
-    def refuse_stale(self, training: bool) -> None:
-        """Before a pass on them: steps that look like training leave the merged weights as they are.
-
-        Raises:
-            StateError: The adapters have changed since they were merged, or are to be trained.
-        """
-        if torch.compiler.is_compiling():
-            return
-        if any(parameter._version != version for parameter, version in self.merged_at):
-            what = "have changed since they were merged; call unmerge_adapter(), and merge_adapter() again"
-        elif training and torch.is_grad_enabled() and any(parameter.requires_grad for parameter, _ in self.merged_at):
-            what = "are merged, so no gradient reaches them; call unmerge_adapter() before training"
-        else:
-            return
-        names = list(self.names)
-        raise StateError(f"adapters {names} {what}", field="adapter_name", found=names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +45,12 @@ class Standing:
         return True
 
 
-class AdaptedLayer(LayerViews, nn.Module):
+class AdaptedLayer(LayerViews, Merging):
     """A layer, or a block of layers, under adapters.
 
     Which of them act is decided by `selection`, shared by all layers of the model. To code that reads the layer
     instead of calling it, `weight` and `bias` are the adapted ones, everything else is the base layer's.
     """
-
-    base_layer: nn.Module
-    adapters: nn.ModuleDict
-    stash: Merged | None
 
     def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
         super().__init__()
@@ -249,6 +201,22 @@ class AdaptedLayer(LayerViews, nn.Module):
             )
         return tuple(name for name in here if name)
 
+    def _merged_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Merged adapters are in the weight, active ones that are not act on it; no adapters: on the kept weights."""
+        stash = self.stash
+        assert stash is not None and stash.weight is not None
+        if call.rows is not None:
+            raise StateError(
+                "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
+            )
+        if not call.names:
+            layer = as_map(self.base_layer, args, kwargs)
+            assert layer is not None
+            return layer.apply(x, layer.matrix(stash.weight), stash.bias)
+        stash.refuse_stale(self.training)
+        rest = self.unmerged(call.names)
+        return self._adapted_forward(x, call, rest, args, kwargs) if rest else self.base_layer(x, *args, **kwargs)
+
     # -------------------------------------------------------------------------------------- for those who read weights
 
     @property
@@ -283,111 +251,6 @@ class AdaptedLayer(LayerViews, nn.Module):
         """The adapted weight in the base layer's own layout."""
         return self.as_map().store(self.as_map(names).weight)
 
-    # ------------------------------------------------------------------------------------------------------- merging
-
-    def merged_parameters(self, names: Iterable[str], check: bool) -> Merged:
-        """What the base layer's parameters become; changes nothing.
-
-        Raises:
-            MergeError: The layer cannot hold the result, or (with `check`) it is not finite.
-        """
-        names = tuple(name for name in names if name in self.adapters)
-        old_weight, old_bias = self._kept()
-        training = self.training
-        try:
-            self.eval()
-            with torch.no_grad():
-                base, bias = self.as_map(), self.as_map(names).bias
-                plain = weight = base.weight
-                for name in names:
-                    weight = self.selection.acting(self.adapters[name]).adapt(weight)
-                # what no adapter changed is kept as it is, and needs no packing again
-                held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
-        finally:
-            self.train(training)
-        refuse_infinite(names, base, (weight, held, bias), check)
-        if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
-            raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
-        assert old_weight is not None
-        like_old = old_weight if old_bias is None else old_bias
-        new_bias = None if bias is None else like(bias, like_old)
-        return Merged(names, held, new_bias, lost(base, weight, held), self._versions(names))
-
-    def _versions(self, names: Iterable[str]) -> tuple[tuple[nn.Parameter, int], ...]:
-        parameters = [parameter for name in names for parameter in self.adapters[name].parameters()]
-        return tuple((parameter, parameter._version) for parameter in parameters)
-
-    def more_merged(self, names: Iterable[str], check: bool) -> Merged:
-        """The same with the named adapters beside those that are merged already, from the parameters that were kept."""
-        before = self.stash
-        if before is None:
-            return self.merged_parameters(names, check)
-        now = self._present(before)
-        self.unmerge()
-        try:
-            return self.merged_parameters((*before.names, *names), check)
-        finally:
-            self._put(now)
-            self.stash = before
-
-    def swap_in(self, new: Merged) -> None:
-        """Put new parameters in place of the base layer's and keep those, object for object, for `unmerge`."""
-        self.unmerge()
-        old = self._present(new)
-        self._put(new)
-        self.stash = old
-
-    def _present(self, like: Merged) -> Merged:
-        """What is in the places now that `like` fills."""
-        weight, bias = self._kept()
-        assert weight is not None
-        return Merged(like.names, weight, bias, merged_at=like.merged_at)
-
-    def unmerge(self) -> None:
-        if self.stash is not None:
-            self._put(self.stash)
-            self.stash = None
-
-    def _kept(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        weight, bias = self.as_map().keeps
-        return getattr(self.base_layer, weight, None), getattr(self.base_layer, bias, None)
-
-    def _put(self, new: Merged) -> None:
-        """The parameter objects themselves change places, so a tied layer elsewhere keeps what it had."""
-        assert new.weight is not None
-        base = self.as_map()
-        weight, bias = base.keeps
-        if isinstance(base, PackedLinear):
-            return base.put(new.weight, new.bias)
-        setattr(self.base_layer, weight, new.weight)
-        if bias in self.base_layer._parameters:
-            self.base_layer.register_parameter(bias, new.bias)
-
-    def _merged_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """Merged adapters are in the weight, active ones that are not act on it; no adapters: on the kept weights."""
-        stash = self.stash
-        assert stash is not None and stash.weight is not None
-        if call.rows is not None:
-            raise StateError(
-                "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
-            )
-        if not call.names:
-            layer = as_map(self.base_layer, args, kwargs)
-            assert layer is not None
-            return layer.apply(x, layer.matrix(stash.weight), stash.bias)
-        stash.refuse_stale(self.training)
-        rest = self.unmerged(call.names)
-        return self._adapted_forward(x, call, rest, args, kwargs) if rest else self.base_layer(x, *args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
-        """Moved or cast: the kept parameters too, which `unmerge` puts back."""
-        super()._apply(fn, recurse)
-        for kept in () if self.stash is None else self.stash.by_name(("weight", "bias")).values():
-            if kept is not None:
-                with torch.no_grad():
-                    kept.data = fn(kept.data)
-        return self
-
     # ------------------------------------------------------------------------------------------- like the base layer
 
     def __getattr__(self, name: str) -> Any:
@@ -407,29 +270,3 @@ class AdaptedLayer(LayerViews, nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
-
-
-@torch.no_grad()
-def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
-    if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
-        return 0.0
-    missed, update = (base.matrix(held) - weight).norm(), (weight - base.weight).norm()
-    return (missed / update).item() if update > 0 else 0.0
-
-
-def refuse_infinite(names: Iterable[str], base: LinearMap, new: Iterable[Tensor | None], check: bool) -> None:
-    """
-    Args:
-        new: What is to be merged, before and after rounding to the layer's precision.
-        check: Also where the base has such values already.
-    """
-    plain = [part for part in new if type(part) in (Tensor, nn.Parameter)]  # others hold codes
-    parts = [part.detach() for part in plain if part.is_floating_point()]  # type: ignore[union-attr]
-    if all(part.isfinite().all() for part in parts) or not (check or base.weight.isfinite().all()):
-        return
-    largest = max(part.abs().max().item() for part in parts)
-    raise MergeError(
-        f"the merged weight is not finite (largest value {largest}); adapters {list(names)} are broken, or too large "
-        f"for {base.dtype}",
-        found=list(names),
-    )

@@ -8,36 +8,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from deltatune import calls, empty, inject, recompute
+from deltatune.building import find_saved
+from deltatune.calling import Calling
 from deltatune.combine.convert import supports_lora_conversion
 from deltatune.combine.weighted import add_weighted_adapter
 from deltatune.config import PeftConfig
 from deltatune.errors import AdapterNameError, ConfigError, StateError
-from deltatune.gate import STANDING
-from deltatune.inputs import rows as input_rows
-from deltatune.inputs.stage import INPUT
 from deltatune.memory import SMALLER, told
-from deltatune.names import BASE, check_name
+from deltatune.names import check_name
 from deltatune.notice import warn
 from deltatune.peer.verbs import PeerVerbs
 from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.key_values import Prefix
 from deltatune.registry import METHODS
-from deltatune.selection import Call, Recomputation
+from deltatune.selection import Call
 from deltatune.tuner import Tuner
 
 
-class PeftModel(Persistence, PeerVerbs, nn.Module):
+class PeftModel(Persistence, PeerVerbs, Calling):
     """A base model with adapters.
 
     Args:
@@ -79,24 +75,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         recompute.bind(model, self.base_model.selection, self.prompts)
         self.training = model.training
 
-    # ------------------------------------------------------------------------------------------------------- calling
-
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's forward; `adapter_names` gives one adapter per row ("__base__" for none)."""
-        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            with self._passing(adapter_names):
-                return input_rows.forward(self, adapter_names, args, kwargs)
-        with self._passing(adapter_names, kwargs):
-            if not (self.training and torch.is_grad_enabled()):
-                return self.base_model(*args, **kwargs)
-            if self.base_model.selection.choosing and not torch.compiler.is_compiling():
-                # a choice of this call alone, and checkpointing may have been switched on behind our back
-                recompute.bind(self.base_model.model, self.base_model.selection, self.prompts)
-            self.base_model.check_starts()
-            for schedule in self.base_model.schedules.values():
-                if schedule.name in self.base_model.selection.active:
-                    schedule.forward_begins()
-            return self.base_model.with_penalty(self.base_model(*args, **kwargs), kwargs)
+    # ------------------------------------------------------------------------------------------------------ training
 
     def after_step(self, step: int | None = None) -> None:
         """To be called after `optimizer.step()` and before `optimizer.zero_grad()` in a loop of your own.
@@ -110,122 +89,11 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
         """The extra loss of the active methods, for loops that compute a loss from the logits; see `Tuner.penalty`."""
         return self.base_model.penalty(labels, attention_mask)
 
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's generate; with beams or several sequences per row, names are repeated to match."""
-        if adapter_names is not None and input_rows.mixes_prompts(self, adapter_names):
-            with self._passing(adapter_names):
-                return input_rows.generate(self, adapter_names, args, kwargs)
-        model: Any = self.base_model.model
-        with self._passing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
-            return vars(model).get(INPUT, model).generate(*args, **kwargs)
-
-    def _passing(
-        self,
-        names: list[str] | None,
-        kwargs: dict[str, Any] | None = None,
-        generation: dict[str, Any] | None = None,
-    ) -> AbstractContextManager[Any]:
-        """A pass under its choice of adapters, which changes of these wait for.
-
-        Args:
-            names: One per row, or None.
-            kwargs: Arguments of the call; None where the rows are run in groups, each with a choice of its own.
-            generation: Those of generate.
-        """
-        selection = self.base_model.selection
-
-        def choice() -> Any:
-            return nullcontext() if kwargs is None else self._chosen(names, kwargs, generation)
-
-        def checked_choice() -> Any:
-            if STANDING not in (used := uses()):  # what was chosen some time ago may be gone
-                self._known(used)
-            return choice()
-
-        if torch.compiler.is_compiling():  # a graph has no room for waiting
-            return choice()
-        uses = (
-            selection.uses if names is None else lambda: frozenset(name for name in names if name not in (BASE, None))
-        )
-        return selection.gate.passing(uses, checked_choice)
-
-    def _chosen(self, names: list[str] | None, kwargs: dict[str, Any], generation: dict[str, Any] | None) -> Any:
-        """What a call asks for beyond the arguments of the base model, which is taken out of them."""
-        call = self.base_model.selection.current()
-        if names is not None:
-            rows = tuple(None if name in (BASE, None) else name for name in names)
-            self._known([name for name in rows if name is not None])
-            stacks = WeakKeyDictionary() if call.stacks is None and generation is not None else call.stacks
-            call = Call(rows=rows, stacks=stacks, scale=call.scale)
-        call = self.informed(call, kwargs, generation)
-        if names is None and not call.values:
-            return nullcontext()
-        return self.base_model.selection.use(
-            replace(call, copies=1 if generation is None else self._copies_per_row(generation))
-        )
-
-    def informed(self, call: Call, kwargs: dict[str, Any], generation: dict[str, Any] | None = None) -> Call:
-        """The call with what adapters read of it, as task_ids, taken out of the arguments."""
-        readers = calls.readers(self.base_model.model)
-        if readers is None:
-            return call
-        kept = {name for graft in self.prompts.values() for name in graft.reads}
-        return replace(call, values={**call.values, **readers.taken(kwargs, kept, generation)})
-
-    def _copies_per_row(self, kwargs: dict[str, Any]) -> int:
-        settings = kwargs.get("generation_config") or getattr(self.base_model.model, "generation_config", None)
-        values = [kwargs.get(n, getattr(settings, n, None)) or 1 for n in ("num_beams", "num_return_sequences")]
-        return max(values)  # beams already hold the returned sequences
-
-    @contextmanager
-    def fixed_adapters(self) -> Iterator[None]:
-        """Within the block no adapter changes: calls with `adapter_names` keep what they stack from one to the next.
-
-        For loops that decode token by token without `generate`, which does it by itself. What is kept is at most a copy
-        of the adapters of the last batch; training steps and edits of weights belong outside of the block.
-        """
-        selection = self.base_model.selection
-        with selection.use(replace(selection.current(), stacks=WeakKeyDictionary())):
-            yield
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block, calls of this thread or task run the base model, bit for bit."""
-        with self.base_model.selection.use(Call()):
-            yield
-
     def enable_adapter_layers(self) -> None:
         self.base_model.enable_adapter_layers()
 
     def disable_adapter_layers(self) -> None:
         self.base_model.disable_adapter_layers()
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The base model's, with the recomputation bound to the adapters of the forward pass it repeats.
-
-        Layers are recomputed without the reentrant engine unless asked for, so no input needs a gradient, and the hook
-        that transformers puts on the embeddings for that engine's sake is taken off again: it would make backward run
-        through frozen layers below the first adapter.
-        """
-        model: Any = self.base_model.model
-        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        hooked = bool(getattr(model, "_require_grads_hooks", None))
-        if kwargs["use_reentrant"]:
-            model.activation_checkpointing_enable(kwargs, **options)
-            recompute.bind(model, self.base_model.selection, self.prompts)
-            return
-        kwargs.setdefault("context_fn", Recomputation(self.base_model.selection, self.prompts))
-        model.activation_checkpointing_enable(kwargs, **options)
-        if not hooked:
-            model.disable_input_require_grads()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     # ------------------------------------------------------------------------------------------------------ adapters
 
@@ -316,7 +184,7 @@ class PeftModel(Persistence, PeerVerbs, nn.Module):
 
     def _add_prompt(self, name: str, config: Any) -> None:
         model, selection = self.base_model.model, self.base_model.selection
-        saved = inject.find_saved(model, config)
+        saved = find_saved(model, config)
         method = METHODS[config.peft_type]
         assert method.graft is not None
         # nobody gives a trial pass what adapters read of a call, so it runs without them

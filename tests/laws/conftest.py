@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # the laws stack any adapters on a layer; that one of them replaces what is before it is said elsewhere
         item.add_marker(pytest.mark.filterwarnings("ignore:set_adapter. .* replaces the whole weight"))
         item.add_marker(pytest.mark.filterwarnings("ignore:merge_adapter. rounding"))  # half precision loses a part
+        item.add_marker(pytest.mark.filterwarnings("ignore:adapter .* has seen no data"))  # a start that nothing feeds
         method = _method(item)
         if method is not None:
             groups.setdefault((item.nodeid.partition("[")[0], method), []).append(item)

@@ -69,6 +69,7 @@ class Block(nn.Module):
 BASES: dict[str, Base] = {
     "linear": Base(lambda: nn.Linear(12, 8), (5, 12)),
     "linear-wide-no-bias": Base(lambda: nn.Linear(8, 20, bias=False), (8,)),
+    "linear-of-tokens": Base(lambda: nn.Linear(12, 8), (5,), rows=16),
     "transposed": Base(lambda: _with_bias(Conv1D(8, 12)), (5, 12)),
     "embedding": Base(lambda: nn.Embedding(16, 8), (5,), rows=16),
     "embedding-padded": Base(lambda: nn.Embedding(16, 4, padding_idx=2), (5,), rows=16),
@@ -89,6 +90,7 @@ PLAIN = ("linear", "transposed", "embedding", "conv2d-circular", "norm")  # one 
 SWEPT = (
     "linear",
     "linear-wide-no-bias",
+    "linear-of-tokens",
     "embedding",
     "conv2d-circular",
     "block",
@@ -97,15 +99,22 @@ SWEPT = (
 
 
 class Holder(nn.Module):
-    """A model of one layer, with a neighbour that no adapter touches."""
+    """A model of one layer, with a neighbour that no adapter touches.
+
+    Token ids that a layer of vectors is given go through a fixed table first, as in a language model.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.neighbour = nn.Linear(3, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        bare = getattr(self.layer, "base_layer", self.layer)
+        if isinstance(bare, nn.Embedding) or input_ids.is_floating_point():
+            return self.layer(input_ids)
+        width = torch.arange(1, bare.in_features + 1, device=input_ids.device)
+        return self.layer(torch.sin(input_ids[..., None] * width).to(bare.weight.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -193,6 +202,8 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     ),
     "use_bdlora": ({"target_modules_bd_a": [LAYER], "nblocks": 2}, {"target_modules_bd_b": [LAYER], "nblocks": 2}),
     "kasa_config": ({"beta": 0.1},),
+    "monteclora_config": ({"num_samples": 3},),
+    "alora_invocation_tokens": ([3],),
     "velora_config": ({"num_groups": 3},),
 }
 # Options that are also tried together, where a config has them all.
@@ -385,6 +396,10 @@ def _build(name: str, variant: str, base: str) -> tuple[LinearMap, Adapter] | No
         if variant == "default":
             raise
         return None  # an option that the method refuses for this kind of layer
+    # what is worked out of a pass, such as where a token stands, takes ids; for the others they are one base too many
+    by_tokens = any(value.at is not None for value in made[LAYER].reads)
+    if (base == "linear-of-tokens" and not by_tokens) or (BASES[base].rows is None and by_tokens):
+        return None
     return layer, made[LAYER]
 
 

@@ -20,6 +20,11 @@ def test_exactly_the_adapter_trains_and_each_of_its_parameters_receives_gradient
     own = adapters(model)
     trains = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in trains} == {id(p) for p in own} and len(own) == len({id(p) for p in own})
+    declared = model.get_base_model().layer.adapters["default"].learns_in_eval
+    if declared is not True:
+        model(case.batch(8)).square().mean().backward()
+        assert any(p.grad is None for p in own), f"declared as {declared!r}, but all receive gradient"
+        model.train()
     model(case.batch(8)).square().mean().backward()
     for parameter in (p for p in own if p.numel()):  # an option may leave one empty
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0

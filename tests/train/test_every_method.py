@@ -101,7 +101,7 @@ def test_it_trains_through_the_verb(method, base, rows, experts, tmp_path):
     from deltatune.train.defaults import learning_rate
 
     options = {**OPTIONS.get(method, {}), **({"adapters": experts} if method == "xlora" else {})}
-    rate = RATES.get(method, max(learning_rate(method, options), 2e-3))
+    rate = RATES.get(method, learning_rate(method, options))
     asked: dict[str, Any] = {
         "model_name_or_path": base, "task": "causal", "method": method, "train_file": rows, "max_steps": STEPS,
         "per_device_train_batch_size": 8, "learning_rate": rate, "lr_scheduler_type": "constant", "warmup_ratio": 0,

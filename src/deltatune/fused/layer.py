@@ -16,7 +16,8 @@ from deltatune.errors import MergeError, StateError
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.rows import by_token, tokens_of
 from deltatune.fused.weight import LowRankWeight
-from deltatune.layer import AdaptedLayer, Merged, lost, refuse_infinite
+from deltatune.layer import AdaptedLayer
+from deltatune.merging import Merged, lost, refuse_infinite
 from deltatune.selection import Call, Selection
 
 

@@ -128,10 +128,9 @@ class Subspaces(Adapter):
         like: dict[str, Any] = {"dtype": self.adamss_newB.dtype, "device": self.adamss_newB.device}
         A, B = [], []
         for rows in members:
-            _, S, Vh = torch.linalg.svd(U[rows], full_matrices=False)
-            above = int((self.threshold * S[0] ** 2 < S**2).sum()) if self.threshold else len(S)
-            rank = max(min(above, self.rank, len(S)), 1)
-            A.append(nn.Parameter(Vh[:rank].to(**like).clone(memory_format=torch.contiguous_format)))  # row by row
+            start_A = _directions(U[rows], self.rank, self.threshold)
+            rank = len(start_A)
+            A.append(nn.Parameter(start_A.to(**like)))
             start = torch.zeros(len(rows), rank) if self.zero else torch.randn(len(rows), rank) * 0.01
             B.append(nn.Parameter(start.to(**like)))
         self.adamss_A, self.adamss_B = nn.ParameterList(A), nn.ParameterList(B)
@@ -211,6 +210,20 @@ def _left(W: Tensor, V: Tensor) -> Tensor:
         Q = torch.linalg.qr(torch.linalg.lstsq(W.T, V, driver="gelsd").solution)[0]
         U = Q @ (Q.T @ U)
     return (U / U.norm(dim=0).clamp_min(1e-30)).float()
+
+
+def _directions(U: Tensor, most: int, threshold: float) -> Tensor:
+    """The first right singular vectors of some rows of U, one a row: at most `most`, and of those with a threshold only
+    the ones whose squared singular value is above this share of the largest.
+
+    Out of the smaller of U^T U and U U^T in double precision, which takes less than a decomposition of U.
+    """
+    U = U.double()
+    tall = U.shape[0] > U.shape[1]
+    squares, vectors = torch.linalg.eigh(U.mT @ U if tall else U @ U.mT)  # ascending
+    above = int((squares > threshold * squares[-1]).sum()) if threshold else len(squares)
+    vectors = vectors[:, -max(min(above, most), 1) :].flip(1)
+    return (vectors if tall else torch.linalg.qr(U.mT @ vectors)[0]).mT.contiguous()
 
 
 def _clusters(U: Tensor, count: int) -> Tensor:

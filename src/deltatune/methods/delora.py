@@ -119,5 +119,11 @@ class DeLoRA(Adapter):
 
 
 METHOD = Method(
-    PeftType.DELORA, DeloraConfig, DeLoRA, key_prefix="delora_", default_targets=usual_targets, train_options=all_linear
+    PeftType.DELORA,
+    DeloraConfig,
+    DeLoRA,
+    key_prefix="delora_",
+    default_targets=usual_targets,
+    learning_rate=3e-3,  # of directions, which a step turns by rate x sqrt(width) / length; PEFT's example has it too
+    train_options=all_linear,
 )

@@ -16,33 +16,26 @@ from deltatune.architectures import usual_targets
 from deltatune.config import PeftType
 from deltatune.errors import ConfigError
 from deltatune.factors import NO_DROPOUT, Factor, block_diagonal, shift
-from deltatune.filling import Source, source
 from deltatune.kernels import fused_linear, gpu
 from deltatune.kernels import low_rank as fused
 from deltatune.lora import starts
 from deltatune.lora.config import LoraConfig
-from deltatune.lora.quantised import Quantised
-from deltatune.lora.stacked import NAMES, START_A, START_B, for_peers, unstacked
+from deltatune.lora.known import Known
+from deltatune.lora.stacked import for_peers
 from deltatune.lora.starts import Site, Start
-from deltatune.lora.variants import VIEWS, build_variants, variants_of, view
+from deltatune.lora.variants import VIEWS, build_variants, variants_of
 from deltatune.lora.variants.arrow import Router
-from deltatune.lora.variants.dora import Dora
 from deltatune.lora.variants.variant import Pass, Variant
 from deltatune.methods.common import all_linear
 from deltatune.patterns import pattern_value
-from deltatune.room import of_rank, plain, widen
-from deltatune.storage.derived import in_waves
+from deltatune.room import plain, widen
 
 
-class LoRA(Adapter):
+class LoRA(Known):
     """Trainable: A (r, in) and B (out, r), r (in + out) numbers; with a variant (`deltatune.lora.variants`) others too.
 
     Attributes:
-        variants: What the config asks for besides, in the order in which it acts.
         summand: True, or the reason why the output is not that of the layer plus an update.
-        start_A, start_B: Where the factors began, if the base gives way by their product.
-        stand_in: What stands in the place of the layer's weight.
-        awaits_data: Whether its start needs data that have not been read.
     """
 
     views: ClassVar[tuple[str, ...]] = (
@@ -54,16 +47,8 @@ class LoRA(Adapter):
     stacks = ("blocks",)
     row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
 
-    lora_A: Factor
-    lora_B: Factor
     followed: bool = False  # by layers that share an embedding's weight
-    start_A: Tensor | None
-    start_B: Tensor | None
-    stand_in: Quantised | None
-    awaits_data: bool
     scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
-    room: int | None = None  # the rank that the tensors have, where it may be higher than its own
-    variants: Sequence[Variant]
     summand: bool | str = True
 
     def __init__(
@@ -155,7 +140,7 @@ class LoRA(Adapter):
 
     def _declare(self, variant: Variant) -> None:
         """What one variant says of itself holds for the whole."""
-        for name in ("identity_at_birth", "mergeable", "pointwise", "summand"):
+        for name in ("identity_at_birth", "mergeable", "pointwise", "summand", "learns_in_eval"):
             if getattr(variant, name) is not True:
                 setattr(self, name, getattr(variant, name))
         self.reads = (*self.reads, *variant.reads)
@@ -283,55 +268,6 @@ class LoRA(Adapter):
         terms = [term for variant in self.variants if (term := variant.penalty(self)) is not None]
         return torch.stack(terms).sum() if terms else None
 
-    # Files call the factors of an embedding by names of their own, without `.weight`, and hold no room.
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        if self.room is None:
-            return self._held()
-        return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
-
-    def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.awaits_data = False
-        with torch.no_grad():
-            for name, tensor in self._held().items():
-                value = tensors[name] if self.room is None else of_rank(self, tensor, tensors[name], self.room)
-                tensor.copy_(value)  # counted by torch, for what is kept until it changes
-
-    def _held(self) -> dict[str, Tensor]:
-        names = NAMES[self.embedding]
-        bias = {} if self.lora_B.bias is None else {"lora_B.bias": self.lora_B.bias}
-        own = {name: tensor for variant in self.variants for name, tensor in variant.file_tensors().items()}
-        return {names[0]: self.lora_A.weight, names[1]: self.lora_B.weight, **bias, **own, **self.kept_tensors()}
-
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.start_A is None or self.start_B is None:
-            return tensors
-        found = unstacked(tensors, self.r, NAMES[self.embedding])
-        if self.keeps_derived and source() is Source.PEER:  # data have been collected once more for a file of PEFT
-            return {START_A: self.start_A, START_B: self.start_B, **found}
-        if self.keeps_derived and self.embedding and found.get(NAMES[True][0], self.A).shape == self.A.shape:
-            zero = {START_A: torch.zeros_like(self.start_A), START_B: torch.zeros_like(self.start_B)}
-            return {**zero, **found}  # one that came from PEFT, which starts embeddings plainly
-        return found
-
-    def derived_tensors(self) -> dict[str, Tensor]:
-        frozen = {} if self.start_A is None else {START_A: self.start_A, START_B: self.start_B}
-        fixed = {} if isinstance(self.lora_B.weight, nn.Parameter) else {NAMES[self.embedding][1]: self.lora_B.weight}
-        return {**frozen, **fixed}  # type: ignore[dict-item]
-
-    def kept_tensors(self) -> dict[str, Tensor]:
-        derived = self.derived_tensors()
-        kept = {name: derived[name] for name in derived if self.keeps_derived or name not in (START_A, START_B)}
-        return kept | {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
-
-    def checked_tensors(self) -> dict[str, Tensor]:
-        """Of Q and of B0 A0, which is all that counts of its factors, whatever their signs and order."""
-        if self.stand_in is not None:
-            return {"lora_stand_in": in_waves(self.stand_in.weight)}
-        if self.start_A is None or self.start_B is None or self.keeps_derived:
-            return {}
-        return {"lora_start": self.start_B.float() @ in_waves(self.start_A)}
-
     def make_room(self, rank: int | None = None) -> None:
         widen(self, rank)
 
@@ -346,26 +282,6 @@ class LoRA(Adapter):
         nn.init.zeros_(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
         return True
-
-    def live_tensors(self) -> dict[str, tuple[nn.Module, str]]:
-        if not self.embedding:
-            return super().live_tensors()
-        return {"lora_embedding_A": (self.lora_A, "weight"), "lora_embedding_B": (self.lora_B, "weight")}
-
-    @property
-    def lora_embedding_A(self) -> Tensor | None:
-        return self.lora_A.weight if self.embedding else None
-
-    @property
-    def lora_embedding_B(self) -> Tensor | None:
-        return self.lora_B.weight if self.embedding else None
-
-    use_dora = property(lambda self: any(isinstance(variant, Dora) for variant in self.variants))
-    lora_magnitude_vector = view("lora_magnitude_vector")
-    lora_diag = view("lora_diag")
-    lora_monteclora_sampler = view("lora_monteclora_sampler")
-    lora_velora_embed = view("lora_velora_embed")
-    qalora_group_size = view("qalora_group_size")
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"

@@ -90,9 +90,7 @@ class Shira(Adapter):
             indices = _masked(layer, config, count, path)
         elif config.mask_type == "random":
             seed = UNSEEDED if config.random_seed is None else config.random_seed
-            rows, columns = drawn_positions(height, width, count, seed)
-            order = (rows * width + columns).argsort()  # as a mask gives them, and as files hold the numbers
-            indices = torch.stack([rows[order], columns[order]])
+            indices = drawn_positions(height, width, count, seed, in_order=True)  # as a mask gives them, and files have
         else:
             indices = None
         made = cls(layer, config.r, indices, config.init_weights)

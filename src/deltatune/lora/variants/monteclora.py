@@ -128,6 +128,7 @@ class Monteclora(Variant):
 
     field: ClassVar[str] = "monteclora_config"
     penalises: ClassVar[bool] = True
+    learns_in_eval: bool | str = "nothing is sampled in evaluation mode"
     views: ClassVar[tuple[str, ...]] = ("lora_monteclora_sampler",)
 
     def __init__(self, r: int, options: MontecloraConfig, layers: int) -> None:

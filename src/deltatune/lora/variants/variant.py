@@ -46,7 +46,7 @@ class Variant(nn.Module):
         kinds: Kinds of layers that its maths allows.
         starts: Values of init_lora_weights that it allows; None for all.
         summand: True, or the reason why the output is not that of the layer plus an update.
-        mergeable, pointwise, identity_at_birth: As of an adapter.
+        mergeable, pointwise, identity_at_birth, learns_in_eval: As of an adapter.
         views: Attributes that programs read per adapter on a layer.
     """
 
@@ -57,6 +57,7 @@ class Variant(nn.Module):
     mergeable: bool | str = True
     pointwise: bool | str = True
     identity_at_birth: bool | str = True
+    learns_in_eval: bool | str = True
     penalises: ClassVar[bool] = False
     reads: tuple[Value, ...] = ()
     views: ClassVar[tuple[str, ...]] = ()
