@@ -2,6 +2,7 @@
 
     python scripts/fuzz.py folders --cases 10000
     python scripts/fuzz.py configs --cases 10000 --first 123 --show     from case 123 on; what each ends in
+    python scripts/fuzz.py folders --first 2000 --cases 2000 --record   a portion; its figures for docs/reliability.md
 
 A case is a number, from which everything about it follows. The parent has torch and the models loaded and forks; the
 child has a limit of memory, and a limit of time after which it is killed. Whatever is neither a success nor a deltatune
@@ -25,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.fuzzing import configs, folders
+from scripts.fuzzing import configs, folders, page
 from scripts.fuzzing.isolated import Limits, Outcome, run
 
 TARGETS: dict[str, Any] = {"folders": folders, "configs": configs}
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="limit of one case, of the processor's time")
     parser.add_argument("--megabytes", type=int, default=500, help="limit of one case, beyond what the parent holds")
     parser.add_argument("--keep", type=Path, default=Path("build/fuzz"), help="where bad cases are kept")
+    parser.add_argument("--record", action="store_true", help="keep the figures under --keep (scripts/fuzzing/page.py)")
     parser.add_argument("--show", action="store_true", help="print every case")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -67,6 +69,8 @@ def _loop(options: argparse.Namespace, target: Any, limits: Limits) -> int:
     print(f"{options.cases} {options.target} in {time.monotonic() - started:.0f} s: {bad} bad")
     for kind, count in kinds.most_common():
         print(f"  {count:6}  {kind}")
+    if options.record:
+        page.record(options.keep, options.target, options.first, options.cases, bad, kinds, slowest, largest)
     print(f"slowest {slowest.seconds:.2f} s ({slowest.kind}); largest {largest.kilobytes // 1024} MB ({largest.kind})")
     return 1 if bad else 0
 

@@ -67,6 +67,8 @@ class Target:
                 story.append(f"{change.__name__} {change(folder, draw, trap) or ''}")
             except Exception:
                 story.append(f"({change.__name__} was not possible)")  # on what an earlier change has left
+            if change is no_file:  # a further one would itself wait for the pipe, or read the device to no end
+                break
         return Case(folder, trap, "; ".join(story))
 
     def use(self, case: Case) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ class Gate:
         self._change: _Change | None = None
         self._turn = threading.RLock()
         self._own = _Own()
+        _GATES.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Gate, ()  # copies have a gate of their own
@@ -64,6 +67,12 @@ class Gate:
                 self._passes.remove(used)
                 own.remove(used)
                 self._free.notify_all()
+
+    def alone(self) -> None:
+        """In a process that was just forked: the passes and changes of the threads that it does not have never end."""
+        if not self._own.changes:
+            self._free, self._turn, self._change = threading.Condition(), threading.RLock(), None
+            self._passes = list(self._own.passes)
 
     def _open(self, used: Uses) -> bool:
         change = self._change
@@ -118,6 +127,11 @@ class Gate:
         """Whether passes of other threads use what is to be changed."""
         count = sum(change.meets(used) for used in self._passes)
         return count > sum(change.meets(used) for used in self._own.passes)
+
+
+_GATES: weakref.WeakSet[Gate] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [gate.alone() for gate in list(_GATES)])
 
 
 def _within() -> StateError:

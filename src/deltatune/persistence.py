@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltatune import checks, inject
 from deltatune.config import PeftConfig
-from deltatune.errors import StateError
+from deltatune.errors import SaveError, StateError
 from deltatune.state_dict import ROOT, collect, fill
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class Persistence:
         """
         from deltatune.storage import folder, options
 
+        if save_directory == "":
+            raise SaveError("save_directory='' names no folder; '.' is the one this program runs in", path="")
         how = options.saving(
             safe_serialization, save_embedding_layers, path_initial_model_for_weight_conversion, format, kwargs
         )

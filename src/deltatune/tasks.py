@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deltatune.config import PeftConfig, TaskType
+from deltatune.heads import warn_other_head
 from deltatune.model import PeftModel
 from deltatune.peer.mixed import PeftMixedModel
 
@@ -99,4 +100,6 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     kind = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
-    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    made = kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    warn_other_head(model, peft_config.task_type)
+    return made

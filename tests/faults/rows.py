@@ -205,8 +205,11 @@ ROWS = [
     Row(
         28,
         "task without a head for the model",
-        REFUSED,
-        ("faults/test_injection.py::test_a_task_that_is_none_is_refused_with_those_that_are",),
+        OURS,
+        (
+            "faults/test_injection.py::test_a_task_that_is_none_is_refused_with_those_that_are",
+            "faults/test_injection.py::test_a_task_whose_head_the_model_lacks_is_told_by_task_and_class",
+        ),
     ),
     Row(
         29,
@@ -367,6 +370,10 @@ ROWS = [
         (
             "faults/test_save.py::test_two_who_save_to_one_folder_never_leave_a_mixture",
             "faults/test_save.py::test_two_who_save_at_once_leave_one_whole_adapter",
+            "faults/test_lock.py::test_who_comes_second_waits_for_the_first_to_end",
+            "faults/test_lock.py::test_processes_that_save_adapters_at_once_leave_config_and_tensors_of_one",
+            "faults/test_lock.py::test_a_dead_saver_holds_nobody_up",
+            "faults/test_lock.py::test_one_that_does_not_end_is_named_and_nothing_is_written",
         ),
     ),
     Row(
@@ -471,7 +478,19 @@ ROWS = [
         REFUSED,
         ("faults/test_merge.py::test_combinations_that_cannot_be",),
     ),
-    Row(70, "memory, kill, full disk during a merge that is saved", HOLDS, waits=9),
+    Row(
+        70,
+        "memory, kill, full disk during a merge that is saved",
+        HOLDS,
+        (
+            "ship/test_place.py::test_killed_at_any_operation_it_is_whole_or_absent",
+            "ship/test_place.py::test_all_is_on_the_disk_before_it_has_its_name",
+            "ship/test_place.py::test_a_disk_that_fails_at_any_operation",
+            "ship/test_place.py::test_a_disk_that_fills_while_the_merged_model_is_written",
+            "ship/test_place.py::test_memory_that_runs_out_while_the_merged_model_is_proven",
+            "faults/test_crash.py::test_a_merged_model_that_cannot_be_saved_leaves_its_input",
+        ),
+    ),
     # G6: training and resuming
     Row(
         71,
@@ -547,6 +566,9 @@ ROWS = [
         "data empty, malformed, without labels",
         REFUSED,
         (
+            "faults/test_data.py::test_a_file_that_cannot_be_trained_on_is_refused_before_a_model_is_loaded",
+            "faults/test_data.py::test_what_only_tokens_can_tell_is_refused_before_the_first_step",
+            "faults/test_data.py::test_answers_that_are_all_cut_away_are_refused_and_some_are_counted",
             "cli/test_refusals.py::test_bad_data_file_is_told_by_file_line_and_field",
             "cli/test_refusals.py::test_unlabelled_row_of_a_classifier",
             "train/test_loop.py::test_bad_data_is_refused_before_the_model_is_looked_for_and_leaves_nothing",

@@ -199,6 +199,35 @@ def test_a_task_that_is_none_is_refused_with_those_that_are(tmp_path):
     assert (tmp_path / WEIGHTS).is_file()
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "words"),
+    [
+        ("llama", "SEQ_CLS", "LlamaForCausalLM has the head of CAUSAL_LM.*AutoModelForSequenceClassification"),
+        ("t5", "TOKEN_CLS", "T5ForConditionalGeneration.*SEQ_2_SEQ_LM.*AutoModelForTokenClassification"),
+        (
+            "bert",
+            "QUESTION_ANS",
+            "BertForSequenceClassification .* head of SEQ_CLS.*AutoModelForQuestionAnswering",
+        ),
+        ("bert", "CAUSAL_LM", "BertForSequenceClassification has the head of SEQ_CLS.*AutoModelForCausalLM"),
+    ],
+)
+def test_a_task_whose_head_the_model_lacks_is_told_by_task_and_class(kind, task, words):
+    """PEFT trains on without the head, and says nothing."""
+    with pytest.warns(PeftWarning, match=f"task_type='{task}', and {words}"):
+        get_peft_model(tiny(kind), LoraConfig(task_type=task))
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM"), ("t5", "CAUSAL_LM"), ("llama", None),
+     ("bert", "FEATURE_EXTRACTION")],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_a_task_that_fits_or_has_no_head_is_not_talked_about(kind, task):
+    get_peft_model(tiny(kind), LoraConfig(task_type=task, target_modules="all-linear"))
+
+
 def test_training_with_nothing_that_trains_is_refused_before_the_first_step():
     optim = pytest.importorskip("deltatune.train.optim", reason="training needs the extra 'cli'")
     model = adapted()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltatune import IA3Config, PeftModel, get_peft_model
+from deltatune import IA3Config, LoraConfig, PeftModel, get_peft_model
 from deltatune.errors import AdapterNameError, PeftWarning, SaveError, UnsafeError
 from tests.core.tiny import logits, tiny
 from tests.faults.folders import CONFIG, INPUTS, OLDER, WEIGHTS, adapted, failing, refused
@@ -92,6 +92,10 @@ def test_an_adapter_of_another_kind_for_another_base_is_not_replaced_in_silence(
     with pytest.warns(PeftWarning, match="a LORA adapter for another base .* is replaced by this IA3 one"):
         other.save_pretrained(folder)
     assert PeftModel.from_pretrained(tiny("gpt2"), folder).peft_config["default"].peft_type == "IA3"
+    with pytest.warns(PeftWarning, match="a IA3 adapter is replaced by this LORA one"):
+        get_peft_model(tiny("gpt2"), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder)
+    with pytest.warns(PeftWarning, match="a LORA adapter for another base .* is replaced by this LORA one"):
+        adapted().save_pretrained(folder)
 
 
 # 56 ------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.errors import MergeError
+
 
 @dataclass(frozen=True)
 class Product:
@@ -73,6 +75,9 @@ def svd(
     matrix: Matrix, driver: str | None = None, decompose: Callable[[Tensor], Any] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, k), S (k,), V (k, in) with U diag(S) V the matrix; `decompose` does it to dense ones."""
+    parts = (matrix.up, matrix.down) if isinstance(matrix, Product) else (matrix,)
+    if not all(bool(part.isfinite().all()) for part in parts):
+        raise MergeError("the sum of the changes is not finite; are the adapters, and the weights small enough?")
     if not isinstance(matrix, Product):
         return torch.linalg.svd(matrix, full_matrices=False, driver=driver) if decompose is None else decompose(matrix)
     wide = matrix.to(_precise(matrix.up))

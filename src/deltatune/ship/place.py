@@ -6,10 +6,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from deltatune.errors import PeftError, SaveError
+from deltatune.storage.files import sync
 
 CARRIED = ("settings.json", "labels.json", "metrics.json")  # how inputs were written, names of classes, the run
 
@@ -28,9 +31,13 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     try:
         made.mkdir(parents=True)
         yield made
+        for path in [*made.rglob("*"), made]:  # on the disk before it has its name: a power cut leaves no empty files
+            sync(path)
         if target.exists():
             target.rmdir()
         os.replace(made, target)
+        with suppress(OSError):  # all is in place; some file systems cannot sync a folder
+            sync(target.parent)
     except PeftError:
         raise  # some of ours are OSErrors too
     except OSError as error:
@@ -38,6 +45,13 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             f"{error.filename or out}: cannot be written: {error.strerror or error}; nothing is left of it",
             path=str(out),
             found=error.errno,
+            hint="make room, or choose another folder",
+        ) from error
+    except SafetensorError as error:  # what transformers writes models with; its errors of the disk are no OSErrors
+        raise SaveError(
+            f"{out}: cannot be written: {error}; nothing is left of it",
+            path=str(out),
+            hint="make room, or choose another folder",
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)

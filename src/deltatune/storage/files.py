@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from deltatune.errors import SaveError
+from deltatune.storage.lock import locked
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:
@@ -21,21 +22,56 @@ def write_folders(contents: Mapping[Path, Mapping[str, bytes]], stale: Iterable[
     """Write files into folders: all to temporary names, to the disk, and then in place, in order.
 
     The last file of a folder is its commit point: readers that find it whole find the others whole too. Files that
-    become stale go after all of that.
+    become stale go after all of that. Others who save to one of the folders wait (`deltatune.storage.lock`).
 
     Raises:
         SaveError: Nothing was replaced, in none of the folders.
     """
-    for folder in contents:
-        if folder.exists() and not folder.is_dir():
-            raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
-    made = [path for folder in contents for path in _missing(folder)]
+    folder = next(iter(contents))
+    made: list[Path] = []
+    try:
+        for folder, files in contents.items():
+            _refuse_others(folder, files)
+        made = [path for folder in contents for path in _missing(folder)]
+        for folder in contents:
+            folder.mkdir(parents=True, exist_ok=True)
+        with locked(contents):
+            _replace(contents)
+            _tidy(contents, stale)
+    except SaveError:
+        _unmake(made)
+        raise
+    except OSError as error:
+        _unmake(made)
+        raise _refusal(error, folder, contents, True) from error
+
+
+def _refuse_others(folder: Path, files: Iterable[str]) -> None:
+    """A file where the folder should be; a device or pipe where a file should be, which would wait or be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise SaveError(f"{folder} is a file, expected a folder to save into", path=str(folder))
+    for target in (folder / name for name in files):
+        if target.exists() and not (target.is_file() or target.is_dir()):  # a folder's own error is told later
+            raise SaveError(
+                f"{target} is a device or a pipe, expected a file; nothing was written",
+                path=str(target),
+                hint="remove it, or choose another folder",
+            )
+
+
+def _unmake(made: Iterable[Path]) -> None:
+    for path in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
+        with suppress(OSError):  # not empty, or never made
+            path.rmdir()
+
+
+def _replace(contents: Mapping[Path, Mapping[str, bytes]]) -> None:
+    """All files in place, or none."""
     temporary: dict[Path, Path] = {}
     before: dict[Path, bytes | None] = {}
     folder = next(iter(contents))
     try:
         for folder, files in contents.items():
-            folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 target = (folder / name).resolve()  # through a link, to the file the user really has there
                 temporary[target] = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -46,25 +82,38 @@ def write_folders(contents: Mapping[Path, Mapping[str, bytes]], stale: Iterable[
             os.replace(source, target)
     except OSError as error:
         whole = _put_back(before)
-        for path in temporary.values():
-            with suppress(OSError):  # on a disk that fails for good it stays
-                path.unlink(missing_ok=True)
-        for path in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # not empty, or never made
-                path.rmdir()
-        left = "what was there is untouched" if whole else "the old files could not all be put back"
-        raise SaveError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; {left}{_room(error, contents)}",
-            path=str(folder),
-            found=error.errno,
-            hint="make room, or choose another folder",
-        ) from error
+        _remove(temporary.values())
+        raise _refusal(error, folder, contents, whole) from error
+    except BaseException:  # Ctrl-C: perhaps after the last of them is in place
+        if list(temporary.values())[-1:] and list(temporary.values())[-1].exists():
+            _put_back(before)
+        _remove(temporary.values())
+        raise
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):  # on a disk that fails for good it stays
+            path.unlink(missing_ok=True)
+
+
+def _tidy(contents: Iterable[Path], stale: Iterable[Path]) -> None:
     for path in stale:
         with suppress(OSError):  # should it stay, the last file says that it is stale
             path.unlink(missing_ok=True)
     for folder in contents:
         with suppress(OSError):  # all is in place; some file systems cannot sync a folder
-            _sync(folder)
+            sync(folder)
+
+
+def _refusal(error: OSError, folder: Path, contents: Mapping[Path, Mapping[str, bytes]], whole: bool) -> SaveError:
+    left = "what was there is untouched" if whole else "the old files could not all be put back"
+    return SaveError(
+        f"{error.filename or folder}: cannot be written: {error.strerror or error}; {left}{_room(error, contents)}",
+        path=str(folder),
+        found=error.errno,
+        hint="make room, or choose another folder",
+    )
 
 
 def _room(error: OSError, contents: Mapping[Path, Mapping[str, bytes]]) -> str:
@@ -110,9 +159,10 @@ def _write(path: Path, content: bytes, mode: int) -> None:
     path.chmod(mode)
 
 
-def _sync(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """A file or a folder onto the disk."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

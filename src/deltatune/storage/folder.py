@@ -7,6 +7,7 @@ The safetensors file is the commit point: its header carries the config and what
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:
     cards = {
         places[name]: {CARD_NAME: model_card(model.peft_config[name], how.tags).encode()}
         for name in names
-        if not (places[name] / CARD_NAME).exists()
+        if not os.path.exists(places[name] / CARD_NAME)
     }
     if manners.as_peft and folder not in cards and not (folder / CARD_NAME).exists():
         cards[folder] = {CARD_NAME: model_card(model.peft_config[names[0]], how.tags).encode()}
@@ -154,13 +155,16 @@ def _check_savable(key: str, tensor: Tensor, nonfinite: bool) -> None:
 
 def _before(target: Path, values: dict[str, Any], facts: dict[str, Any], weights: str) -> dict[str, Any]:
     """What is there already: files of the other format are recorded as replaced, an unlike adapter is warned about."""
-    others = {file: file_digest(target / file) for file in FORMATS if file != weights and (target / file).is_file()}
-    present = facts_of(target / weights) if (target / weights).is_file() else None
+    there = [file for file in FORMATS if os.path.isfile(target / file)]  # False, too, for a name that is too long
+    others = {file: file_digest(target / file) for file in there if file != weights}
+    present = facts_of(target / weights) if weights in there else None
     if present is not None and isinstance(present.get("base"), dict):
         other = difference(present["base"], facts["base"])
         kinds = [(present.get("config") or {}).get("peft_type"), values.get("peft_type")]
-        if other is not None and kinds[0] != kinds[1]:
+        if other is not None:
             warn(f"{target}: a {kinds[0]} adapter for another base ({other}) is replaced by this {kinds[1]} one")
+        elif kinds[0] != kinds[1]:
+            warn(f"{target}: a {kinds[0]} adapter is replaced by this {kinds[1]} one")
     return {REPLACES: others} if others else {}
 
 
