@@ -77,7 +77,19 @@ LATENT = {
     "qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 1, "head_dim": 8,
 }  # fmt: skip
+GEMMA = {**LLAMA, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
 HYBRID = {**LLAMA, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
+_HALF = {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}
+T5GEMMA2 = {
+    **TOKENS, "decoder": _HALF, "image_token_index": 60,
+    "encoder": {
+        "text_config": _HALF, "eoi_token_index": 61, "mm_tokens_per_image": 4,
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "image_size": 16, "patch_size": 4,
+        },
+    },
+}  # fmt: skip
 RECURRENT = {
     **TOKENS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 1, "attention_window_size": 64, "lru_width": 32, "block_types": ["recurrent", "attention"],
@@ -90,6 +102,7 @@ KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "qwen3": ("AutoModelForCausalLM", "CAUSAL_LM", "qwen3", {**LLAMA, "head_dim": 16}),
     "glm": ("AutoModelForCausalLM", "CAUSAL_LM", "glm", {**LLAMA, "head_dim": 16}),
     "mistral": ("AutoModelForCausalLM", "CAUSAL_LM", "mistral", {**LLAMA, "sliding_window": 6}),
+    "gemma2": ("AutoModelForCausalLM", "CAUSAL_LM", "gemma2", GEMMA),
     "latent": ("AutoModelForCausalLM", "CAUSAL_LM", "deepseek_v2", LATENT),
     "hybrid": ("AutoModelForCausalLM", "CAUSAL_LM", "lfm2", HYBRID),
     "recurrent": ("AutoModelForCausalLM", "CAUSAL_LM", "recurrent_gemma", RECURRENT),
@@ -109,6 +122,7 @@ KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "roberta": ("AutoModelForSequenceClassification", "SEQ_CLS", "roberta", BERT),
     "albert": ("AutoModelForSequenceClassification", "SEQ_CLS", "albert", {**BERT, "embedding_size": 16}),
     "t5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "t5", T5),
+    "t5gemma2": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "t5gemma2", T5GEMMA2),
     "t5-deep": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "t5", {**T5, "num_decoder_layers": 4, "num_layers": 4}),
     "longt5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "longt5", {**T5, "local_radius": 8}),
     "mvp": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "mvp", BART),

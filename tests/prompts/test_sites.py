@@ -11,7 +11,7 @@ import transformers
 from deltatune import PrefixTuningConfig, get_peft_model
 from deltatune.errors import ConfigError, PeftWarning, TargetError
 from deltatune.prompts.sites import choose_sites, survey
-from tests.prompts.models import BART, BERT, LLAMA, bare, prefixed
+from tests.prompts.models import BART, BERT, LLAMA, bare, batch, prefixed, redraw
 
 
 def shapes(name: str, **settings) -> dict[str, list[int]]:
@@ -148,3 +148,51 @@ def test_a_bare_module_is_refused():
     model = transformers.BertModel(transformers.BertConfig(**BERT))
     with pytest.raises(ConfigError, match="num_virtual_tokens"):
         get_peft_model(copy.deepcopy(model), PrefixTuningConfig())
+
+
+def test_one_attention_to_own_tokens_and_those_of_the_encoder_is_self_attention():
+    """T5Gemma 2: the decoder's keys are its own, and behind them those of the encoder."""
+    model = prefixed("t5gemma2")
+    assert model.peft_config["default"].site_names == [f"model.decoder.layers.{i}.self_attn" for i in range(2)]
+    inputs = batch("t5gemma2")
+    del inputs["decoder_input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    found = model.generate(**inputs, **options)
+    assert torch.equal(found, model.generate(**inputs, **options, use_cache=False))
+
+
+_CHARACTERS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "num_hash_buckets": 64,
+}  # fmt: skip
+_POOLING = {"vocab_size": 64, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("canine", _CHARACTERS), ("funnel", {**_POOLING, "hidden_dropout": 0.0})]
+)
+def test_models_of_characters_and_models_that_pool_their_tokens_are_probed(model_type, settings):
+    config = transformers.AutoConfig.for_model(model_type, num_labels=3, **settings)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert len(survey(model).sites) >= 2
+    prefixed_model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4)).eval()
+    ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        redraw(prefixed_model, 1)
+        one = prefixed_model(input_ids=ids).logits
+        redraw(prefixed_model, 2)
+        assert ((prefixed_model(input_ids=ids).logits - one).abs().amax(1) > 1e-5).all()
+
+
+def test_a_softmax_with_a_backward_of_its_own_is_refused():
+    """SEW-D: keys of a prefix would act and never be trained."""
+    config = transformers.SEWDConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, squeeze_factor=1,
+        conv_dim=(16, 16), conv_kernel=(8, 4), conv_stride=(4, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0,
+    )  # fmt: skip
+    model = transformers.SEWDForSequenceClassification(config)
+    before = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(TargetError, match=r"SEWDForSequenceClassification.*DisentangledSelfAttention"):
+        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))
+    assert [set(vars(module)) for module in model.modules()] == before

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SOURCE, TARGET = 4, 3  # tokens in the encoder and in the decoder: different, so that cross-attention shows
+LONGER = 16  # for models that pool their tokens, layer by layer
 
 
 def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
@@ -34,6 +35,8 @@ def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if seq2seq:  # classifiers read both sides at the same place
         for tensor in makers.get(main, _texts)(model):
             yield {main: tensor, **fixed, "decoder_input_ids": _tokens(model, SOURCE)}
+    elif main == "input_ids":
+        yield {main: _tokens(model, LONGER), **fixed}
 
 
 def two_rows(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +80,8 @@ def _tokens(model: PreTrainedModel, length: int) -> Tensor:
     special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
     ordinary = [token for token in range(length + len(special)) if token not in special][:length]
     end = getattr(config, "eos_token_id", None)
-    ordinary[-1] = end if isinstance(end, int) and 0 <= end < config.vocab_size else ordinary[-1]
+    size = getattr(config, "vocab_size", 0)  # 0: characters, of which there is no table
+    ordinary[-1] = end if isinstance(end, int) and 0 <= end < size else ordinary[-1]
     return torch.tensor([ordinary], device=model.device)
 
 

@@ -87,6 +87,8 @@ class Trail:
         is_probability: Whether it went through the softmax.
         hidden: The probabilities of other keys, once it is probabilities; None where there are none.
         anchored: Whether a bias among the steps counts from a fixed place.
+        recorded: Whether gradients were recorded at the softmax: not inside of a `torch.autograd.Function`, whose own
+            backward knows no further keys.
     """
 
     tensor: Tensor
@@ -96,6 +98,7 @@ class Trail:
     is_probability: bool = False
     hidden: Tensor | None = None
     anchored: bool = False
+    recorded: bool = True
 
 
 class Follower(TorchFunctionMode):
@@ -269,7 +272,9 @@ class Follower(TorchFunctionMode):
             count = hidden.shape[trail.axis]
             hidden = joint.narrow(trail.axis, 0, count)
             result = joint.narrow(trail.axis, count, logits.shape[trail.axis]).contiguous()
-        self._keep(replace(trail, tensor=result, steps=(), is_probability=True, hidden=hidden, anchored=anchored))
+        recorded = torch.is_grad_enabled()
+        made = replace(trail, tensor=result, steps=(), is_probability=True, hidden=hidden, anchored=anchored)
+        self._keep(replace(made, recorded=recorded))
         return result
 
 

@@ -20,6 +20,7 @@ from deltatune.prompts.config import KeyValueConfig, Layout
 from deltatune.prompts.encoder import KeyValueEncoder
 from deltatune.prompts.graft import Graft
 from deltatune.prompts.own import Mount
+from deltatune.prompts.padding import FromFirstToken
 from deltatune.prompts.peer import check_as_peft
 from deltatune.prompts.positions import PositionShift, position_modules
 from deltatune.prompts.sites import Site, choose_sites
@@ -97,6 +98,9 @@ class Prefix(Graft):
                 vars(modules[site.name])[SLOT] = slot = Slot(stage, site.name)
                 if site.layout is not None:
                     slot.mount = Mount(slot, site.layout).put_on(modules[site.name])
+        if stage.counting is None and not getattr(model.config, "is_encoder_decoder", False):  # two masks in one call
+            stage.counting = FromFirstToken(stage)
+            stage.counting.attach(model, [site.name for site in sites])
         if shifted:
             prefix.biased = _bias_tables(modules, sites)
             if stage.shifting is None:
@@ -131,6 +135,8 @@ class Prefix(Graft):
             stage.shifting.detach()
             stage.shifting = None
         if not stage.prefixes:
+            if stage.counting is not None:
+                stage.counting.detach()
             stage.close()
             vars(model).pop(STAGE, None)
 

@@ -128,6 +128,12 @@ def learned_tables(model: nn.Module, site_names: list[str]) -> list[nn.Embedding
     return [module for _, module in _where_positions_enter(model, site_names) if isinstance(module, nn.Embedding)]
 
 
+def rotary_modules(model: nn.Module, site_names: list[str]) -> list[nn.Module]:
+    """The modules that make rotary angles from positions, in the part of a model that holds the sites."""
+    entering = (module for _, module in _where_positions_enter(model, site_names))
+    return [module for module in entering if _is_rotary(module) and "position_ids" in _position_arguments(module)]
+
+
 def _is_rotary(module: nn.Module) -> bool:
     return "rotary" in type(module).__name__.lower()
 

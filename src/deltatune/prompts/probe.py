@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import StateError
 from deltatune.patterns import modules_by_name
-from deltatune.prompts.example import example_inputs, two_rows
+from deltatune.prompts.example import SOURCE, example_inputs, two_rows
 from deltatune.prompts.follow import Trail
 from deltatune.prompts.listen import Listener
 from deltatune.prompts.own import Layout
@@ -147,8 +147,12 @@ class _Watch(Listener):
             queries, keys, _ = self.calls.get(name, (0, 0, None))
             if id(self.modules[name]) in encoder:
                 return "encoder"
+            # One attention to the decoder's own tokens and, behind them, to the encoder's.
+            own_too = bool(encoder) and keys == queries + SOURCE
             # The name decides only where a model wants inputs of equal length on both sides.
-            crosses = queries != keys or (encoder and _CROSS.search(name.rpartition(".")[2]) is not None)
+            crosses = (queries != keys and not own_too) or (
+                encoder and _CROSS.search(name.rpartition(".")[2]) is not None
+            )
             return "cross" if crosses else "self"
 
         sites = [
@@ -181,6 +185,8 @@ class _SecondLook(Listener):
     ) -> None:
         name = self.names[id(module)]
         before = self.open.pop((name, how["key product"], how["value product"]), None)
+        if trail is not None and not trail.recorded:
+            self.doubted.add(name)  # keys of a prefix would get no gradient
         if before is not None and not (
             _has_first_row(keys, before.how["keys"], before.keys)
             and _has_first_row(values, before.how["values"], before.values)
@@ -229,7 +235,7 @@ def _doubted(model: PreTrainedModel, part: Any, inputs: dict[str, Any], watch: _
         return set()
     again = _SecondLook(model, watch)
     try:
-        with undisturbed(model), torch.no_grad(), again:
+        with undisturbed(model), torch.enable_grad(), again:  # an autograd.Function shows itself by recording nothing
             part(**two_rows(inputs))
     except Exception:  # no second look at this model, so nothing in it is sure
         return {name for name, *_ in watch.seen}

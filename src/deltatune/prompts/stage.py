@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deltatune.errors import StateError
 from deltatune.prompts import attention
 from deltatune.prompts.handed import KeysValues, joined, stacked
+from deltatune.prompts.padding import FromFirstToken
 from deltatune.prompts.positions import Past, PositionShift
 from deltatune.selection import Call, Selection
 
@@ -42,6 +43,7 @@ class Binding:
         shift: Positions that the prefix takes up (PEFT's layout only).
         seen: Tokens in the model's cache before the pass (PEFT's layout only).
         projected: Whether the keys and values came out of an MLP.
+        padded: The padding mask, where rows may start with padding (native layout only).
     """
 
     call: Call
@@ -50,6 +52,7 @@ class Binding:
     shift: int = 0
     seen: Any = 0
     projected: bool = False
+    padded: Tensor | None = None
     chosen: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def prefix_of(self, site: str, batch: int | None = None) -> KeysValues | None:
@@ -84,6 +87,7 @@ class Stage:
         self.selection = selection
         self.prefixes: dict[str, Prefix] = {}
         self.shifting: PositionShift | None = None
+        self.counting: FromFirstToken | None = None
         self.handles: list[Any] = []
         self._start()
         # generate() also calls parts of the model on their own, such as the encoder.
@@ -123,6 +127,8 @@ class Stage:
             local.running.clear()  # left behind by a pass that was interrupted
         if not local.running:
             local.binding = self.bind(_past_tokens(module, args, kwargs) if self.shifting is not None else 0)
+            if self.counting is not None and local.binding.prefixes and not local.binding.shift:
+                local.binding.padded = _left_padded(module, args, kwargs)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self.latest = local.binding
                 self._carry_into_recomputation()
@@ -197,6 +203,9 @@ class Stage:
     def shift(self) -> int:
         return self.binding().shift
 
+    def padded(self) -> Tensor | None:
+        return self.binding().padded
+
     def past(self, site: str) -> Past | None:
         """What PEFT's layout needs to know further; None in the native layout."""
         binding = self.binding()
@@ -249,14 +258,28 @@ def _rerun(stage: Stage, binding: Binding, function: Callable[..., Any], *args: 
 
 def _past_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Number of tokens in the cache that a model is called with."""
-    cache = kwargs.get("past_key_values")
-    if cache is None and args:
-        names = list(_parameter_names(type(module)))[1:]
-        cache = dict(zip(names, args)).get("past_key_values")
+    cache = _argument("past_key_values", module, args, kwargs)
     if cache is None:
         return 0
     seen = cache.get_seq_length()
     return seen.clone() if isinstance(seen, Tensor) else seen  # static caches count in place
+
+
+def _left_padded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The padding mask that a model is called with, where the caller leaves it to the model where tokens stand."""
+    mask = _argument("attention_mask", module, args, kwargs)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or _argument("position_ids", module, args, kwargs) is not None:
+        return None
+    if not torch.compiler.is_compiling() and bool(mask[:, :1].all()):
+        return None
+    return mask
+
+
+def _argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = kwargs.get(name)
+    if found is None and args:
+        found = dict(zip(list(_parameter_names(type(module)))[1:], args)).get(name)
+    return found
 
 
 @functools.cache
