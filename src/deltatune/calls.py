@@ -31,6 +31,7 @@ class Value:
         given: The argument of the model, or of generate, as which the caller gives it.
         at: The modules in whose passes it is worked out; None where what was given is the value.
         of_pass: (model, arguments of that pass, what was given) -> the value.
+        of_ids: Whether it is worked out of token ids, which a pass has to have then.
         of_generation: (model, arguments of generate) -> what counts as given where the caller gives nothing.
     """
 
@@ -39,6 +40,7 @@ class Value:
     at: Callable[[nn.Module], tuple[nn.Module, ...]] | None = None
     of_pass: Callable[[nn.Module, dict[str, Any], Any], Tensor | None] | None = None
     of_generation: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None
+    of_ids: bool = False
 
 
 TASK_IDS = Value("task_ids", "task_ids")

@@ -398,7 +398,7 @@ def _build(name: str, variant: str, base: str) -> tuple[LinearMap, Adapter] | No
             raise
         return None  # an option that the method refuses for this kind of layer
     # what is worked out of a pass, such as where a token stands, takes ids; for the others they are one base too many
-    by_tokens = any(value.at is not None for value in made[LAYER].reads)
+    by_tokens = any(value.of_ids for value in made[LAYER].reads)
     if (base == "linear-of-tokens" and not by_tokens) or (BASES[base].rows is None and by_tokens):
         return None
     return layer, made[LAYER]

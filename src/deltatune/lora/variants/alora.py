@@ -80,7 +80,7 @@ def _prompt(model: nn.Module, named: dict[str, Any]) -> Tensor | None:
 
 
 def value_of(tokens: tuple[int, ...]) -> Value:
-    return Value(f"invoked_{'_'.join(map(str, tokens))}", OFFSETS, _model, Invoked(tokens), _prompt)
+    return Value(f"invoked_{'_'.join(map(str, tokens))}", OFFSETS, _model, Invoked(tokens), _prompt, of_ids=True)
 
 
 class Activated(Variant):
