@@ -46,7 +46,8 @@ class TooLong(BaseException):
 def tool() -> tuple[Any, Any]:
     """The list and the checks of the conformance tool, with one more family: masked language models."""
     sys.path.insert(0, str(Path(os.environ["DELTATUNE_SHARED"]) / "conformance"))
-    listed, checks = importlib.import_module("architectures"), importlib.import_module("prefix_checks")
+    listed: Any = importlib.import_module("architectures")
+    checks: Any = importlib.import_module("prefix_checks")
     listed.FAMILIES["masked"] = ("AutoModelForMaskedLM", "FEATURE_EXTRACTION")
     listed.TEXT_FAMILIES = (*listed.TEXT_FAMILIES, "masked")
     return listed, checks
