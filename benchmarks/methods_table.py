@@ -22,6 +22,7 @@ from deltatune import METHODS, get_peft_model
 from deltatune.adapter import Method
 from deltatune.bases import as_map
 from deltatune.errors import PeftError
+from deltatune.inject import adapted_layers
 
 os.environ.setdefault("DELTATUNE_LAW_SEED", "0")
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,7 @@ def table() -> str:
 def layer_row(name: str, cost: Any) -> list[str]:
     kinds = [title for base, title in KINDS.items() if _adapted(name, examples.BASES[base].make()) is not None]
     model = _adapted(name, examples.BASES["linear"].make())
-    adapter: Any = next(m for path, m in model.named_modules() if path.endswith("adapters.default")) if model else None
+    adapter: Any = next(layer for _, layer in adapted_layers(model)).adapters["default"] if model else None
     return [
         f"[{name}]({name}.md)",
         ", ".join(kinds),

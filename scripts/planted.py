@@ -502,7 +502,7 @@ MUTANTS = [
     Mutant("peanut", "residuals from the wrong end", "residuals.pop()", "residuals.pop(0)"),
     Mutant("peanut", "activation left out after A", "z = act(self.peanut_A", "z = (self.peanut_A"),
     Mutant("peanut", "an embedding's own factor left in", "(y / factor)", "(y)"),
-    Mutant("shira", "places not in the order of a mask", "(rows * width + columns).argsort()", "torch.arange(count)"),
+    Mutant("shira", "places not in the order of a mask", "seed, in_order=True)", "seed, in_order=False)"),
     Mutant("shira", "forgotten strength, forward", "x, self.scaling * v, *self", "x, v, *self"),
     Mutant("shira", "a mask in the layout of the layer", "layer.matrix(mask).nonzero()", "mask.flatten(1).nonzero()"),
     Mutant(

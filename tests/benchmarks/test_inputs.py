@@ -14,7 +14,7 @@ from deltatune.errors import DataError, FormatError, IntegrityError
 
 
 def test_the_data_sets_are_the_ones_the_figures_belong_to(shared_data):
-    counts = {part: len(data.rows(part)) for part in data.HASHES}
+    counts = {part: len(data.rows(part)) for part in data.HASHES if not part.startswith("text/")}
     assert counts == {
         "e2e/train": 42061, "e2e/dev": 4672, "e2e/test": 4693, "sentence_polarity/train": 8529,
         "sentence_polarity/test": 2133, "banking77/train": 10003, "banking77/test": 3080,
