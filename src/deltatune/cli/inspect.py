@@ -99,21 +99,23 @@ def _show(found: AdapterFacts, tensors: bool) -> None:
 def _spectra(found: list[Spectrum]) -> None:
     """How much of the rank is used, by layers whose paths differ in numbers only."""
     groups: dict[str, list[Spectrum]] = defaultdict(list)
-    for layer in found:
+    for layer in sorted(found, key=lambda layer: layer.layer):  # a file has no order of its own
         groups[pattern(f"base_model.model.{layer.layer}")].append(layer)
+    columns = ["product B A", "rank", "effective", "for 99 %", "norm"]
     rows = [
-        (
+        [
             name,
             _span(layer.rank for layer in group),
             _span(round(layer.effective_rank, 1) for layer in group),
             _span(layer.needed for layer in group),
-            sum(layer.dead for layer in group) or "",
-            f"{min(layer.norm for layer in group):.3g} - {max(layer.norm for layer in group):.3g}",
-        )
+            _span(float(f"{layer.norm:.2g}") for layer in group),
+        ]
         for name, group in groups.items()
     ]
+    if any(layer.dead for layer in found):  # a column that 80 characters have no room to waste on
+        columns.append("dead")
+        rows = [[*row, sum(layer.dead for layer in group) or ""] for row, group in zip(rows, groups.values())]
     out = console()
-    columns = ("product B A", "rank", "effective", "for 99 %", "dead", "norm")
     out.print(table(columns, rows, numbers="lrrrrr"))
     rank, needed = sum(layer.rank for layer in found), sum(layer.needed for layer in found)
     if needed < rank:
@@ -123,7 +125,7 @@ def _spectra(found: list[Spectrum]) -> None:
 
 def _span(values: Iterable[float]) -> str:
     found = list(values)
-    return f"{min(found):g}" if min(found) == max(found) else f"{min(found):g} - {max(found):g}"
+    return f"{min(found):g}" if min(found) == max(found) else f"{min(found):g}-{max(found):g}"
 
 
 def _origin(found: Origin) -> None:
