@@ -149,7 +149,9 @@ _KEY = "base_layer.bias"  # below a layer that has an adapter too
 def of_peer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without biases of modules trained whole that PEFT repeats under the names of its wrapper."""
     wrapped = re.compile(r"\.(modules_to_save|original_module)(?=\.bias$)")
-    return {key: tensor for key, tensor in tensors.items() if wrapped.sub("", key) not in tensors.keys() - {key}}
+    return {
+        key: tensor for key, tensor in tensors.items() if (plain := wrapped.sub("", key)) == key or plain not in tensors
+    }
 
 
 def build(

@@ -10,6 +10,8 @@ from typing import Any
 
 from deltatune.errors import ConfigError
 
+LARGEST = 3.4028234663852886e38
+
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether `value` may stand where `annotation` is declared; a bool is not an int, an int is a float."""
@@ -30,6 +32,14 @@ def fits(value: Any, annotation: Any) -> bool:
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
+
+
+def representable(owner: str, field: str, value: Any) -> None:
+    """Numbers go into tensors: an integer has 64 bits there, a finite one at most float32's largest."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        refuse(owner, field, value, "an integer of 64 bits")
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST:
+        refuse(owner, field, value, f"a number of at most {LARGEST:.3g}, float32's largest")
 
 
 def as_set(value: Any) -> Any:

@@ -161,6 +161,7 @@ class PeftConfig:
             value = getattr(self, name)
             if not checks.fits(value, annotation):
                 checks.refuse(type(self).__name__, name, value, checks.describe(annotation))
+            checks.representable(type(self).__name__, name, value)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -290,7 +291,7 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path}: {size} bytes, configs of up to {MAX_JSON_BYTES} bytes are read", path=str(path), found=size
             )
         text = path.read_bytes().decode("utf-8")
-        if (depth := _depth(text)) > MAX_JSON_DEPTH:
+        if (depth := nesting(text)) > MAX_JSON_DEPTH:
             raise LimitError(
                 f"{path}: nested {depth} deep, up to {MAX_JSON_DEPTH} is read",
                 path=str(path),
@@ -311,8 +312,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _depth(text: str) -> int:
-    """How deep brackets are nested, without those in strings."""
+def nesting(text: str) -> int:
+    """How deep the brackets of a JSON text are nested, without those in strings."""
     deepest = depth = 0
     for bracket in re.findall(r"[\[{\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
         depth += 1 if bracket in "[{" else -1

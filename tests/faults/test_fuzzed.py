@@ -30,6 +30,30 @@ def test_a_method_that_is_no_word(value):
         PeftConfig.from_file_dict({"peft_type": value}) if value else PeftConfig(peft_type=value)
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("DELORA", "delora_lambda", 1e39), ("FROD", "regularization_alpha", 10**400), ("LORA", "lora_alpha", -(10**30)),
+        ("PROMPT_TUNING", "num_virtual_tokens", 10**30),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_tensor_can_hold(method, field, value):
+    with refused(ConfigError, field):
+        PeftConfig.from_file_dict({"peft_type": method, field: value})
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "[" * 2000 + "]" * 2000, '{"base": "T5"}', '{"base": {"structure": 3}}', '{"config": []}', '{"sha256": {}}',
+        '{"own": "r"}', "{",
+    ],
+)  # fmt: skip
+def test_notes_of_another_shape(folder, facts):
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"deltatune": facts})
+    load_is_refused(folder, FormatError, WEIGHTS)
+
+
 @pytest.mark.parametrize("value", [[[0, 2]], [{}], [None], [["q_proj"]]])
 def test_targets_that_are_lists_of_lists(value):
     for field in ("target_modules", "exclude_modules"):

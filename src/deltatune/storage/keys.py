@@ -51,32 +51,36 @@ def adjusted(model: nn.Module, tensors: dict[str, Tensor], known: Collection[str
     unknown = {key: tensor for key, tensor in tensors.items() if key not in known}
     if not unknown:
         return tensors
-    renames = {key: _by_transformers(model, key, known) for key in unknown}
+    conversions = _renamings(model)
+    renames = {key: _by_transformers(model, conversions, key, known) for key in unknown}
     return {renames.get(key, key): tensor for key, tensor in tensors.items()}
 
 
-def _by_transformers(model: nn.Module, key: str, known: Collection[str]) -> str:
+def _by_transformers(model: nn.Module, conversions: list[Any], key: str, known: Collection[str]) -> str:
     root, bare = _parts(key)
     old: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    for candidate in (_renamed(key, old), root + _converted(model, bare)):
+    for candidate in (_renamed(key, old), root + _converted(conversions, bare)):
         if candidate in known:
             return candidate
     return key
 
 
-def _converted(model: nn.Module, key: str) -> str:
-    """By the table of transformers 5; only its renames, as its fusions are no renames."""
+def _converted(conversions: list[Any], key: str) -> str:
+    for conversion in conversions:
+        key = conversion.rename_source_key(key)[0]
+    return key
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """The table of transformers 5 for this model; only its renames, as its fusions are no renames."""
     if "transformers" not in sys.modules:
-        return key
+        return []
     import transformers
 
     if not isinstance(model, transformers.PreTrainedModel):
-        return key
+        return []
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     conversions: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
-    for conversion in conversions:
-        if isinstance(conversion, WeightRenaming):
-            key = conversion.rename_source_key(key)[0]
-    return key
+    return [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]

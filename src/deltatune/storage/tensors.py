@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltatune.errors import FormatError, IntegrityError, LimitError
 from deltatune.memory import told
+from deltatune.storage.facts import read_facts_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MARKER = "deltatune"  # header key of the facts we add; other readers pass over it
@@ -140,15 +141,7 @@ def _check_size(path: Path, header: dict[str, Any], size: int) -> None:
 def _facts(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
     metadata = header.get("__metadata__") or {}
     text = metadata.get(MARKER) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        return None
-    try:
-        facts = json.loads(text)
-        return facts if isinstance(facts, dict) else None
-    except ValueError as error:
-        raise FormatError(
-            f"{path}: the {MARKER} entry of its header is not readable ({error})", path=str(path)
-        ) from None
+    return read_facts_of(path, text) if isinstance(text, str) else None
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

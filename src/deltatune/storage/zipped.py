@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deltatune.errors import FormatError, LimitError, UnsafeError
+from deltatune.storage.facts import read_facts_of
 from deltatune.storage.tensors import MAX_TENSORS, check_digest, digest, refuse_pointer
 
 MAX_PROGRAM = 50_000_000  # bytes of the pickle, which holds names and shapes, not numbers
@@ -56,7 +57,7 @@ def read_zipped(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise FormatError(f"{path}: big-endian numbers, which are not read here", path=str(path))
             found = machine.run(archive.read(f"{root}data.pkl"))
-            facts = json.loads(archive.read(root + FACTS)) if root + FACTS in entries else None
+            facts = read_facts_of(path, archive.read(root + FACTS).decode()) if root + FACTS in entries else None
     except (zipfile.BadZipFile, KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, (FormatError, UnsafeError, LimitError)):
             raise
@@ -64,7 +65,7 @@ def read_zipped(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             f"{path} ({path.stat().st_size} bytes) is not a whole file of torch.save: {error}; fetch or save it again",
             path=str(path),
         ) from error
-    tensors, facts = _tensors(path, found), facts if isinstance(facts, dict) else None
+    tensors = _tensors(path, found)
     check_digest(path, tensors, facts)
     return tensors, facts
 
