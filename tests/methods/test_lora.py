@@ -85,6 +85,14 @@ def test_with_a_bias_it_trains_out_more_and_the_bias_is_scaled_and_merged():
         wrapper.merged_parameters(["default"], check=False)
 
 
+def test_beside_a_start_taken_out_of_the_base_the_bias_is_scaled_in_a_pass_as_in_the_merged_layer():
+    wrapper, lora = adapted(nn.Linear(6, 4), r=3, lora_alpha=6, lora_bias=True, init_lora_weights="pissa")
+    shake(lora)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    merged = wrapper.merged_parameters(["default"], check=True)
+    assert_close(wrapper(x), nn.functional.linear(x, merged.weight, merged.bias))
+
+
 def test_the_start_is_kaiming_uniform_for_a_and_zero_for_b():
     """kaiming_uniform with a = sqrt(5) is uniform on +- 1 / sqrt(fan in), as nn.Linear starts."""
     _, lora = adapted(nn.Linear(400, 30), r=50)

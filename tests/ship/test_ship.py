@@ -19,6 +19,7 @@ from deltatune.registry import METHODS
 from deltatune.ship import convert as converting
 from deltatune.ship import convert_adapter, export_adapter, merge_to_folder
 from deltatune.ship import merge as merging
+from deltatune.ship.export import ExportError
 from deltatune.ship.proof import ProofError
 from deltatune.ship.targets import gguf as gguf_target
 from deltatune.ship.targets import servers
@@ -137,6 +138,11 @@ def test_every_method_is_exported_or_refused_with_a_reason(name, base, to, tmp_p
     if to == "gguf":
         pytest.importorskip("gguf")
     adapter = trained(tmp_path / "adapter", usual(name, base), base)
+    if (name, to) == ("diff_pruning", "peft"):  # mergeable, no LoRA of a rank worth it, and not in PEFT
+        with pytest.raises(ExportError, match="DIFF_PRUNING is none of PEFT's methods"):
+            export_adapter(adapter, tmp_path / "out", to, inputs=TEXTS)
+        assert not (tmp_path / "out").exists()
+        return
     made = export_adapter(adapter, tmp_path / "out", to, inputs=TEXTS)
     assert made.proof.holds and made.proof.positions > 4
 

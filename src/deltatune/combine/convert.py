@@ -18,6 +18,7 @@ from deltatune.notice import warn
 from deltatune.state_dict import ROOT
 
 LOST_WORTH_SAYING = 0.1  # of a layer's change
+ROUNDED = 1e-6  # of a layer's change is lost by factors in float32, beside what lower ranks leave out
 
 
 class Converted(tuple[LoraConfig, dict[str, Tensor]]):
@@ -146,7 +147,7 @@ def _kept(rank: Any, max_error: float | None) -> Keep:
     if max_error is not None:
         if not 0 < max_error < 1:
             raise MergeError(f"max_error={max_error!r}, expected a share in (0, 1)", field="max_error", found=max_error)
-        return Keep(missing=max_error**2)
+        return Keep(missing=max(max_error**2 - ROUNDED**2, 0.0))
     if not number or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise MergeError(
             f"rank={rank!r}, expected an integer of 1 or more, or a share of the squared singular values in (0, 1]",
