@@ -504,6 +504,7 @@ MUTANTS = [
     Mutant("peanut", "an embedding's own factor left in", "(y / factor)", "(y)"),
     Mutant("shira", "places not in the order of a mask", "seed, in_order=True)", "seed, in_order=False)"),
     Mutant("shira", "forgotten strength, forward", "x, self.scaling * v, *self", "x, v, *self"),
+    Mutant("shira", "forgotten strength, dense", "+ columns, self.scaling * v)", "+ columns, v)"),
     Mutant("shira", "a mask in the layout of the layer", "layer.matrix(mask).nonzero()", "mask.flatten(1).nonzero()"),
     Mutant(
         "shira",

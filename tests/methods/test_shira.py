@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltatune import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from deltatune.errors import ConfigError, MismatchError, StateError
-from deltatune.factors import sparse_linear
+from deltatune.factors import dense_enough, sparse_linear
 from deltatune.methods.shira import UNSEEDED
 
 
@@ -175,13 +175,15 @@ def test_starts():
     assert shira.shira_weight.std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_the_strength_can_be_changed_afterwards():
-    """Section 3.3: alpha scales S when the adapter is used."""
-    wrapper, shira = adapted(nn.Linear(12, 7))
+@pytest.mark.parametrize(("height", "width", "dense"), [(7, 12, True), (210, 200, False)])
+def test_the_strength_can_be_changed_afterwards(height, width, dense):
+    """Section 3.3: alpha scales S when the adapter is used; entries act by a dense product or one by one."""
+    wrapper, shira = adapted(nn.Linear(width, height), r=1)
     shira.scaling = 0.5
-    expected = wrapper.base_layer.weight + sparse(shira, 7, 12) / 2
+    expected = wrapper.base_layer.weight + sparse(shira, height, width) / 2
     assert_close(wrapper.stored_weight(["default"]), expected)
-    x = torch.randn(3, 12, dtype=torch.float64)
+    x = torch.randn(3, width, dtype=torch.float64)
+    assert dense_enough(len(shira.shira_weight), x, wrapper.as_map()) is dense
     assert_close(wrapper(x), x @ expected.T + wrapper.base_layer.bias)
 
 
