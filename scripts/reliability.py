@@ -46,7 +46,7 @@ def judged(fault: Fault, lib: Any) -> str:
             named = (
                 fault.words
                 and all(word in str(error) for word in fault.words)
-                and not isinstance(error, (KeyError, AttributeError))
+                and type(error) not in (KeyError, AttributeError)
             )
             return "clear" if named else "obscure"
         if result == HANDLED:
