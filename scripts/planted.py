@@ -240,7 +240,7 @@ MUTANTS = [
         "clamp_min(SHORTEST), self.delora_B.norm",
         "clamp_min(SHORTEST).detach(), self.delora_B.norm",
     ),
-    Mutant("oft", "series one term short", "last = terms - 1 if", "last = terms - 2 if", place="factors.py"),
+    Mutant("oft", "series one term short", "max(terms - 1, 3)", "max(terms - 2, 3)", place="factors.py"),
     Mutant(
         "hira", "one added twice", "return weight + self.update(weight)", "return weight + weight + self.update(weight)"
     ),
