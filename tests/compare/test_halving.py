@@ -113,6 +113,8 @@ def test_a_search_without_optuna_says_what_to_do(shared, monkeypatch):
         ({"search": {"r": []}}, "no range"),
         ({"search": {"learning_rate": {"low": 1.0}}}, "low and high"),
         ({"search": {"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}}, "above 0"),
+        ({"search": {"learning_rate": {"low": 1.0, "high": float("inf")}}}, "no range"),
+        ({"search": {"learning_rate": {"low": 1.0, "high": 2.0, "log": "false"}}}, "log: true"),
         ({"search": {"num_virtual_tokens": [4]}}, "no candidate takes num_virtual_tokens"),
         ({"search": {"seed": [1, 2]}}, "the same for all"),
         ({"stop_losers": True, "one_pass": "always"}, "one_pass"),

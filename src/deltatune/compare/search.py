@@ -10,6 +10,7 @@ broken off proposes the same again and finds what it had measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -145,7 +146,8 @@ def _is_range(given: Any) -> bool:
         return False
     low, high = given["low"], given["high"]
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (low, high))
-    return numbers and low < high and (low > 0 or not given.get("log"))
+    log = given.get("log", False)
+    return isinstance(log, bool) and numbers and math.isfinite(high - low) and low < high and (low > 0 or not log)
 
 
 def _optuna() -> Any:
