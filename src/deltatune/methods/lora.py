@@ -21,6 +21,7 @@ from deltatune.kernels import low_rank as fused
 from deltatune.lora import starts
 from deltatune.lora.config import LoraConfig
 from deltatune.lora.known import Known
+from deltatune.lora.options import warn_offload
 from deltatune.lora.stacked import for_peers
 from deltatune.lora.starts import Site, Start
 from deltatune.lora.variants import VIEWS, build_variants, variants_of
@@ -86,6 +87,7 @@ class LoRA(Known):
 
     @classmethod
     def plan(cls, layers: dict[str, LinearMap], config: LoraConfig) -> LoraConfig:
+        warn_offload(config)
         inside = {f"{bare(path)}.{part}": path for path, layer in layers.items() for part in layer.parts}
         if config.monteclora_config is None and not inside:
             return config
