@@ -61,7 +61,7 @@ class Calling(nn.Module):
             with self._passing(adapter_names):
                 return by_prompt.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
-        with self._passing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
+        with self._passing(adapter_names, kwargs, {**dict(zip(("inputs", "generation_config"), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
     def _by_prompt(self, names: list[str] | None) -> Any:

@@ -174,15 +174,18 @@ class Merging(nn.Module):
 
 @contextmanager
 def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules that are in training mode out of it, within the block; of most merges none is, and none is touched."""
-    training = [module for module in modules if module.training]
+    """Modules and what is in them out of training mode, within the block; then each in the mode it was in.
+
+    Of most merges none is in training mode, and none is touched.
+    """
+    training = [part for module in modules if module.training for part in module.modules() if part.training]
     try:
-        for module in training:
-            module.eval()
+        for part in training:
+            part.training = False
         yield
     finally:
-        for module in training:
-            module.train()
+        for part in training:
+            part.training = True
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Comparison:
 
 def compare(
     settings: dict[str, Any],
-    candidates: list[str | dict[str, Any]] | str = (),  # type: ignore[assignment]
+    candidates: Sequence[str | dict[str, Any]] | str = (),
     *,
     isolate: bool = True,
     say: Say = lambda text: None,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from deltatune.adapter import LinearMap
@@ -34,6 +35,8 @@ def fits(x: Tensor, layer: LinearMap, dropout: float = 0.0) -> bool:
     if layer.kind != "linear" or not layer.dense or layer.dtype != x.dtype or torch.compiler.is_compiling():
         return False
     if (dropout and not own_dropout) or torch._C._are_functorch_transforms_active():  # vmap has no rule for it
+        return False
+    if forward_ad._current_level >= 0:  # nor have dual numbers
         return False
     return x.is_cpu and x.is_floating_point() and not torch.is_autocast_enabled("cpu")
 
@@ -114,6 +117,8 @@ def prepared(adapter: Any, layer: LinearMap) -> Callable[[Tensor], Tensor | None
             return None
         if (state["training"] and isinstance(parts["lora_dropout"], nn.Dropout)) or _autocast() or _transforms():
             return None
+        if forward_ad._current_level >= 0:
+            return None
         shape = x.shape
         if x.numel() != shape[-1] or dtype not in _AS_VECTORS or A.dtype is not dtype or B.dtype is not dtype:
             return _without_gradient(x, weight, bias, A, B, scale)
@@ -151,7 +156,8 @@ class _LowRankLinear(torch.autograd.Function):
         through = B_.T.contiguous() @ g.T  # (r, T)
         mask = _mask(rows, ctx.dropout, ctx.seed) if ctx.dropout else None
         found = _of_input(g, weight, through, A_, mask).view_as(x) if of_x else None
-        seen = rows if mask is None else _kept_of(rows, mask)
+        kept = _differentiable if torch.is_grad_enabled() else _kept_of
+        seen = rows if mask is None else kept(rows, mask)
         return (
             found,
             g.T @ rows if of_W else None,
@@ -168,6 +174,8 @@ def _of_input(g: Tensor, weight: Tensor, through: Tensor, A: Tensor, mask: Tenso
     if mask is None:
         return found.addmm_(through.T, A)
     update = through.T @ A
+    if torch.is_grad_enabled():
+        return found.add_(_differentiable(update, mask))
     update.view(mask.dtype).bitwise_and_(mask)
     return found.add_(update)
 
@@ -178,6 +186,11 @@ def _of_input(g: Tensor, weight: Tensor, through: Tensor, A: Tensor, mask: Tenso
 def _kept_of(x: Tensor, mask: Tensor) -> Tensor:
     """x where the mask has ones; the mask's memory is used up for it."""
     return mask.bitwise_and_(x.contiguous().view(mask.dtype)).view(x.dtype)
+
+
+def _differentiable(x: Tensor, mask: Tensor) -> Tensor:
+    """The same for a backward pass that is differentiated itself; bits have no gradient."""
+    return torch.where(mask != 0, x, 0)
 
 
 def _mask(x: Tensor, share: float, seed: int) -> Tensor:
@@ -191,7 +204,7 @@ _OF = 2**15  # what shares are counted in
 
 
 def _kept(share: float) -> int:
-    return round((1 - share) * _OF)
+    return max(round((1 - share) * _OF), 1)
 
 
 def _drawn(count: int, kept: int, seed: int) -> np.ndarray:
