@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -254,6 +254,9 @@ class LoRA(Known):
         if bias is None:
             return y + layer.mix(self.scaling * h, B).to(y.dtype)
         return y + (self.scaling * shift(layer.mix(h, B), bias, layer)).to(y.dtype)
+
+    def prepared(self, layer: LinearMap) -> Callable[[Tensor], Tensor | None] | None:
+        return None if self.stacks is None else fused.prepared(self, layer)
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
