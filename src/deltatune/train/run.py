@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.counting import parameter_counts
 from deltatune.data.order import Order
 from deltatune.data.prepare import Corpus
 from deltatune.errors import ConfigError
@@ -26,7 +27,7 @@ from deltatune.train.conditions import base_facts, compare, compare_machines, co
 from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
 from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
-from deltatune.train.finish import before_training, count_parameters, finish
+from deltatune.train.finish import before_training, finish
 from deltatune.train.judge import Judge
 from deltatune.train.lock import output_lock
 from deltatune.train.loop import Loop, Position
@@ -224,7 +225,7 @@ def _train(
             trackers.resume(loop.position.step, loop.position.history, loop.position.callbacks)
     if accelerator.is_main_process:
         (Path(settings.output_dir) / HISTORY).write_bytes(history_lines(loop.position.history))
-    trained, total = count_parameters(bare)
+    trained, total = parameter_counts(bare)
     listener.on_begin(
         RunInfo(
             settings=settings,
