@@ -85,7 +85,7 @@ class Merging(nn.Module):
         names = tuple(name for name in names if name in self.adapters)
         base = self.as_map()
         old_weight, old_bias = self._kept(base)
-        if hasattr(old_weight, "_local_tensor"):
+        if hasattr(old_weight, "_local_tensor") or hasattr(old_weight, "ds_id"):  # of FSDP2, of ZeRO-3
             raise MergeError(
                 f"the weight of this {type(self.base_layer).__name__} is in shards, of which this process has one; "
                 "save the adapter, and merge it into a base that one process has loaded whole",

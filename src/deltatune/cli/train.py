@@ -78,12 +78,12 @@ def flags() -> set[str]:
 
 def _plan(settings: TrainSettings) -> None:
     """Everything up to the first step: rows read, model loaded and adapted. Nothing is written."""
+    from deltatune.counting import parameter_counts
     from deltatune.train.base import load_base
     from deltatune.train.begin import begin
     from deltatune.train.choice import check_choice
     from deltatune.train.corpus import encode_corpus, load_corpus
     from deltatune.train.detect import detected
-    from deltatune.counting import parameter_counts
     from deltatune.train.method import adapt
     from deltatune.train.quantised import check_quantised
     from deltatune.train.settings import UNKNOWN_STEPS
