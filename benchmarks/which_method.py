@@ -36,7 +36,7 @@ DOCUMENT, IMAGES = REPOSITORY / "docs" / "results.md", REPOSITORY / "docs" / "im
 SEEDS = 3
 # method -> (its options, learning rates a factor of about three apart); the same three for every task
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "LoRA": ({"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, (1e-3, 3e-3, 1e-2)),
+    "LoRA": ({"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, (3e-4, 1e-3, 3e-3)),
     "IA3": ({"method": "ia3"}, (1e-2, 3e-2, 1e-1)),
     "bottleneck adapters": ({"method": "bottleneck"}, (1e-3, 3e-3, 1e-2)),
     "prefix tuning": ({"method": "prefix_tuning", "num_virtual_tokens": 20}, (1e-2, 3e-2, 1e-1)),

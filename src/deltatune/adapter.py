@@ -221,6 +221,14 @@ class Adapter(Stored):
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         return layer.apply(x, self.adapt(layer.weight), self.adapted_bias(layer))
 
+    def prepared(self, layer: LinearMap) -> Callable[[Tensor], Tensor | None] | None:
+        """`forward` on this layer for calls without gradients, with as little around its products as there can be.
+
+        It is kept from call to call, gives None in a call that it does not fit, and is asked for where the layer has a
+        plain weight and no other adapter acts. None: there is none.
+        """
+        return None
+
     # How another adapter of the method takes its place (`deltatune.hotswap`).
 
     def make_room(self, rank: int | None = None) -> None:

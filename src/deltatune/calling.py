@@ -42,9 +42,10 @@ class Calling(nn.Module):
         if (by_prompt := self._by_prompt(adapter_names)) is not None:
             with self._passing(adapter_names):
                 return by_prompt.forward(self, adapter_names, args, kwargs)
+        tuner = self.base_model
         with self._passing(adapter_names, kwargs):
             if not (self.training and torch.is_grad_enabled()):
-                return self.base_model(*args, **kwargs)
+                return tuner(*args, **kwargs)
             if self.base_model.selection.choosing and not torch.compiler.is_compiling():
                 # a choice of this call alone, and checkpointing may have been switched on behind our back
                 recompute.bind(self.base_model.model, self.base_model.selection, self.prompts)
@@ -60,7 +61,7 @@ class Calling(nn.Module):
             with self._passing(adapter_names):
                 return by_prompt.generate(self, adapter_names, args, kwargs)
         model: Any = self.base_model.model
-        with self._passing(adapter_names, kwargs, {**dict(zip(("inputs",), args)), **kwargs}):
+        with self._passing(adapter_names, kwargs, {**dict(zip(("inputs", "generation_config"), args)), **kwargs}):
             return vars(model).get(INPUT, model).generate(*args, **kwargs)
 
     def _by_prompt(self, names: list[str] | None) -> Any:
@@ -84,10 +85,13 @@ class Calling(nn.Module):
             kwargs: Arguments of the call; None where the rows are run in groups, each with a choice of its own.
             generation: Those of generate.
         """
-        selection = self.base_model.selection
+        tuner = self.base_model
+        selection = tuner.selection
 
         def choice() -> Any:
-            return nullcontext() if kwargs is None else self._chosen(names, kwargs, generation)
+            if kwargs is None or (names is None and calls.readers(tuner.model) is None):
+                return nullcontext()
+            return self._chosen(names, kwargs, generation)
 
         def checked_choice() -> Any:
             if STANDING not in (used := uses()):  # what was chosen some time ago may be gone

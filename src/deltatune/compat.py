@@ -15,6 +15,7 @@ from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.live_names import LiveNames
+from deltatune.selection import each_once
 
 
 class ByAdapter(dict):
@@ -55,7 +56,7 @@ class Switches:
         return not self.selection.enabled
 
     def set_adapter(self: Any, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = (adapter_names,) if isinstance(adapter_names, str) else each_once(adapter_names)
         self.selection.active = names
         self.selection.trained = frozenset() if inference_mode else frozenset(names)
         for name, module in self._held().items():

@@ -65,6 +65,8 @@ def input_dropout(layer: LinearMap, share: float) -> nn.Module:
 
 def shift(y: Tensor, vector: Tensor, layer: LinearMap) -> Tensor:
     """y + vector (out,), over the features of a layer's output."""
+    if vector.ndim == 1 and layer.kind != "conv":  # the last axis: a sum that needs no tensor of y's size
+        return y + vector.to(y.dtype)
     ones = torch.ones((), dtype=y.dtype, device=y.device).expand_as(y)
     return y + layer.scale(ones, vector)
 

@@ -33,6 +33,30 @@ class _Own(threading.local):
         self.changes: list[_Change] = []
 
 
+class _Pass:
+    """A block of `Gate.passing`; no generator, whose machinery takes longer than the rest, once per token."""
+
+    __slots__ = ("choice", "chosen", "gate", "used", "uses")
+
+    def __init__(self, gate: Gate, uses: Callable[[], Uses], choice: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.gate, self.uses, self.choice = gate, uses, choice
+
+    def __enter__(self) -> None:
+        self.used = self.gate.begins(self.uses)
+        try:
+            self.chosen = self.choice()
+            self.chosen.__enter__()
+        except BaseException:
+            self.gate.ends(self.used)
+            raise
+
+    def __exit__(self, *error: Any) -> bool | None:
+        try:
+            return self.chosen.__exit__(*error)
+        finally:
+            self.gate.ends(self.used)
+
+
 class Gate:
     """Whoever changes adapters waits for the running passes that use them; such passes that come later wait for it.
 
@@ -40,7 +64,8 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._free = threading.Condition()
+        self._lock = threading.RLock()
+        self._free = threading.Condition(self._lock)  # entered through the lock itself where nobody waits
         self._passes: list[Uses] = []
         self._change: _Change | None = None
         self._turn = threading.RLock()
@@ -50,28 +75,32 @@ class Gate:
     def __reduce__(self) -> tuple[Any, ...]:
         return Gate, ()  # copies have a gate of their own
 
-    @contextmanager
-    def passing(self, uses: Callable[[], Uses], choice: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    def passing(self, uses: Callable[[], Uses], choice: Callable[[], AbstractContextManager[Any]]) -> _Pass:
         """One pass. What it uses, and its choice of adapters, are asked for once the way is free."""
-        own = self._own.passes
-        with self._free:
-            self._free.wait_for(lambda: self._open(uses()))
+        return _Pass(self, uses, choice)
+
+    def begins(self, uses: Callable[[], Uses]) -> Uses:
+        """Wait for the way to be free; what `ends` is to be told."""
+        with self._lock:
+            if self._change is not None:
+                self._free.wait_for(lambda: self._open(uses()))
             used = uses()
             self._passes.append(used)
-            own.append(used)
-        try:
-            with choice():
-                yield
-        finally:
-            with self._free:
-                self._passes.remove(used)
-                own.remove(used)
+            self._own.passes.append(used)
+        return used
+
+    def ends(self, used: Uses) -> None:
+        with self._lock:
+            self._passes.remove(used)
+            self._own.passes.remove(used)
+            if self._change is not None:  # or nobody waits
                 self._free.notify_all()
 
     def alone(self) -> None:
         """In a process that was just forked: the passes and changes of the threads that it does not have never end."""
         if not self._own.changes:
-            self._free, self._turn, self._change = threading.Condition(), threading.RLock(), None
+            self._lock, self._turn, self._change = threading.RLock(), threading.RLock(), None
+            self._free = threading.Condition(self._lock)
             self._passes = list(self._own.passes)
 
     def _open(self, used: Uses) -> bool:

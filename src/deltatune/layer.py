@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_dynamo_compiling
 
 from deltatune import manners, mixed
 from deltatune.adapter import Adapter, Applied, LinearMap
@@ -45,6 +46,21 @@ class Standing:
         return True
 
 
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """A layer under the one adapter that is active, in the way that this has prepared (`Adapter.prepared`)."""
+
+    call: Call
+    base: nn.Module
+    name: str
+    adapter: Any
+    present: Mapping[str, Any]  # those on the layer
+    run: Callable[[Tensor], Tensor | None]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class AdaptedLayer(LayerViews, Merging):
     """A layer, or a block of layers, under adapters.
 
@@ -60,6 +76,7 @@ class AdaptedLayer(LayerViews, Merging):
         self.stash = None
         self.plan: mixed.Plan | None = None  # of the last batch whose rows differed
         self.standing: Standing | None = None  # of the last call that chose nothing by itself
+        self.alone: Alone | None = None  # likewise
         seen = as_map(base_layer)
         self.is_block = seen is None  # then layers in it keep the paths they had without it
         self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
@@ -102,6 +119,23 @@ class AdaptedLayer(LayerViews, Merging):
             self.plan = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # While decoding the layer's own product takes 40 to 140 microseconds and every object that Python has to look
+        # at up to a tenth of one: so first what needs few, past the look-ups of `nn.Module`.
+        if len(args) == 1 and type(args[0]) is Tensor and not is_grad_enabled() and not kwargs:
+            own = vars(self)
+            kept, selection = own["alone"], own["selection"]
+            if (
+                kept is not None
+                and kept.call is selection.standing
+                and not selection.choosing
+                and own["stash"] is None
+                and own["_modules"]["base_layer"] is kept.base
+                and kept.present.get(kept.name) is kept.adapter
+                and not is_dynamo_compiling()
+            ):
+                output = kept.run(args[0])
+                if output is not None:
+                    return output
         output = self._forward(args, kwargs)
         if not self.is_paired or isinstance(output, tuple):
             return output
@@ -135,8 +169,14 @@ class AdaptedLayer(LayerViews, Merging):
         weight, adapters = base._parameters.get("weight"), self.adapters._modules
         if type(weight) is nn.Parameter and as_map(base).dense:  # type: ignore[union-attr]
             found = {name: adapters.get(name) for name in call.names}
-            vars(self)["standing"] = Standing(call, base, weight, found, layer)
+            vars(self).update(standing=Standing(call, base, weight, found, layer), alone=self._alone(call))
         return layer
+
+    def _alone(self, call: Call) -> Alone | None:
+        name, present = call.names[0] if len(call.names) == 1 else "", self.adapters._modules
+        adapter: Any = present.get(name)  # of several none is alone, even where the others have nothing here
+        run = None if adapter is None or self.is_paired else adapter.prepared(self.as_map())
+        return None if run is None else Alone(call, self.base_layer, name, adapter, present, run)
 
     def _mixed_forward(self, x: Tensor, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Row i of the batch through adapter rows[i], or the base where that has nothing here."""

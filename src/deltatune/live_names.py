@@ -237,7 +237,8 @@ class LiveNames:
         if destination is None:
             destination = OrderedDict()
             destination._metadata = OrderedDict()  # type: ignore[attr-defined]
-        destination._metadata.update(own._metadata)
+        if hasattr(destination, "_metadata"):  # not in a dict of the caller's, which torch takes too
+            destination._metadata.update(own._metadata)
         names = self._names(prefix)
         destination.update((names.get(key, key), value) for key, value in own.items())
         return destination

@@ -13,6 +13,7 @@ from deltatune.config import PeftConfig
 from deltatune.errors import MismatchError
 from deltatune.filling import filled_from
 from deltatune.names import check_name
+from deltatune.notice import warn
 from deltatune.state_dict import (
     Loaded,
     check,
@@ -45,6 +46,19 @@ class How(NamedTuple):
     is_trainable: bool = False
     autocast_adapter_dtype: bool = True
     low_cpu_mem_usage: bool = False
+    ephemeral_gpu_offload: bool = False
+
+    def offload(self, config: PeftConfig) -> None:
+        """Tell a config that a start is to be worked out on an accelerator; warn where it has no such start."""
+        if not self.ephemeral_gpu_offload:
+            return
+        from deltatune.lora.config import LoraConfig
+        from deltatune.lora.options import OF_DORA, LoraRuntimeConfig
+
+        if isinstance(config, LoraConfig):
+            config.runtime_config = LoraRuntimeConfig(ephemeral_gpu_offload=True)
+        else:
+            warn(f"ephemeral_gpu_offload=True {OF_DORA}, not for {type(config).__name__}; it changes nothing")
 
 
 def from_pretrained(
@@ -63,11 +77,12 @@ def from_pretrained(
     from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     check_name(name)
-    checked_device(given.pop("torch_device", "cpu") or "cpu")
+    device = checked_device(given.pop("torch_device", None) or "cpu")
     allowed, hub = options.loading(base_mismatch, given)
-    saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
+    saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub).on(device)
     storage.check_base(saved, model, allowed.base_mismatch or key_mapping is not None)
     saved.config.inference_mode = not how.is_trainable
+    how.offload(saved.config)
     by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
     kind: Any = by_task if cls is PeftModel else cls
     with inject.unchanged_on_error(model), filled_from(saved.source_kind):
@@ -94,9 +109,10 @@ def load_adapter(
     given: dict[str, Any],
 ) -> Any:
     """`PeftModel.load_adapter`; `given` are its `kwargs`."""
-    checked_device(torch_device or "cpu")
+    device = checked_device(torch_device or "cpu")
     allowed, hub = options.loading(base_mismatch, given)
-    saved = storage.read(model_id, key_mapping=key_mapping, unknown=allowed.unknown, **hub)
+    saved = storage.read(model_id, key_mapping=key_mapping, unknown=allowed.unknown, **hub).on(device)
+    how.offload(saved.config)
     return load_saved(model, name, saved, how, allowed)
 
 

@@ -83,7 +83,7 @@ class Merging(nn.Module):
             MergeError: The layer cannot hold the result, or (with `check`) it is not finite.
         """
         names = tuple(name for name in names if name in self.adapters)
-        base = self.as_map()
+        base, acting = self.as_map(), [self.adapters[name] for name in names]
         old_weight, old_bias = self._kept(base)
         if hasattr(old_weight, "_local_tensor") or hasattr(old_weight, "ds_id"):  # of FSDP2, of ZeRO-3
             raise MergeError(
@@ -97,7 +97,13 @@ class Merging(nn.Module):
                 "from where it would come back unmerged; merge into a base that is loaded without offloading",
                 found="offloaded",
             )
-        with in_eval_mode([self.base_layer, *(self.adapters[name] for name in names)]), torch.no_grad():
+        if any(tensor.is_meta for module in (self.base_layer, *acting) for tensor in _held(module)):
+            raise MergeError(
+                f"tensors of this {type(self.base_layer).__name__} or of {list(names)} are on the meta device and have no "
+                "numbers; load them first (PeftModel.from_pretrained, or set_peft_model_state_dict)",
+                found="meta",
+            )
+        with in_eval_mode([self.base_layer, *acting]), torch.no_grad():
             bias = self.as_map(names).bias
             plain = weight = base.weight
             for name in names:
@@ -174,18 +180,26 @@ class Merging(nn.Module):
 
 @contextmanager
 def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules that are in training mode out of it, within the block; of most merges none is, and none is touched."""
-    training = [module for module in modules if module.training]
+    """Modules and what is in them out of training mode, within the block; then each in the mode it was in.
+
+    Of most merges none is in training mode, and none is touched.
+    """
+    training = [part for module in modules if module.training for part in module.modules() if part.training]
     try:
-        for module in training:
-            module.eval()
+        for part in training:
+            part.training = False
         yield
     finally:
-        for module in training:
-            module.train()
+        for part in training:
+            part.training = True
 
 
 @torch.no_grad()
+def _held(module: Any) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
 def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
     if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
         return 0.0

@@ -192,7 +192,8 @@ class Persistence:
         Args:
             model_id: A folder, or 'owner/name' of a repository. What looks like a path is never sent to the network.
             config: To be used instead of the folder's.
-            ephemeral_gpu_offload: Accepted; there is nothing to move, an adapter computes where its layers are.
+            ephemeral_gpu_offload: Work out what DoRA starts from on the first accelerator, of a base on the CPU. A
+                warning says where it changes nothing: other methods, no accelerator.
             low_cpu_mem_usage: Build the adapter without initialising it, as the file overwrites it.
             key_mapping: Regular expression -> replacement, for keys without `base_model.model.`; the first that is
                 found. Renames that transformers knows of the base are made without it.
@@ -201,14 +202,15 @@ class Persistence:
                 other arguments of `hf_hub_download`. `ignore_mismatched_sizes`: leave out, with a warning, tensors of
                 other sizes. `load_embedding_layers`: True replaces the base's embeddings by those in the file; "auto"
                 (default) if its vocabulary was changed here too. `allow_nonfinite`: take NaN. `allow_unknown`: fields
-                of a newer version's config to pass over. `torch_device`: accepted.
+                of a newer version's config to pass over. `torch_device`: where tensors are read to, the CPU by
+                default; the adapter itself is where its layers are.
 
         Raises:
             PeftError: The folder is damaged or does not fit the model, which is left as it was.
         """
         from deltatune import loading
 
-        how = loading.How(is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        how = loading.How(is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, ephemeral_gpu_offload)
         return loading.from_pretrained(
             cls, model, model_id, adapter_name, how, config, key_mapping, allow_base_mismatch, kwargs
         )
@@ -239,7 +241,7 @@ class Persistence:
         """
         from deltatune import loading
 
-        how = loading.How(is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        how = loading.How(is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, ephemeral_gpu_offload)
         return loading.load_adapter(
             self, model_id, adapter_name, how, torch_device, key_mapping, allow_base_mismatch, kwargs
         )

@@ -7,7 +7,7 @@ batch with different adapters) is bound to the thread or task that makes it, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from deltatune.errors import StateError
+from deltatune.errors import AdapterNameError, StateError
 from deltatune.gate import STANDING, Gate, Uses
 
 _chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
@@ -73,6 +73,25 @@ class Call:
         if len(value) != batch:
             raise StateError(f"{name}: {len(value)} entries for a batch of {batch} rows", field=name, found=len(value))
         return value if index is None else value[index]
+
+
+def each_once(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of adapters in the order in which they are to act.
+
+    Raises:
+        AdapterNameError: One stands twice: it would act, and be merged, twice.
+    """
+    found = tuple(names)
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise AdapterNameError(
+            f"adapter {twice!r} is named {found.count(twice)} times in {list(found)}; name it once, and change how "
+            "strongly it acts with rescale_adapter_scale or add_weighted_adapter",
+            field="adapter_name",
+            found=list(found),
+            expected=list(dict.fromkeys(found)),
+        )
+    return found
 
 
 @dataclass(eq=False)

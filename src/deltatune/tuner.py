@@ -21,7 +21,7 @@ from deltatune.notice import warn
 from deltatune.peer.methods import PREFIXES
 from deltatune.peer.tuner_verbs import TunerVerbs
 from deltatune.registry import METHODS
-from deltatune.selection import Selection
+from deltatune.selection import Selection, each_once
 from deltatune.state_dict import collect
 from deltatune.stepping import Stepping
 
@@ -168,7 +168,7 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
         return self.model
 
     def _mergeable(self, adapter_names: list[str] | None) -> tuple[str, ...]:
-        names = self.selection.active if adapter_names is None else tuple(adapter_names)
+        names = self.selection.active if adapter_names is None else each_once(adapter_names)
         if adapter_names is not None and not names:
             raise StateError(
                 "adapter_names=[] merges nothing; leave it out to merge the active adapters, or call unload()",
@@ -210,7 +210,7 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
     # ------------------------------------------------------------------------------------------- like the base model
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = (adapter_name,) if isinstance(adapter_name, str) else each_once(adapter_name)
         with self.switching():
             for _, layer in inject.adapted_layers(self.model):
                 layer.unmerge()
@@ -228,7 +228,12 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take a layer method's adapter off the layers; `PeftModel.delete_adapter` is the verb for a model."""
         if adapter_name not in self.peft_config:
-            raise AdapterNameError(f"no adapter named {adapter_name!r}; there are {list(self.peft_config)}")
+            raise AdapterNameError(
+                f"no adapter named {adapter_name!r}; there are {list(self.peft_config)}",
+                field="adapter_name",
+                found=adapter_name,
+                expected=list(self.peft_config),
+            )
         from deltatune.functional import delete_adapter
 
         delete_adapter(self.model, adapter_name)

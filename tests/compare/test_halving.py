@@ -8,6 +8,7 @@ import pytest
 from deltatune.compare import compare, search
 from deltatune.compare.halving import halve
 from deltatune.compare.leg import Leg
+from deltatune.compare.search import _suggest
 from deltatune.errors import ConfigError
 
 
@@ -100,6 +101,13 @@ def test_a_search_proposes_within_its_ranges_and_compares_the_best(shared, monke
     assert [one.name for one in again.plan.candidates] == list(alive)  # the same proposals, found in their folders
 
 
+def test_a_narrow_range_is_not_left_by_rounding():
+    optuna = pytest.importorskip("optuna", reason="optuna, which proposes, is not installed")
+    space, study = {"low": 0.12345, "high": 0.12355}, optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = [_suggest(study.ask(), "learning_rate", space) for _ in range(20)]
+    assert all(0.12345 <= value <= 0.12355 and float(f"{value:g}") == value for value in found)
+
+
 def test_a_search_without_optuna_says_what_to_do(shared, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"deltatune\[search\]"):
@@ -113,6 +121,8 @@ def test_a_search_without_optuna_says_what_to_do(shared, monkeypatch):
         ({"search": {"r": []}}, "no range"),
         ({"search": {"learning_rate": {"low": 1.0}}}, "low and high"),
         ({"search": {"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}}, "above 0"),
+        ({"search": {"learning_rate": {"low": 1.0, "high": float("inf")}}}, "no range"),
+        ({"search": {"learning_rate": {"low": 1.0, "high": 2.0, "log": "false"}}}, "log: true"),
         ({"search": {"num_virtual_tokens": [4]}}, "no candidate takes num_virtual_tokens"),
         ({"search": {"seed": [1, 2]}}, "the same for all"),
         ({"stop_losers": True, "one_pass": "always"}, "one_pass"),

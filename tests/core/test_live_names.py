@@ -189,3 +189,8 @@ def test_walking_from_child_to_child_gives_the_same_names(model):
     model.to(torch.float64).train()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert all(adapter.training for adapter in layer(model).adapters.values())
+
+
+def test_a_state_dict_goes_into_a_dict_of_the_callers(model):
+    mine = {}
+    assert model.state_dict(destination=mine) is mine and mine.keys() == model.state_dict().keys()

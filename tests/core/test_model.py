@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import GenerationConfig
 
 from deltatune import (
     LoraConfig,
@@ -201,6 +202,9 @@ def test_generate_and_rows(model):
         adapter_names=["default", "other"],
     )  # fmt: skip
     assert beams.shape[0] == 2
+    settings = GenerationConfig(max_new_tokens=3, num_beams=2, pad_token_id=0, eos_token_id=None)
+    by_place = model.generate(ids, settings, adapter_names=["default", "other"])
+    assert torch.equal(by_place, model.generate(ids, generation_config=settings, adapter_names=["default", "other"]))
 
 
 # ----------------------------------------------------------------------------------------------------- modules_to_save

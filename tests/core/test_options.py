@@ -15,16 +15,21 @@ import deltatune
 from deltatune import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    IA3Config,
     LoraConfig,
+    LoraRuntimeConfig,
     PeftModel,
     PrefixTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,
+    loading,
     set_peft_model_state_dict,
 )
 from deltatune.errors import ConfigError, IntegrityError, MismatchError, PeftWarning, SaveError, StateError, UnsafeError
+from deltatune.hotswap import hotswap_adapter
+from deltatune.lora import options as lora_options
 from tests.core.test_storage import CONFIG, INPUTS, KEY, WEIGHTS, adapted, change, load
 from tests.core.tiny import VOCAB, logits, tiny
 from tests.laws.examples import move
@@ -324,9 +329,44 @@ def test_options_that_are_none_are_warned_about_and_torch_device_is_checked(fold
         load(folder, nonsense=1, device_map="auto")
     with pytest.warns(PeftWarning, match=r"\['compress'\]"):
         adapted().save_pretrained(tmp_path / "new", compress=True, max_shard_size="1GB")
-    with pytest.raises(ConfigError, match="torch_device='nowhere'"):
-        adapted().load_adapter(folder, "second", torch_device="nowhere")
-    assert equal(load(folder, torch_device="cpu", ephemeral_gpu_offload=True), adapted())
+    for device in ("nowhere", "meta", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"torch_device='{device}'"):
+            adapted().load_adapter(folder, "second", torch_device=device)
+        with pytest.raises(ConfigError, match=f"torch_device='{device}'"):
+            load(folder, torch_device=device)
+        with pytest.raises(ConfigError, match=f"torch_device='{device}'"):
+            hotswap_adapter(adapted(), folder, "default", torch_device=device)
+    assert equal(load(folder, torch_device="cpu"), adapted())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_tensors_are_read_to_the_device_that_is_asked_for(folder, monkeypatch):
+    seen, plain = [], loading.load_into
+    monkeypatch.setattr(
+        loading, "load_into", lambda *args: seen.extend(t.device.type for t in args[2].tensors.values()) or plain(*args)
+    )
+    assert equal(load(folder, torch_device="cuda"), adapted())
+    assert set(seen) == {"cuda"}
+
+
+def test_an_offload_that_changes_nothing_is_warned_about(folder, tmp_path, monkeypatch):
+    with pytest.warns(PeftWarning, match="ephemeral_gpu_offload=True is for the lengths that DoRA"):
+        assert equal(load(folder, ephemeral_gpu_offload=True), adapted())
+    get_peft_model(tiny("llama"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
+    with pytest.warns(PeftWarning, match="not for IA3Config; it changes nothing"):
+        load(tmp_path / "ia3", ephemeral_gpu_offload=True)
+    monkeypatch.setattr(lora_options, "accelerator", lambda: None)
+    config = LoraConfig(use_dora=True, r=2, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    with pytest.warns(PeftWarning, match="needs an accelerator"):
+        get_peft_model(tiny("llama"), config)
+
+
+def test_doras_lengths_are_worked_out_on_the_accelerator(monkeypatch):
+    """Numbers that are sent to the device without any do not come back."""
+    monkeypatch.setattr(lora_options, "accelerator", lambda: torch.device("meta"))
+    with pytest.raises(NotImplementedError, match="meta"):
+        get_peft_model(tiny("llama"), LoraConfig(use_dora=True, r=2, runtime_config={"ephemeral_gpu_offload": True}))
+    get_peft_model(tiny("llama"), LoraConfig(use_dora=True, r=2))
 
 
 def test_a_state_dict_given_to_save_is_what_is_saved(tmp_path):

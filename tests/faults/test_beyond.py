@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltatune import LoraConfig, PeftModel
-from deltatune.errors import MergeError, PeftError, SaveError
+from deltatune.errors import AdapterNameError, MergeError, PeftError, SaveError
+from deltatune.functional import set_adapter
+from deltatune.inject import adapted_layers
 from deltatune.storage.files import write_files
 from tests.core.tiny import logits, tiny
 from tests.faults.disk import in_child
@@ -151,3 +153,33 @@ def test_a_download_that_did_not_end_or_is_in_pieces(tmp_path):
     (tmp_path / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a')
     with refused(PeftError, str(tmp_path), WEIGHTS):
         PeftModel.from_pretrained(tiny("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.set_adapter(["default", "second", "default"]),
+        lambda model: model.base_model.set_adapter(["default", "default"]),
+        lambda model: set_adapter(model, ["default", "default"]),
+        lambda model: model.merge_adapter(["second", "second"]),
+        lambda model: model.merge_and_unload(adapter_names=["second", "second"]),
+    ],
+)
+def test_an_adapter_that_is_named_twice_would_act_twice(call):
+    model = adapted(1)
+    model.add_adapter("second", LoraConfig(r=4))
+    before, active = state(model), model.active_adapters
+    with refused(AdapterNameError, "named 2 times"):
+        call(model)
+    assert unchanged(model, before) and model.active_adapters == active
+
+
+@pytest.mark.parametrize("of", ["base", "adapter"])
+def test_merging_numbers_that_are_not_there(of):
+    model = adapted(1)
+    path, layer = next(adapted_layers(model.get_base_model()))
+    (layer.base_layer if of == "base" else layer.adapters["default"]).to("meta")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with refused(MergeError, path, "meta device"):
+            merge()
+    assert not any(layer.merged for _, layer in adapted_layers(model.get_base_model()))

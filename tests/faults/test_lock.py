@@ -177,3 +177,27 @@ def test_a_file_system_without_locks_is_saved_to_all_the_same(tmp_path, monkeypa
     with failing(monkeypatch, lock.fcntl, "flock", 0, OSError(95, "Operation not supported")):
         adapted(1).save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), INPUTS), logits(adapted(1), INPUTS))
+
+
+def test_a_folder_that_cannot_be_made_again_says_why(tmp_path, monkeypatch):
+    """And closes what it has opened once, not what another thread may have opened under that number since."""
+    folder, opened, closed = tmp_path / "new", [], []
+    folder.mkdir()
+    close, take = os.close, lock._take
+
+    def open_once(path):
+        if opened:
+            raise PermissionError(f"{path} cannot be made")
+        opened.append(os.open(path, os.O_RDONLY))
+        return opened[0]
+
+    def take_and_lose(handle, path, deadline):
+        path.rmdir()
+        return take(handle, path, deadline)
+
+    monkeypatch.setattr(lock, "_open", open_once)
+    monkeypatch.setattr(lock, "_take", take_and_lose)
+    monkeypatch.setattr(lock.os, "close", lambda handle: closed.append(handle) or close(handle))
+    with pytest.raises(PermissionError, match="cannot be made"), lock.locked([folder]):
+        pass
+    assert closed == opened

@@ -34,9 +34,10 @@ def pristine(model, before, expected):
 
 
 def test_merging_leaves_every_module_in_the_mode_it_is_in():
-    model = adapted().train()
+    model = adapted(lora_dropout=0.1).train()
     layer = model.get_base_model().get_submodule(QUERY.format(0))
     layer.base_layer.eval()
+    layer.lora_dropout["default"].eval()
     modes = [module.training for module in model.modules()]
     model.merge_adapter()
     assert [module.training for module in model.modules()] == modes and True in modes and False in modes

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
+from deltatune import LoraConfig, get_peft_model
+from deltatune.kernels import low_rank
 from deltatune.kernels.low_rank import low_rank_linear
 
 
@@ -77,3 +80,33 @@ def test_in_half_precision_only_the_input_is_kept():
     assert [tuple(tensor.shape) for tensor in saved if len(tensor) == 64] == [(64, 6)]
     of_A, of_B = torch.autograd.grad(y.float().square().sum(), (A, B))
     assert of_A.dtype == of_B.dtype == torch.float32
+
+
+def test_gradients_of_gradients_see_the_same_mask():
+    """As a penalty on gradients takes them; bits of integers, which the mask is, have no gradient."""
+    x, W, b, A, B = parts(4)
+
+    def both(layer):
+        torch.manual_seed(3)
+        inner = torch.autograd.grad(layer().pow(2).sum(), (x, A, B), create_graph=True)
+        return [*inner, *torch.autograd.grad(sum(part.pow(2).sum() for part in inner), (x, A, B))]
+
+    torch.manual_seed(3)
+    mask = low_rank._mask(x, 0.5, int(torch.randint(2**62, ()))) != 0
+    found = both(lambda: low_rank_linear(x, W, b, A, B, dropout=0.5))
+    assert_close(found, both(lambda: F.linear(x, W, b) + F.linear(F.linear(2 * mask * x, A), B)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_forward_derivatives_are_those_of_the_layer(train):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), LoraConfig(target_modules=["0"], r=3))
+    model.train(train).base_model.model[0].lora_B["default"].weight.data.normal_()
+    x, t = torch.randn(4, 6), torch.randn(4, 6)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, t))).tangent
+    assert_close(found, F.linear(t, model.base_model.model[0].weight + 0), rtol=1e-5, atol=1e-5)
+
+
+def test_nearly_everything_may_be_dropped():
+    x, W, b, A, B = parts(4)
+    assert low_rank_linear(x, W, b, A, B, dropout=0.99999).isfinite().all()

@@ -207,6 +207,10 @@ _FURTHER: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": ([3],),
     "velora_config": ({"num_groups": 3},),
 }
+# Not among them: arrow_config. A router trains nothing and is what the adapters beside it make of it, so that birth,
+# training, isolation, rows, round trip and swap say the opposite of what it is for, and alone on a layer, where the
+# other laws would find it, it does nothing. tests/methods/test_arrow.py has its laws.
+
 # Options that are also tried together, where a config has them all.
 _TOGETHER: tuple[dict[str, Any], ...] = (
     {"use_dora": True, "use_rslora": True, "lora_bias": True},

@@ -8,23 +8,55 @@ import transformers
 
 from deltatune import PrefixTuningConfig, get_peft_model
 from deltatune.prompts.padding import without_padding
-from tests.prompts.modalities import DECODER, VISION
+from tests.prompts.modalities import DECODER, VISION, qwen2_vl
 from tests.prompts.models import bare, batch, prefixed, redraw
 
 NEW = 4
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "latent", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "latent", "gemma2", "gptj"])
 def test_a_plain_call_answers_as_without_padding(name, attention):
     """Where the bare model does so, which rotary angles tell of distances only."""
-    if name == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers runs Gemma 2 with eager attention")
+    if name in ("gemma2", "gptj") and attention == "sdpa":
+        pytest.skip("transformers runs it with eager attention")
     model, inputs = prefixed(name, bare(name, attention)), batch(name, left=True)
     with torch.no_grad():
         padded = model(**inputs).logits[1, 3:]
         alone = model(input_ids=inputs["input_ids"][1:, 3:]).logits[0]
     torch.testing.assert_close(padded, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_positions_of_time_height_and_width_start_at_the_first_token():
+    """Qwen2-VL tells its angles three positions of each token, which count columns where there are no images."""
+    base, _, _ = qwen2_vl()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = get_peft_model(base.eval(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    redraw(model.eval())
+    inputs = batch("llama", left=True)
+    with torch.no_grad():
+        padded = model(**inputs).logits[1, 3:]
+        alone = model(input_ids=inputs["input_ids"][1:, 3:]).logits[0]
+    torch.testing.assert_close(padded, alone, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_forward_that_was_wrapped_is_told_the_same(late):
+    """By hooks of other libraries, before or after; a plain wrapper does not say what it takes."""
+    base = bare("llama")
+    rotary = base.model.rotary_emb
+
+    def wrap(inner):
+        rotary.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+
+    if not late:
+        wrap(rotary.forward)
+    model, inputs = prefixed("llama", base), batch("llama", left=True)
+    if late:
+        wrap(rotary.forward)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, prefixed("llama")(**inputs).logits)
 
 
 def test_padding_by_position_and_by_keyword_is_one_call():
@@ -120,3 +152,7 @@ def test_only_positions_that_count_columns_move():
     assert without_padding(torch.tensor([[3]]), mask).tolist() == [[3], [1]]  # one step of decoding
     own = torch.tensor([[0, 1, 2, 3], [1, 1, 0, 1]])
     assert torch.equal(without_padding(own, mask), own)
+    leaping = torch.tensor([[0, 1, 2, 3], [1, 1, 0, 3]])  # by chance its last one is the last column
+    assert torch.equal(without_padding(leaping, mask), leaping)
+    of_three = torch.stack([torch.arange(4)[None].expand(2, 4)] * 3)
+    assert torch.equal(without_padding(of_three, mask), torch.stack([without_padding(of_three[0], mask)] * 3))

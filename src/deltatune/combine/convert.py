@@ -80,6 +80,7 @@ def convert_to_lora(
         _refuse_too_high(keep, path, layer.as_map())
         change = read(layer, adapter_name)
         found[path] = lora.factors(change.weight, change, keep, change.bias, **options)
+    found = lora.of_one_rank(base, found)
     made = lora.config_for(base, found, config)
     made.modules_to_save = copies.names(base)
     errors = {path: layer.error for path, layer in found.items()}

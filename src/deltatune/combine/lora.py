@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,13 +36,17 @@ class Factors:
     def rank(self) -> int:
         return self.groups[0].rank * len(self.groups)
 
+    def padded(self, rank: int) -> Factors:
+        """The same of a higher rank."""
+        return replace(self, groups=tuple(part.padded(rank // len(self.groups)) for part in self.groups))
+
     def fill(self, adapter: LoRA) -> None:
         """Put them into a LoRA adapter of this rank, whatever its scaling."""
         A, B = adapter.lora_A.weight, adapter.lora_B.weight
         A.data.copy_(torch.cat([part.down for part in self.groups]).view_as(A))
         B.data.copy_(torch.cat([part.up for part in self.groups]).view_as(B) / adapter.scaling)
         if adapter.lora_B.bias is not None:
-            bias = torch.zeros(()) if self.bias is None else self.bias / adapter.scaling
+            bias = torch.zeros(()) if self.bias is None else self.bias / adapter.bias_scaling
             adapter.lora_B.bias.data.copy_(bias.expand_as(adapter.lora_B.bias))
 
 
@@ -93,6 +97,22 @@ def _with_error(wanted: Sequence[Matrix], found: Sequence[Product], bias: Tensor
     return Factors(tuple(part.padded(rank) for part in found), bias, (missed / size) ** 0.5 if size else 0.0)
 
 
+def of_one_rank(model: nn.Module, layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """An attention and its parts brought to the higher of their ranks: in a config they have one."""
+    found = dict(layers)
+    for held in _parts(model):
+        mine = [one for one in held if one in found]
+        rank = max((found[one].rank for one in mine), default=0)
+        found |= {one: found[one].padded(rank) for one in mine}
+    return found
+
+
+def _parts(model: nn.Module) -> list[list[str]]:
+    """Layers that are adapted together: the path of an attention, and those of its parts."""
+    held = ((path, layer.as_map().parts) for path, layer in inject.adapted_layers(model))
+    return [[path, *(f"{path}.base_layer.{part}" for part in parts)] for path, parts in held if parts]
+
+
 def config_for(model: nn.Module, layers: Mapping[str, Factors], like: PeftConfig | None = None) -> LoraConfig:
     """The config of LoRA on exactly these layers, with scaling one.
 
@@ -100,16 +120,18 @@ def config_for(model: nn.Module, layers: Mapping[str, Factors], like: PeftConfig
         MergeError: A bias has to be held for an embedding.
     """
     bias = any(layer.bias is not None for layer in layers.values())
+    parts = {part for held in _parts(model) for part in held[1:] if held[0] in layers}
+    named = {path: layer for path, layer in layers.items() if path not in parts}  # parts go with what they are in
     if bias:
         _refuse_embeddings(model, layers)
-    rank, ranks = naming.by_layer({path: layer.rank for path, layer in layers.items()})
+    rank, ranks = naming.by_layer({path: layer.rank for path, layer in named.items()})
     kept = ("task_type", "base_model_name_or_path", "revision", "lora_dropout")
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
-        target_modules=naming.targets(model, list(layers)),
+        target_modules=naming.targets(model, list(named)),
         lora_bias=bias,
         **{name: getattr(like, name) for name in kept if hasattr(like, name)},
     )
@@ -176,11 +198,12 @@ def tensors(
 ) -> dict[str, Tensor]:
     """What the file of such an adapter holds; the model is only looked at."""
     found = {}
-    for path, layer in inject.adapted_layers(model):
-        if path in layers:
-            adapter: Any = LoRA.build(layer.as_map(), config, path).to(layers[path].groups[0].up.dtype)
-            layers[path].fill(adapter)
-            found |= {f"{root}{path}.{name}": tensor.detach() for name, tensor in adapter.file_tensors().items()}
+    maps = {path: layer.as_map() for path, layer in inject.adapted_layers(model) if path in layers}
+    config = LoRA.plan(maps, config)
+    for path, base in maps.items():
+        adapter: Any = LoRA.build(base, config, path).to(layers[path].groups[0].up.dtype)
+        layers[path].fill(adapter)
+        found |= {f"{root}{path}.{name}": tensor.detach() for name, tensor in adapter.file_tensors().items()}
     for path, module in copies.modules.items():
         found |= {f"{root}{path}.{name}": copy.copy(tensor) for name, tensor in module.state_dict().items()}
     return found

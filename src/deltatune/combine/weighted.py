@@ -36,7 +36,7 @@ def add_weighted_adapter(
         return {}
     for name in configs:
         check(base, name)
-    layers = _combined(base, ask)
+    layers = lora.of_one_rank(base, _combined(base, ask))
     config = lora.config_for(base, layers, configs[ask.adapters[0]])
     lora.add(model, adapter_name, config, lambda path, made: layers[path].fill(made), copies)
     return _reported({path: layer.error for path, layer in layers.items()}, ask)

@@ -10,6 +10,7 @@ broken off proposes the same again and finds what it had measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,9 +91,7 @@ def propose(plan: Plan, trial: Any) -> Candidate:
     name = trial.suggest_categorical(TEMPLATE, list(by_name)) if len(by_name) > 1 else next(iter(by_name))
     template = by_name[name]
     mine = {key: _suggest(trial, key, space) for key, space in plan.own.search.items() if takes(template, key)}
-    told = " ".join(
-        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in mine.items()
-    )
+    told = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in mine.items())
     return Candidate(f"{name} {told}".strip(), varied(template.settings, mine))
 
 
@@ -113,8 +112,10 @@ def _suggest(trial: Any, key: str, space: Any) -> Any:
     low, high, log = space["low"], space["high"], bool(space.get("log", False))
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(key, low, high, log=log)
-    # few digits: what is shown is what was trained
-    return float(f"{trial.suggest_float(key, low, high, log=log):.3g}")
+    found = trial.suggest_float(key, low, high, log=log)
+    # few digits: what is shown is what was trained; more of a narrow range
+    short = (float(f"{found:.{digits}g}") for digits in range(3, 7))
+    return next((value for value in short if low <= value <= high), found)
 
 
 def check_space(space: dict[str, Any], candidates: list[Candidate], shared: set[str]) -> None:
@@ -145,7 +146,8 @@ def _is_range(given: Any) -> bool:
         return False
     low, high = given["low"], given["high"]
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (low, high))
-    return numbers and low < high and (low > 0 or not given.get("log"))
+    log = given.get("log", False)
+    return isinstance(log, bool) and numbers and math.isfinite(high - low) and low < high and (low > 0 or not log)
 
 
 def _optuna() -> Any:

@@ -11,7 +11,7 @@ from deltatune import inject
 from deltatune.errors import AdapterNameError, StateError
 from deltatune.model import PeftModel
 from deltatune.notice import warn
-from deltatune.selection import Selection
+from deltatune.selection import Selection, each_once
 from deltatune.shared import shared_modules
 
 
@@ -23,7 +23,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
     Raises:
         AdapterNameError: No adapter of that name is on the model.
     """
-    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    names = (adapter_name,) if isinstance(adapter_name, str) else each_once(adapter_name)
     _check(model, names, "set_adapter")
     layers = [layer for _, layer in inject.adapted_layers(model)]
     if any(layer.merged for layer in layers):

@@ -35,6 +35,7 @@ from deltatune.storage import folder as storage
 from deltatune.storage.embeddings import Replacements
 from deltatune.storage.keys import adjusted
 from deltatune.storage.options import Allowed, loading
+from deltatune.storage.weights import checked_device
 
 
 def hotswap_adapter(
@@ -58,15 +59,16 @@ def hotswap_adapter(
         model: A `PeftModel`, or a model with adapters in it; compiled or not.
         model_name_or_path: Folder or hub repository.
         adapter_name: The adapter to replace.
-        torch_device: Accepted; tensors go where those they replace are.
+        torch_device: Where the tensors are read to (None: the CPU) and checked; they go where those they replace are.
         kwargs: Those of `from_pretrained` that say what is read: `subfolder`, `revision`, ...
 
     Raises:
         PeftError: The folder is damaged, the adapter does not fit, or its method, base or targets are others; the
             present adapter is as it was.
     """
+    device = checked_device(torch_device or "cpu")
     allowed, hub = loading(allow_base_mismatch, kwargs)
-    saved = storage.read(model_name_or_path, key_mapping=key_mapping, **hub)
+    saved = storage.read(model_name_or_path, key_mapping=key_mapping, **hub).on(device)
     peft_model, base = _parts(model)
     storage.check_base(saved, base, allow_base_mismatch)
     if peft_model is not None:

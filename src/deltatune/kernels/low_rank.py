@@ -8,14 +8,18 @@ its seed. Plain torch below `deltatune.methods.lora` is the definition; tests co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from deltatune.adapter import LinearMap
+from deltatune.kernels import gpu
 
 # Draw masks of dropout here. False: let torch draw them, as PEFT does, number for number under the same seed.
 own_dropout = True
@@ -31,6 +35,8 @@ def fits(x: Tensor, layer: LinearMap, dropout: float = 0.0) -> bool:
     if layer.kind != "linear" or not layer.dense or layer.dtype != x.dtype or torch.compiler.is_compiling():
         return False
     if (dropout and not own_dropout) or torch._C._are_functorch_transforms_active():  # vmap has no rule for it
+        return False
+    if forward_ad._current_level >= 0:  # nor have dual numbers
         return False
     return x.is_cpu and x.is_floating_point() and not torch.is_autocast_enabled("cpu")
 
@@ -76,6 +82,53 @@ def _without_gradient(
     return y.addmm_(h, B.T, alpha=scale).view(*x.shape[:-1], y.shape[-1])
 
 
+_autocast, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
+_AS_VECTORS = (torch.float32, torch.float64)  # W times a vector has the bits of a batch of one row through W
+
+
+def prepared(adapter: Any, layer: LinearMap) -> Callable[[Tensor], Tensor | None] | None:
+    """x -> layer and update of a plain LoRA without gradients; None where another way than this one has to be taken.
+
+    While decoding, the look-ups on the way to three small products cost more than these do: through modules, properties
+    and maps 30 microseconds a layer, whose own product takes 40 to 140, and whose weights have pushed all of it out of
+    the nearer caches. So what may have changed since the last call is asked for once, where it is kept, and in dicts.
+    """
+    module: Any = getattr(layer, "module", None)
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return None
+    if layer.kind != "linear" or "bias" not in module._parameters:
+        return None
+    state, parts, held, frozen = vars(adapter), adapter._modules, vars(module), module._parameters
+    lora_A, lora_B = adapter.lora_A, adapter.lora_B
+    down, up = lora_A._parameters, lora_B._parameters
+
+    def run(x: Tensor) -> Tensor | None:
+        if parts["lora_A"] is not lora_A or parts["lora_B"] is not lora_B:
+            return None
+        weight, bias, dtype = frozen["weight"], frozen["bias"], x.dtype
+        A, B, scale = down.get("weight"), up.get("weight"), state.get("scaling")
+        if A is None or B is None or up.get("bias") is not None or type(scale) is not float:
+            return None
+        if type(weight) is not Parameter or weight.dtype is not dtype or not x.is_cpu or gpu.backend != "plain":
+            return None
+        if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held:
+            return None
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            return None
+        if (state["training"] and isinstance(parts["lora_dropout"], nn.Dropout)) or _autocast() or _transforms():
+            return None
+        if forward_ad._current_level >= 0:
+            return None
+        shape = x.shape
+        if x.numel() != shape[-1] or dtype not in _AS_VECTORS or A.dtype is not dtype or B.dtype is not dtype:
+            return _without_gradient(x, weight, bias, A, B, scale)
+        row = x.view(-1)  # of one row every view is one, whatever its strides
+        y = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
+        return y.addmv_(B, A.mv(row), alpha=scale).view(*shape[:-1], -1)
+
+    return run
+
+
 class _LowRankLinear(torch.autograd.Function):
     """Products of many rows with r of a factor are written with r first: (r, T) is three times as fast as (T, r)."""
 
@@ -103,7 +156,8 @@ class _LowRankLinear(torch.autograd.Function):
         through = B_.T.contiguous() @ g.T  # (r, T)
         mask = _mask(rows, ctx.dropout, ctx.seed) if ctx.dropout else None
         found = _of_input(g, weight, through, A_, mask).view_as(x) if of_x else None
-        seen = rows if mask is None else _kept_of(rows, mask)
+        kept = _differentiable if torch.is_grad_enabled() else _kept_of
+        seen = rows if mask is None else kept(rows, mask)
         return (
             found,
             g.T @ rows if of_W else None,
@@ -120,6 +174,8 @@ def _of_input(g: Tensor, weight: Tensor, through: Tensor, A: Tensor, mask: Tenso
     if mask is None:
         return found.addmm_(through.T, A)
     update = through.T @ A
+    if torch.is_grad_enabled():
+        return found.add_(_differentiable(update, mask))
     update.view(mask.dtype).bitwise_and_(mask)
     return found.add_(update)
 
@@ -130,6 +186,11 @@ def _of_input(g: Tensor, weight: Tensor, through: Tensor, A: Tensor, mask: Tenso
 def _kept_of(x: Tensor, mask: Tensor) -> Tensor:
     """x where the mask has ones; the mask's memory is used up for it."""
     return mask.bitwise_and_(x.contiguous().view(mask.dtype)).view(x.dtype)
+
+
+def _differentiable(x: Tensor, mask: Tensor) -> Tensor:
+    """The same for a backward pass that is differentiated itself; bits have no gradient."""
+    return torch.where(mask != 0, x, 0)
 
 
 def _mask(x: Tensor, share: float, seed: int) -> Tensor:
@@ -143,7 +204,7 @@ _OF = 2**15  # what shares are counted in
 
 
 def _kept(share: float) -> int:
-    return round((1 - share) * _OF)
+    return max(round((1 - share) * _OF), 1)
 
 
 def _drawn(count: int, kept: int, seed: int) -> np.ndarray:

@@ -113,18 +113,23 @@ class LoraConfig(LayerConfig):
         return values
 
     def validate(self) -> None:
-        super().validate()
+        self.validate_common()
         checks.positive_int("LoraConfig", "r", self.r)
-        checks.finite_positive("LoraConfig", "lora_alpha", self.lora_alpha)
-        checks.probability("LoraConfig", "lora_dropout", self.lora_dropout)
-        biases.check("LoraConfig", self.bias, "lora_only")
-        replication.check("LoraConfig", self.layer_replication)
         starts.check(self.init_lora_weights)
         parameters.check(self)
         checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
         options.fill_in(self)
         self.beside()
         check_variants(self)
+
+    def validate_common(self) -> None:
+        """What AdaLoRA's options have to be too."""
+        LayerConfig.validate(self)
+        owner = type(self).__name__
+        checks.finite_positive(owner, "lora_alpha", self.lora_alpha)
+        checks.probability(owner, "lora_dropout", self.lora_dropout)
+        biases.check(owner, self.bias, "lora_only")
+        replication.check(owner, self.layer_replication)
 
     def beside(self) -> list[tuple[Method, LayerConfig]]:
         return trainable_tokens.beside(self.trainable_token_indices)

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from deltatune import checks
 from deltatune.errors import ConfigError
 from deltatune.lora.variants.options import Options
@@ -18,10 +20,28 @@ class LoraRuntimeConfig(Options):
     """What concerns one run alone, and is never saved.
 
     Attributes:
-        ephemeral_gpu_offload: Accepted and without effect: a start is computed where the layer is.
+        ephemeral_gpu_offload: Work out DoRA's lengths of a base on the CPU on the first accelerator. Other starts are
+            worked out where the layer is.
     """
 
     ephemeral_gpu_offload: bool = False
+
+
+OF_DORA = "is for the lengths that DoRA starts from (LoraConfig with use_dora=True)"
+
+
+def accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+def warn_offload(config: Any) -> None:
+    """Before adapters are built: say so where `ephemeral_gpu_offload` was asked for and changes nothing."""
+    if not config.runtime_config.ephemeral_gpu_offload:
+        return
+    if not config.use_dora:
+        warn(f"LoraConfig: ephemeral_gpu_offload=True {OF_DORA}; it changes nothing")
+    elif accelerator() is None:
+        warn("LoraConfig: ephemeral_gpu_offload=True needs an accelerator, and torch finds none; it changes nothing")
 
 
 @dataclass

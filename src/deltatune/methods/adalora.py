@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, checks, replication
+from deltatune import checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
@@ -76,14 +76,10 @@ class AdaLoraConfig(LoraConfig):
         LayerConfig.__post_init__(self)  # LoRA's own would bring options into shape that are refused here
 
     def validate(self) -> None:
-        LayerConfig.validate(self)
+        self.validate_common()
         owner = "AdaLoraConfig"
         for name in ("init_r", "target_r", "deltaT"):
             checks.positive_int(owner, name, getattr(self, name))
-        checks.finite_positive(owner, "lora_alpha", self.lora_alpha)
-        checks.probability(owner, "lora_dropout", self.lora_dropout)
-        biases.check(owner, self.bias, "lora_only")
-        replication.check(owner, self.layer_replication)
         checks.one_of(owner, "init_lora_weights", self.init_lora_weights, (True, False, None, "gaussian"))
         if self.total_step is None or self.total_step < 1:
             checks.refuse(owner, "total_step", self.total_step, "the number of optimizer steps of the whole training")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import input_dropout, shift, sparse_linear
+from deltatune.factors import dense_enough, input_dropout, shift, sparse_linear
 from deltatune.joint_bases import Bases, Basis, coordinates
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.vera import usual_targets as veras_targets
@@ -143,6 +143,8 @@ class Frod(Adapter):
             return h + layer.mix(z, self.S)
         if not self.frod_lambda_s_values.numel():
             return h
+        if dense_enough(len(self.frod_lambda_s_values), z, layer):
+            return h + layer.mix(z, self.S)
         rows, columns = self.frod_s_indices
         return h + sparse_linear(z, self.frod_lambda_s_values, rows, columns, len(self.start))
 

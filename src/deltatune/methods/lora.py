@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,6 +21,7 @@ from deltatune.kernels import low_rank as fused
 from deltatune.lora import starts
 from deltatune.lora.config import LoraConfig
 from deltatune.lora.known import Known
+from deltatune.lora.options import warn_offload
 from deltatune.lora.stacked import for_peers
 from deltatune.lora.starts import Site, Start
 from deltatune.lora.variants import VIEWS, build_variants, variants_of
@@ -29,6 +30,10 @@ from deltatune.lora.variants.variant import Pass, Variant
 from deltatune.methods.common import all_linear
 from deltatune.patterns import pattern_value
 from deltatune.room import plain, widen
+
+# On the output projection of an attention that is adapted itself (`nn.MultiheadAttention`): PEFT adds the update there
+# twice (a bias once), in every pass and when it merges, so that is what files mean. Rank and alpha are the attention's.
+TWICE = 2
 
 
 class LoRA(Known):
@@ -47,6 +52,7 @@ class LoRA(Known):
     stacks = ("blocks",)
     row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
 
+    counts: int = 1  # how many times alpha / r its update is
     followed: bool = False  # by layers that share an embedding's weight
     scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
     summand: bool | str = True
@@ -81,18 +87,23 @@ class LoRA(Known):
 
     @classmethod
     def plan(cls, layers: dict[str, LinearMap], config: LoraConfig) -> LoraConfig:
-        if config.monteclora_config is None:
+        warn_offload(config)
+        inside = {f"{bare(path)}.{part}": path for path, layer in layers.items() for part in layer.parts}
+        if config.monteclora_config is None and not inside:
             return config
         config = copy.copy(config)
-        vars(config)["layers"] = len(layers)  # its loss is a mean over them
+        vars(config)["layers"] = len(layers)  # the loss of MonteCLoRA is a mean over them
+        vars(config)["inside"] = inside
         return config
 
     @classmethod
     def build(cls, layer: LinearMap, config: LoraConfig, path: str) -> Adapter:
         if config.arrow_config is not None:
             return Router.build(layer, config, path)
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        around = getattr(config, "inside", {}).get(bare(path))
+        counts = 1 if around is None else TWICE
+        r = pattern_value(config.rank_pattern, around or path, config.r)
+        alpha = pattern_value(config.alpha_pattern, around or path, config.lora_alpha)
         if config.lora_bias and layer.kind == "embedding":
             raise ConfigError(
                 f"LoraConfig: lora_bias=True is not possible for the embedding {path}: files have no name for it",
@@ -103,9 +114,10 @@ class LoRA(Known):
         _check_groups(layer, r, path)
         varied = build_variants(layer, config, path, r)
         down, up = shapes(layer, r, varied)
-        start = starts.begin(Site(layer, r, scaling(r, alpha, config.use_rslora), config, path, down, up))
+        start = starts.begin(Site(layer, r, counts * scaling(r, alpha, config.use_rslora), config, path, down, up))
         made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
-        made.followed = config.ensure_weight_tying
+        made.followed, made.counts = config.ensure_weight_tying, counts
+        made.scaling = made.configured_scaling
         return made
 
     @property
@@ -118,7 +130,11 @@ class LoRA(Known):
 
     @property
     def configured_scaling(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return scaling(self.r, self.lora_alpha, self.use_rslora)
+        return self.counts * scaling(self.r, self.lora_alpha, self.use_rslora)
+
+    @property
+    def bias_scaling(self) -> Any:
+        return self.scaling / self.counts
 
     def _begin(self, start: Start) -> None:
         wide = torch.promote_types(start.A.dtype, torch.float32)
@@ -208,7 +224,7 @@ class LoRA(Known):
         own = self.lora_B.bias
         if own is None:
             return bias
-        return self.scaling * own if bias is None else bias + self.scaling * own
+        return self.bias_scaling * own if bias is None else bias + self.bias_scaling * own
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
         if self.stacks is not None:
@@ -238,6 +254,9 @@ class LoRA(Known):
         if bias is None:
             return y + layer.mix(self.scaling * h, B).to(y.dtype)
         return y + (self.scaling * shift(layer.mix(h, B), bias, layer)).to(y.dtype)
+
+    def prepared(self, layer: LinearMap) -> Callable[[Tensor], Tensor | None] | None:
+        return None if self.stacks is None else fused.prepared(self, layer)
 
     def update(self, x: Any, layer: LinearMap) -> Tensor:
         """What is added to the layer's output."""
@@ -285,6 +304,11 @@ class LoRA(Known):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def bare(path: str) -> str:
+    """A path as it is before anything around it is wrapped."""
+    return path.replace(".base_layer.", ".")
 
 
 def scaling(r: int, alpha: float, rslora: bool) -> float:

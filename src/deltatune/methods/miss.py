@@ -123,7 +123,9 @@ class MiSS(Adapter):
         if self.kind == "conv":
             ones = torch.eye(r, dtype=D.dtype, device=D.device)
             return layer.mix(layer.apply(x, self._along_inputs(ones)), rows)
-        sums = F.pad(x, (0, -self.in_features % r)).unflatten(-1, (-1, r)).sum(-2)
+        if self.in_features % r:  # to pad by nothing is a copy
+            x = F.pad(x, (0, -self.in_features % r))
+        sums = x.unflatten(-1, (-1, r)).sum(-2)
         y = layer.mix(sums, D.mT)
         return y.repeat(*[1] * (x.ndim - 1), self.copies) if self.copies > 1 else y
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from deltatune import checks
@@ -146,7 +145,8 @@ class Lily(Adapter):
             update = (choice[..., None] * h[..., None, :]).flatten(-2) @ B.flatten(0, 1).to(h.dtype)
         else:
             w = _mean(choice.flatten(1, -2), values.get("decoder_tokens" if self.in_decoder else "tokens"))
-            update = h.flatten(1, -2) @ torch.einsum("be,ero->bro", w, B.to(h.dtype))
+            mixed = h.flatten(1, -2)[..., None, :] * w[:, None, :, None]  # one product for all rows, not one for each
+            update = mixed.flatten(-2) @ B.flatten(0, 1).to(h.dtype)
         return y + (self.scaling * update.reshape(y.shape)).to(y.dtype)
 
     def extra_repr(self) -> str:

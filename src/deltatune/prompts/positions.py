@@ -77,13 +77,13 @@ class PositionShift:
         shift = self.stage.shift()
         if not shift:
             return args, kwargs
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         name = next((name for name in _position_arguments(module) if given.get(name) is not None), None)
         if name is None:
             return args, {**kwargs, _position_arguments(module)[-1]: shift}
         if name in kwargs:
             return args, {**kwargs, name: _moved(kwargs[name], shift)}
-        index = list(given).index(name)
+        index = list(given).index(name) - 1
         return (*args[:index], _moved(args[index], shift), *args[index + 1 :]), kwargs
 
     def before_lookup(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -128,10 +128,16 @@ def learned_tables(model: nn.Module, site_names: list[str]) -> list[nn.Embedding
     return [module for _, module in _where_positions_enter(model, site_names) if isinstance(module, nn.Embedding)]
 
 
-def rotary_modules(model: nn.Module, site_names: list[str]) -> list[nn.Module]:
-    """The modules that make rotary angles from positions, in the part of a model that holds the sites."""
-    entering = (module for _, module in _where_positions_enter(model, site_names))
-    return [module for module in entering if _is_rotary(module) and "position_ids" in _position_arguments(module)]
+def counting_modules(model: nn.Module, site_names: list[str]) -> list[nn.Module]:
+    """The modules that make rotary angles from positions, in the part of a model that holds the sites.
+
+    Where positions enter through no module, the attentions that are given them (GPT-J and CodeGen).
+    """
+    entering = [module for _, module in _where_positions_enter(model, site_names)]
+    counting = [module for module in entering if _is_rotary(module)]
+    if not entering:
+        counting = [module for name, module in modules_by_name(model).items() if name in site_names]
+    return [module for module in counting if "position_ids" in _position_arguments(module)]
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -140,7 +146,7 @@ def _is_rotary(module: nn.Module) -> bool:
 
 def _position_arguments(module: nn.Module) -> list[str]:
     """The arguments of a module's forward that tell it where the tokens stand, the one that decides first."""
-    accepted = inspect.signature(module.forward).parameters
+    accepted = inspect.signature(type(module).forward).parameters  # what is put around a module's own may not say
     return [name for name in ("position_ids", "past_key_values_length") if name in accepted]
 
 

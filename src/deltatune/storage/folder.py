@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from deltatune import manners
@@ -64,6 +65,10 @@ class Saved:
     @property
     def source_kind(self) -> Source:
         return Source.PEER if self.base is None else Source.OWN
+
+    def on(self, device: torch.device) -> Saved:
+        """The same with its tensors there."""
+        return replace(self, tensors={key: tensor.to(device) for key, tensor in self.tensors.items()})
 
 
 def save(model: PeftModel, folder: Path, names: list[str], how: Saving) -> None:

@@ -42,21 +42,27 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     assert fcntl is not None  # `locked` has asked
-    deadline = time.monotonic() + PATIENCE
-    handle = _open(folder)
+    handle, held = _taken(folder, time.monotonic() + PATIENCE)
     try:
-        held = _take(handle, folder, deadline)
-        while held and not _is_still(handle, folder):  # a saver that was refused has removed the folder it had made
-            os.close(handle)
-            handle = _open(folder)
-            held = _take(handle, folder, deadline)
-        try:
-            yield
-        finally:
-            if held:  # by word: a process that was forked meanwhile has the handle too, and closing leaves it locked
-                fcntl.flock(handle, fcntl.LOCK_UN)
+        yield
     finally:
+        if held:  # by word: a process that was forked meanwhile has the handle too, and closing leaves it locked
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _taken(folder: Path, deadline: float) -> tuple[int, bool]:
+    """The handle, to be closed, and whether it is held."""
+    while True:
+        handle = _open(folder)
+        try:
+            held = _take(handle, folder, deadline)
+            if not held or _is_still(handle, folder):
+                return handle, held
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # a saver that was refused has removed the folder it had made
 
 
 def _open(folder: Path) -> int:

@@ -82,13 +82,23 @@ def load_peft_weights(
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:
+    """The device; of None the first accelerator, or the CPU.
+
+    Raises:
+        ConfigError: It is none, is not here, or holds no numbers ("meta").
+    """
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+        reason = "holds no numbers" if found.type == "meta" else None
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+        found, reason = torch.device("cpu"), f"is no device that is here ({str(error).splitlines()[0]})"
+    if reason is not None:
         raise ConfigError(
-            f"torch_device={device!r} is no device of torch, for example 'cpu' or 'cuda:0'",
+            f"torch_device={str(device)!r} {reason}; use 'cpu', or an accelerator such as 'cuda:0'",
             field="torch_device",
-            found=device,
-        ) from error
+            found=str(device),
+        )
+    return found

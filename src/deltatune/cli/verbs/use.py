@@ -143,16 +143,3 @@ def chat(
 
     decoding = Decoding(max_new_tokens, 1, sample, temperature, top_p, top_k, seed, 1)
     run(adapters or [], model, separator, template, system, decoding)
-
-
-def _methods(incomplete: str) -> list[str]:
-    """For the shell's completion."""
-    from deltatune.train.method import method_names
-
-    return [name for name in method_names() if name.startswith(incomplete)]
-
-
-def _recipes(incomplete: str) -> list[str]:
-    from deltatune.recipes import TASKS
-
-    return [name for name in TASKS if name.startswith(incomplete)]

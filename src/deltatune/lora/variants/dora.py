@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltatune.adapter import LinearMap
 from deltatune.factors import Factor, at_least_single, shift
+from deltatune.lora import options
 from deltatune.lora.variants.caching import dora_caching
 from deltatune.lora.variants.kept import Kept
 from deltatune.lora.variants.variant import Pass, Variant
@@ -29,9 +30,13 @@ class Dora(Variant):
 
     broadcast: tuple[int, ...]  # shape in which a number per feature multiplies an output
 
-    def __init__(self) -> None:
+    def __init__(self, offload: bool = False) -> None:
         super().__init__()
-        self.kept = Kept()
+        self.kept, self.offload = Kept(), offload
+
+    @classmethod
+    def build(cls, layer: LinearMap, config: Any, path: str, r: int) -> Dora:
+        return cls(config.runtime_config.ephemeral_gpu_offload)
 
     def begin(self, lora: LoRA, layer: LinearMap) -> None:
         positions = layer.up_shape(layer.groups)[2:]
@@ -39,7 +44,9 @@ class Dora(Variant):
         shape = (1, *self.broadcast) if positions else self.broadcast  # as files have it
         self.lora_magnitude_vector = Factor(*shape)
         with torch.no_grad():
-            lengths = row_lengths(layer.weight, *lora.whole(*lora.factors()))
+            weight = layer.weight
+            there = options.accelerator() if self.offload and weight.device.type == "cpu" else None
+            lengths = row_lengths(weight.to(there or weight.device), *lora.whole(*lora.factors())).to(weight.device)
         self.lora_magnitude_vector.weight = nn.Parameter(lengths.reshape(shape))
 
     @property
