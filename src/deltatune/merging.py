@@ -99,8 +99,8 @@ class Merging(nn.Module):
             )
         if any(tensor.is_meta for module in (self.base_layer, *acting) for tensor in _held(module)):
             raise MergeError(
-                f"tensors of this {type(self.base_layer).__name__} or of {list(names)} are on the meta device and have no "
-                "numbers; load them first (PeftModel.from_pretrained, or set_peft_model_state_dict)",
+                f"tensors of this {type(self.base_layer).__name__} or of {list(names)} are on the meta device and have "
+                "no numbers; load them first (PeftModel.from_pretrained, or set_peft_model_state_dict)",
                 found="meta",
             )
         with in_eval_mode([self.base_layer, *acting]), torch.no_grad():
