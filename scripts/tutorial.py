@@ -1,8 +1,9 @@
-"""Run the commands of docs/tutorial.md and fill in what they print, or compare it with what stands there.
+"""Run the commands of docs/tutorial.md, or of another page: fill in what they print, or compare it with what is there.
 
 python scripts/tutorial.py             run all blocks in an empty folder, write their output into the page
 python scripts/tutorial.py --check     run them, change nothing; fail where a command or the shape of its output does
 python scripts/tutorial.py --check --only 4    the first four blocks
+python scripts/tutorial.py --page docs/tutorial-data.md    another page
 python scripts/tutorial.py --folder work --first 7    from the seventh block on, where `work` holds what is before
 
 A block of `sh` is one script; `sh fails=3` has to end with that code, and `sh varies` may print any words. The block of
@@ -122,22 +123,23 @@ def fill(text: str, number: int, printed: str) -> str:
     return text[: found.start()] + made + text[found.end() :]
 
 
-def go(folder: Path, first: int, only: int | None, check: bool) -> None:
+def go(page: Path, folder: Path, first: int, only: int | None, check: bool) -> None:
     """
     Raises:
         Broken: A block does not do what the page says; those before it are filled in.
     """
-    for number, block in list(enumerate(blocks(PAGE.read_text("utf-8"))))[first - 1 : only]:
+    for number, block in list(enumerate(blocks(page.read_text("utf-8"))))[first - 1 : only]:
         printed = run(block, folder)
         if check:
             compare(block, printed)
         else:
-            PAGE.write_text(fill(PAGE.read_text("utf-8"), number, printed), "utf-8")
+            page.write_text(fill(page.read_text("utf-8"), number, printed), "utf-8")
         print(f"ok  {number + 1}  {block.script.splitlines()[0]}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", type=int, help="the first so many blocks")
     parser.add_argument("--first", type=int, default=1)
@@ -147,7 +149,7 @@ def main() -> None:
         folder = (asked.folder or Path(place)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            go(folder, asked.first, asked.only, asked.check)
+            go(asked.page, folder, asked.first, asked.only, asked.check)
         except Broken as error:
             sys.exit(str(error))
 

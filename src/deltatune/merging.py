@@ -85,7 +85,7 @@ class Merging(nn.Module):
         names = tuple(name for name in names if name in self.adapters)
         base, acting = self.as_map(), [self.adapters[name] for name in names]
         old_weight, old_bias = self._kept(base)
-        if hasattr(old_weight, "_local_tensor"):
+        if hasattr(old_weight, "_local_tensor") or hasattr(old_weight, "ds_id"):  # of FSDP2, of ZeRO-3
             raise MergeError(
                 f"the weight of this {type(self.base_layer).__name__} is in shards, of which this process has one; "
                 "save the adapter, and merge it into a base that one process has loaded whole",
@@ -99,8 +99,8 @@ class Merging(nn.Module):
             )
         if any(tensor.is_meta for module in (self.base_layer, *acting) for tensor in _held(module)):
             raise MergeError(
-                f"tensors of this {type(self.base_layer).__name__} or of {list(names)} are on the meta device and have no "
-                "numbers; load them first (PeftModel.from_pretrained, or set_peft_model_state_dict)",
+                f"tensors of this {type(self.base_layer).__name__} or of {list(names)} are on the meta device and have "
+                "no numbers; load them first (PeftModel.from_pretrained, or set_peft_model_state_dict)",
                 found="meta",
             )
         with in_eval_mode([self.base_layer, *acting]), torch.no_grad():

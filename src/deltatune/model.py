@@ -19,6 +19,7 @@ from deltatune.building import find_saved
 from deltatune.calling import Calling
 from deltatune.combine.verbs import CombineVerbs
 from deltatune.config import PeftConfig
+from deltatune.counting import parameter_counts
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.memory import SMALLER, told
 from deltatune.names import check_name
@@ -310,9 +311,8 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
         return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable and all parameters, each counted once."""
-        own = list(self.parameters())
-        return sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)
+        """Trainable and all parameters, each counted once; packed ones (4 bits) as the numbers that they stand for."""
+        return parameter_counts(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

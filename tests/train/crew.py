@@ -49,9 +49,19 @@ class Watch(Listener):
 def share_held(model: Any) -> float:
     from torch.distributed.tensor import DTensor
 
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id") and not p.ds_persist]
+    if partitioned:
+        return sum(p.ds_tensor.numel() for p in partitioned) / sum(p.ds_numel for p in partitioned)
     shards = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     mine = sum(shard.to_local().numel() for shard in shards)
     return mine / sum(shard.numel() for shard in shards) if shards else 1.0
+
+
+def without_compiling() -> None:
+    """DeepSpeed would build an operator for processors when its processes meet, which takes minutes; gloo serves."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def work(jobs: list[dict[str, Any]], rank: int, count: int) -> list[dict[str, Any]]:
@@ -78,6 +88,8 @@ def main() -> None:
     import accelerate  # noqa: F401  imported once, before the forks
     import transformers  # noqa: F401
 
+    if any(job["settings"]["profile"] == "zero3" for job in jobs):
+        without_compiling()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

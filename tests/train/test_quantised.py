@@ -130,3 +130,30 @@ def test_both_and_unknown_widths_are_refused():
         TrainSettings(load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(ConfigError, match="quantization_bit=3 is not allowed, expected 4 or 8"):
         TrainSettings(quantization_bit=3)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_weights_count_as_the_numbers_they_hold(bits: str, settings: Any, tmp_path: Path):
+    """In print_trainable_parameters, the status, metrics and the map of the report; and as PEFT counts them."""
+    from peft import LoraConfig as TheirConfig
+    from peft import get_peft_model as their_model
+
+    from deltatune import LoraConfig, get_peft_model
+    from deltatune.report.sites import adapter_map
+
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+    whole = get_peft_model(load_base(settings("causal")).model, LoraConfig(**options))
+    model = get_peft_model(load_base(settings("causal", **{bits: True})).model, LoraConfig(**options))
+    theirs = their_model(load_base(settings("causal", **{bits: True})).model, TheirConfig(**options))
+    counted = whole.get_nb_trainable_parameters()
+    assert counted[1] == sum(parameter.numel() for parameter in whole.parameters())
+    assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters() == counted
+    status = model.get_model_status()
+    assert (status.trainable_params, status.total_params) == counted
+    drawn, plain = adapter_map(model), adapter_map(whole)
+    assert (drawn.trained, drawn.parameters) == counted
+    assert [stack.rows for stack in drawn.stacks] == [stack.rows for stack in plain.stacks]
+    result = train(settings("causal", max_steps=1, **{bits: True}))
+    alone = train(settings("causal", max_steps=1, output_dir=str(tmp_path / "whole")))
+    assert result.metrics["total_parameters"] == alone.metrics["total_parameters"]

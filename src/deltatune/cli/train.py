@@ -78,12 +78,12 @@ def flags() -> set[str]:
 
 def _plan(settings: TrainSettings) -> None:
     """Everything up to the first step: rows read, model loaded and adapted. Nothing is written."""
+    from deltatune.counting import parameter_counts
     from deltatune.train.base import load_base
     from deltatune.train.begin import begin
     from deltatune.train.choice import check_choice
     from deltatune.train.corpus import encode_corpus, load_corpus
     from deltatune.train.detect import detected
-    from deltatune.train.finish import count_parameters
     from deltatune.train.method import adapt
     from deltatune.train.quantised import check_quantised
     from deltatune.train.settings import UNKNOWN_STEPS
@@ -96,7 +96,7 @@ def _plan(settings: TrainSettings) -> None:
     corpus = encode_corpus(settings, corpus, base.tokenizer, base.vocabulary, base.positions)
     options = settings.options_of(UNKNOWN_STEPS)
     adapted = adapt(base.model, settings.method, settings.task, options, partial(begin, settings, corpus))
-    trained, total = count_parameters(adapted)
+    trained, total = parameter_counts(adapted)
     lines: list[tuple[str, Any]] = [
         ("model", f"{settings.model_name_or_path} ({type(base.model).__name__})"),
         ("method", f"{settings.method} {json.dumps(settings.method_options)}"),

@@ -23,7 +23,10 @@ class Labels:
         try:
             return self.keys.index(key)
         except ValueError:
-            known = ", ".join(self.keys[:8]) + (", ..." if len(self.keys) > 8 else "")
+            # a number means something to the reader beside its name
+            shown = [one if one == name else f"{one} ({name})" for one, name in zip(self.keys, self.names)]
+            most = 8 if self.keys == self.names else 3
+            known = ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
             raise DataError(
                 f"{source} line {line}: label {key!r} never occurs in the training data; expected one of {known}",
                 path=source,

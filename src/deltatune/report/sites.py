@@ -9,6 +9,7 @@ from torch import nn
 
 from deltatune.bases import as_map
 from deltatune.copies import TrainedCopies
+from deltatune.counting import counts, packed_sizes
 from deltatune.layer import AdaptedLayer
 from deltatune.targets import walk
 
@@ -62,11 +63,11 @@ def adapter_map(model: nn.Module) -> AdapterMap:
     base = model.get_base_model() if prefixed else model
     cells: dict[str, Cell] = {}
     counted: set[int] = set()
+    packed = packed_sizes(base)
     for path, module in _leaves(base):
         new = [p for p in module.parameters() if id(p) not in counted]
         counted.update(id(p) for p in new)
-        trained = sum(p.numel() for p in new if p.requires_grad)
-        whole = sum(p.numel() for p in new)
+        trained, whole = counts(new, packed)
         if trained or BLOCK.match(path) is None or _is_matrix(module):  # frozen norms would only widen the map
             cells[path] = Cell(whole - (trained if isinstance(module, AdaptedLayer) else 0), trained)
     if prefixed:
@@ -88,8 +89,7 @@ def adapter_map(model: nn.Module) -> AdapterMap:
             row[place] = cell
     if prefixed:
         outside = {**_inputs(model), **outside}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AdapterMap(list(stacks.values()), outside, trained, sum(p.numel() for p in model.parameters()))
+    return AdapterMap(list(stacks.values()), outside, *counts(model.parameters(), packed))
 
 
 def _inputs(model: nn.Module) -> dict[str, Cell]:

@@ -17,7 +17,7 @@ from deltatune.train.settings import TrainSettings
 HARMLESS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_change", "logging_steps", "save_steps",
     "save_total_limit", "report_to", "num_samples", "num_scored", "num_beams", "eval_before", "test_file",
-    "per_device_eval_batch_size", "num_threads", "profile", "shard_across",
+    "per_device_eval_batch_size", "num_threads", "profile", "shard_across", "zero3_offload",
     "device_map", "offload_folder",
     # where the rows come from may move: their content is compared instead
     "train_file", "eval_file", "dataset", "dataset_config", "model_name_or_path",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.counting import parameter_counts
 from deltatune.data.example import TEXT_TASKS
 from deltatune.data.prepare import Corpus
 from deltatune.train import checkpoint as checkpoints
@@ -34,7 +35,7 @@ def finish(loop: Loop, tokenizer: Any, source: Path | None) -> TrainResult:
         answers = judge.answers(loop.stepper.bare, questions)
         test_scores = judge.text_scores(answers, questions)
         after["test"] = {**judge.loss(loop.stepper.bare, corpus.test), **test_scores}
-    trained, total = count_parameters(loop.stepper.bare)
+    trained, total = parameter_counts(loop.stepper.bare)
     losses = [entry["loss"] for entry in position.history if "loss" in entry]
     metrics: dict[str, Any] = {
         "method": settings.method,
@@ -113,9 +114,3 @@ def _asked(judge: Judge, corpus: Corpus) -> int:
     """How many inputs are answered: those scored and those shown are the same ones."""
     scored = corpus.eval is not None and corpus.task in TEXT_TASKS and corpus.columns.form != "text"
     return max(judge.settings.num_samples, judge.settings.num_scored if scored else 0)
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all)."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -15,8 +15,10 @@ import torch
 from deltatune.errors import ConfigError, MismatchError, TrainError
 from deltatune.train.defaults import FULL
 from deltatune.train.settings import TrainSettings
+from deltatune.train.zero import check_installed
 
 T = TypeVar("T")
+SHARDING = ("fsdp2", "zero3")  # profiles under which a process has a part of the base
 # what torch's backends say when another process is gone; gloo raises plain RuntimeErrors
 _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout",
@@ -59,7 +61,7 @@ def profile_of(settings: TrainSettings) -> str:
         if os.environ.get(switch, "false").lower() == "true":
             raise ConfigError(
                 f"accelerate's configuration asks for {what}; take it out (accelerate launch --multi_gpu), and say "
-                "profile: fsdp2 for a base in shards",
+                "profile: fsdp2 or profile: zero3 for a base in shards",
                 field="profile",
                 found=what,
                 expected="fsdp2",
@@ -79,15 +81,17 @@ def profile_of(settings: TrainSettings) -> str:
             field="profile",
             found=name,
         )
-    if name == "fsdp2" and settings.method == FULL:
+    if name in SHARDING and settings.method == FULL:
         raise ConfigError(
-            "profile='fsdp2' shards a frozen base, and method: full trains it; use profile: ddp, or an adapter",
+            f"profile={name!r} shards a frozen base, and method: full trains it; use profile: ddp, or an adapter",
             field="profile",
             found=name,
             expected="ddp",
         )
-    if name == "fsdp2" and count == 1:
+    if name in SHARDING and count == 1:
         return "single"  # there is nobody to share with
+    if name == "zero3":
+        check_installed()
     return name
 
 

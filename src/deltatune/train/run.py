@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltatune.counting import parameter_counts
 from deltatune.data.order import Order
 from deltatune.data.prepare import Corpus
 from deltatune.errors import ConfigError
@@ -26,7 +27,7 @@ from deltatune.train.conditions import base_facts, compare, compare_machines, co
 from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
 from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
-from deltatune.train.finish import before_training, count_parameters, finish
+from deltatune.train.finish import before_training, finish
 from deltatune.train.judge import Judge
 from deltatune.train.lock import output_lock
 from deltatune.train.loop import Loop, Position
@@ -36,7 +37,7 @@ from deltatune.train.optim import build_optimizer, build_scheduler
 from deltatune.train.pace import Pace
 from deltatune.train.packing import check_packing, pack
 from deltatune.train.parallel import prepare
-from deltatune.train.processes import by_first, check_equal, meet, profile_of
+from deltatune.train.processes import SHARDING, by_first, check_equal, meet, profile_of
 from deltatune.train.quantised import check_quantised
 from deltatune.train.regroup import regroup
 from deltatune.train.result import HISTORY, TrainResult, history_lines
@@ -44,6 +45,7 @@ from deltatune.train.settings import TrainSettings
 from deltatune.train.sharding import check_shardable, shard
 from deltatune.train.step import Stepper
 from deltatune.train.trackers import TransformersCallbacks, tracker_callbacks, trainer_arguments
+from deltatune.train.zero import partition
 
 Rows = Iterable[dict[str, Any]]
 
@@ -136,8 +138,8 @@ def _train(
         accelerator.num_processes,
     )
     check_equal(accelerator, facts)
-    if profile == "fsdp2":
-        check_shardable(base.model)
+    if profile in SHARDING:
+        check_shardable(base.model, profile)
     if kept is not None:
         compare(kept.state["conditions"]["run"], facts, settings.allow_change, str(source), listener.on_notice)
         compare_machines(kept.state["conditions"]["machine"], listener.on_notice)
@@ -166,9 +168,13 @@ def _train(
 
     bare: Any = None
     untouched: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if profile == "fsdp2":  # adapters may start from whole weights, which there are in the host's memory, and only now
+    if profile in SHARDING:  # adapters may start from whole weights, which there are in the host's memory, and only now
         bare = adapted()
-        shard(bare, device, settings.shard_across, corpus.collator(filler))
+        first = corpus.collator(filler)
+        if profile == "zero3":
+            partition(bare, device, settings.shard_across, settings.zero3_offload, first)
+        else:
+            shard(bare, device, settings.shard_across, first)
         untouched = bare.disable_adapter
     elif settings.device_map is None:
         base.model.to(device)
@@ -224,7 +230,7 @@ def _train(
             trackers.resume(loop.position.step, loop.position.history, loop.position.callbacks)
     if accelerator.is_main_process:
         (Path(settings.output_dir) / HISTORY).write_bytes(history_lines(loop.position.history))
-    trained, total = count_parameters(bare)
+    trained, total = parameter_counts(bare)
     listener.on_begin(
         RunInfo(
             settings=settings,

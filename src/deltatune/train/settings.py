@@ -21,7 +21,7 @@ Files = str | list[str] | None
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
-Profile = Literal["auto", "single", "ddp", "fsdp2"]
+Profile = Literal["auto", "single", "ddp", "fsdp2", "zero3"]
 Optimizers = Literal["adamw", "loraplus", "lorafa", "riemannian"]
 METRICS_OF_ANSWERS = ("bleu", "rouge_l", "exact_match")
 METRICS = {  # that an evaluation has beside the loss
@@ -113,9 +113,12 @@ class TrainSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch")
     profile: Profile = Field(
-        "auto", description="of several processes: ddp, each has the base; fsdp2, each has a share of its blocks"
+        "auto",
+        description="of several processes: ddp, each has the base; fsdp2, each has a share of its blocks; zero3, the "
+        "same by DeepSpeed",
     )
-    shard_across: Literal["node", "all"] = Field("node", description="fsdp2: processes that share the base's blocks")
+    shard_across: Literal["node", "all"] = Field("node", description="fsdp2, zero3: processes that share a base")
+    zero3_offload: Literal["none", "cpu"] = Field("none", description="zero3: where a share waits; cpu: in host memory")
 
     device_map: str | dict[str, int | str] | None = Field(
         None, description="a base over several devices, host memory (cpu) and disk: auto, balanced, or part: device"
@@ -220,13 +223,13 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = canonical(values, own)
     if "task" in given:
         given["task"] = _task(given["task"])
-    if str(given.get("profile")).lower() in ("zero3", "zero2", "deepspeed"):
+    if str(given.get("profile")).lower() in ("zero1", "zero2", "deepspeed"):
         raise ConfigError(
-            f"profile={given['profile']!r}: DeepSpeed is not supported, whether it is installed or not; fsdp2 shares "
-            "the same frozen weights among the processes (docs/scale.md)",
+            f"profile={given['profile']!r} is not known, expected zero3: of a frozen base only the weights can be "
+            "shared, which ZeRO-3 does (docs/scale.md)",
             field="profile",
             found=given["profile"],
-            expected="fsdp2",
+            expected="zero3",
         )
     method = given["method"] = normal_method(given.get("method", "lora"))
     options = given.pop("method_options", None) or {}

@@ -22,7 +22,7 @@ from deltatune.storage.fingerprint import keep_fingerprint, packed_weights
 from deltatune.train import randomness
 
 
-def check_shardable(model: nn.Module) -> None:
+def check_shardable(model: nn.Module, profile: str = "fsdp2") -> None:
     """
     Raises:
         ConfigError: The base has no blocks that are known.
@@ -32,19 +32,19 @@ def check_shardable(model: nn.Module) -> None:
     if packed is not None:
         name, (_, kind) = packed
         raise MismatchError(
-            f"profile='fsdp2' cannot shard {name}, whose weight is packed ({kind}); use profile: ddp, in which every "
-            "process has the whole quantised base, or load it unquantised",
+            f"profile={profile!r} cannot shard {name}, whose weight is packed ({kind}); use profile: ddp, in which "
+            "every process has the whole quantised base, or load it unquantised",
             field="profile",
             key=name,
             found=kind,
         )
-    if not _blocks(model):
+    if not blocks_of(model):
         raise ConfigError(
-            f"profile='fsdp2' shards a model by its blocks, and {type(model).__name__} names none that it has "
+            f"profile={profile!r} shards a model by its blocks, and {type(model).__name__} names none that it has "
             f"({', '.join(block_names(model)) or 'its _no_split_modules are empty'}); set FSDP_TRANSFORMER_CLS_TO_WRAP "
             "to the class of its blocks, or use profile: ddp",
             field="profile",
-            found="fsdp2",
+            found=profile,
             expected="ddp",
         )
 
@@ -60,24 +60,26 @@ def shard(model: nn.Module, device: torch.device, across: str, batch: dict[str, 
     """
     from torch.distributed.fsdp import fully_shard
 
-    base, mesh = bare(model), _mesh(device, across)
+    base, mesh = bare(model), mesh_across(device, across)
     keep_fingerprint(base)
-    blocks = _blocks(base)
-    whole = _whole(model, blocks)
+    blocks = blocks_of(base)
+    whole = whole_parameters(model, blocks)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(base, mesh=mesh, ignored_params=whole)
     for module in model.modules():
-        _place(module, device)
+        place(module, device)
     with randomness.untouched(), torch.no_grad():
         model(**{name: tensor.to(device) for name, tensor in batch.items()})
 
 
 def sharded(model: nn.Module) -> bool:
-    return hasattr(bare(model), "_get_fsdp_state")
+    """Whether this process has only a part of the base: of FSDP2, or of ZeRO-3."""
+    return hasattr(bare(model), "_get_fsdp_state") or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
-def _mesh(device: torch.device, across: str) -> Any:
+def mesh_across(device: torch.device, across: str) -> Any:
+    """The processes that share a base: those of a machine ("node"), or all."""
     from torch.distributed.device_mesh import init_device_mesh
 
     count = torch.distributed.get_world_size()
@@ -86,7 +88,8 @@ def _mesh(device: torch.device, across: str) -> Any:
     return init_device_mesh(device.type, (count // beside, beside), mesh_dim_names=("machine", "shard"))["shard"]
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that transformers does not split, the outermost ones."""
     names = set(block_names(model))
     found: list[nn.Module] = []
     inside: set[int] = set()
@@ -97,7 +100,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _whole(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
+def whole_parameters(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
     """What no shard is made of: what trains, adapters that are frozen, and what does not belong to one block alone."""
     homes: dict[nn.Parameter, int] = {}
     inside: set[int] = set()
@@ -111,7 +114,7 @@ def _whole(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
     return outside | adapters | trained | {parameter for parameter, count in homes.items() if count > 1}
 
 
-def _place(module: nn.Module, device: torch.device) -> None:
+def place(module: nn.Module, device: torch.device) -> None:
     """Onto the device what is no shard there already; parameters stay the same objects."""
     from torch.distributed.tensor import DTensor
 
