@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant("lora", "forgotten scale, both ways", "return self.A, self.scaling * self.B", "return self.A, 1.0 * self.B"),
     Mutant("lora", "bias not scaled, forward", "shift(update, self.scaling * self.lora_B", "shift(update, self.lora_B"),
     Mutant("lora", "wrong sign, both ways", "self.lora_B.matrix, self.blocks", "-self.lora_B.matrix, self.blocks"),
-    Mutant("lora", "bias forgotten in the weight", "bias + self.scaling * own", "bias"),
+    Mutant("lora", "bias forgotten in the weight", "bias + self.bias_scaling * own", "bias"),
     Mutant(
         "lora",
         "dropout on indices",

@@ -113,8 +113,8 @@ class LoraConfig(LayerConfig):
         return values
 
     def validate(self) -> None:
+        checks.positive_int("LoraConfig", "r", self.r)  # first: alpha is often set by it
         self.validate_common()
-        checks.positive_int("LoraConfig", "r", self.r)
         starts.check(self.init_lora_weights)
         parameters.check(self)
         checks.one_of("LoraConfig", "megatron_core", self.megatron_core, MEGATRON)
