@@ -13,7 +13,16 @@ import torch
 import transformers
 from harness.part import Part
 
-SLOW = ("memory", "startup", "decode", "prefix_cost", "experts", "adapters", "step")  # of other shapes, or in processes
+SLOW = (
+    "memory",
+    "startup",
+    "decode",
+    "prefix_cost",
+    "experts",
+    "adapters",
+    "step",
+    "growth",
+)  # of other shapes, or in processes
 
 
 @pytest.fixture(autouse=True)

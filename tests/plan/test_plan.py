@@ -218,18 +218,26 @@ def test_memory_in_words():
         bytes_of("much")
 
 
-def test_the_command(tmp_path):
+@pytest.fixture
+def words(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"input": "a b c", "target": "d"}) + "\n" for _ in range(20)))
-    words = ["plan", "--model", "demo", "--train_file", str(rows), "--epochs", "2", "--for", "l4"]
+    return ["plan", "--model", "demo", "--train_file", str(rows), "--epochs", "2", "--for", "l4"]
+
+
+def test_the_command(words):
     done = CliRunner().invoke(app, [*words, "--devices", "2"])
     assert done.exit_code == 0, done.output
     for part in ("tensors at most", "the run", "6 steps", "it fits", "FSDP2, 2 devices"):
         assert part in done.stdout
+    assert CliRunner().invoke(app, ["plan", "--model", "demo", "--for", "h10"]).exit_code == 2
+
+
+@pytest.mark.slow  # every setting that saves memory is tried
+def test_the_command_looks_for_what_fits(words):
     small = CliRunner().invoke(app, [*words, "--device-memory", "610MiB", "--json"])
     assert small.exit_code in (0, 4), small.output
     told = json.loads(small.stdout)
     assert told["fits"] is (small.exit_code == 0)
     assert told["steps"] == 6
     assert told["choices"]
-    assert CliRunner().invoke(app, ["plan", "--model", "demo", "--for", "h10"]).exit_code == 2
