@@ -198,7 +198,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny runs; nothing is written into the repository")
     parser.add_argument("--render", action="store_true", help="only draw what is kept")
     asked = parser.parse_args(arguments)
-    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, task in TASKS.items():
         if asked.render or (asked.only and name != asked.only):
             continue
@@ -210,12 +209,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if asked.quick:
             print(found["table"])
             continue
-        kept[name] = {**found, "under": conditions(load)}
+        kept = {**_kept(), name: {**found, "under": conditions(load)}}  # another run may have written meanwhile
         write_files(RESULTS.parent, {RESULTS.name: (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode()})
         shutil.copy(work / name / "compared" / "compare.png", IMAGES / f"which-method-{name}.png")
-    if kept and not asked.quick:
-        text = put_between(DOCUMENT.read_text(encoding="utf-8"), "which-method", render(kept), DOCUMENT.name)
+    if not asked.quick:
+        text = put_between(DOCUMENT.read_text(encoding="utf-8"), "which-method", render(_kept()), DOCUMENT.name)
         DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def _kept() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def _base(name: str) -> str:
