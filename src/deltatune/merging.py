@@ -194,12 +194,12 @@ def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.training = True
 
 
-@torch.no_grad()
 def _held(module: Any) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
 
 
+@torch.no_grad()
 def lost(base: LinearMap, weight: Tensor, held: nn.Parameter) -> float:
     if weight.dtype == held.dtype and type(held) is nn.Parameter:  # others may say so and hold codes
         return 0.0

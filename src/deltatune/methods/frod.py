@@ -139,12 +139,11 @@ class Frod(Adapter):
     def _middle(self, z: Tensor, layer: LinearMap, diagonal: Tensor) -> Tensor:
         """(diag + S) z."""
         h = layer.scale(z, diagonal)
-        if not self.vectors_in:
+        count = len(self.frod_lambda_s_values)
+        if not self.vectors_in or dense_enough(count, z, layer):
             return h + layer.mix(z, self.S)
-        if not self.frod_lambda_s_values.numel():
+        if not count:
             return h
-        if dense_enough(len(self.frod_lambda_s_values), z, layer):
-            return h + layer.mix(z, self.S)
         rows, columns = self.frod_s_indices
         return h + sparse_linear(z, self.frod_lambda_s_values, rows, columns, len(self.start))
 
