@@ -121,7 +121,7 @@ def test_a_field_of_a_newer_version_names_both(folder, monkeypatch):
 @pytest.mark.parametrize(
     "values,kind,words",
     [
-        ({"r": "8"}, ConfigError, ("r='8'", "expected int")),
+        ({"r": "8"}, ConfigError, ("r='8'", "an integer of 1 or more")),
         ({"target_modules": 3}, ConfigError, ("target_modules=3",)),
         ({"target_modules": [1]}, ConfigError, ("target_modules=[1]", "str")),
         ({"rank_pattern": ["q"]}, ConfigError, ("rank_pattern",)),
