@@ -256,6 +256,11 @@ def train(model: nn.Module, selection: Selection, names: Collection[str], trains
     selection.trained = selection.trained.union(names) if trains else selection.trained.difference(names)
 
 
+def holds(model: nn.Module, name: str) -> bool:
+    """Whether anything of the model has a part of an adapter of this name."""
+    return any(name in held for held in _holders(model))
+
+
 def _holders(model: nn.Module) -> Iterator[nn.ModuleDict]:
     """Everything that holds a part of each adapter under its name: layers, trained copies, what layers share."""
     for _, wrapper in _once(model, (AdaptedLayer, TrainedCopies)):

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+MERGED = "merged"  # metadata of a layer in a state dict: adapters that were merged when it was taken
 Place = tuple[nn.Module, str]  # a tensor: the module that holds it, and its name there
 
 
@@ -239,6 +240,8 @@ class LiveNames:
             destination._metadata = OrderedDict()  # type: ignore[attr-defined]
         if hasattr(destination, "_metadata"):  # not in a dict of the caller's, which torch takes too
             destination._metadata.update(own._metadata)
+            if self.stash is not None:  # told to whoever loads it, because values in it are those of merged weights
+                destination._metadata[prefix[:-1]] = {**own._metadata[prefix[:-1]], MERGED: list(self.stash.names)}
         names = self._names(prefix)
         destination.update((names.get(key, key), value) for key, value in own.items())
         return destination

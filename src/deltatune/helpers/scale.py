@@ -7,6 +7,7 @@ https://arxiv.org/abs/2109.01903
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,11 +30,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         ConfigError: The multiplier is no number.
         StateError: No adapter of the model has a scale, or adapters are merged.
     """
-    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)):
+    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier):
         raise ConfigError(
-            f"rescale_adapter_scale: multiplier={multiplier!r}, expected a number",
+            f"rescale_adapter_scale: multiplier={multiplier!r}, expected a finite number",
             field="multiplier",
             found=multiplier,
+            expected="a finite number",
         )
     layers = [layer for _, layer in adapted_layers(model)]
     _check(layers)
