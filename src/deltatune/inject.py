@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import calls, replication, targets
+from deltatune import calls, checks, replication, targets
 from deltatune.building import Built, build
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
@@ -60,6 +60,33 @@ def graft(
         if replicated:
             replication.restore(model)
         raise
+
+
+def refuse_adapted(model: nn.Module, around: type) -> None:
+    """
+    Args:
+        around: What stands around a model whose layers are wrapped.
+
+    Raises:
+        ConfigError: It is no model.
+        StateError: It has adapters already.
+    """
+    checks.instance("model", model, nn.Module, "the base model, a torch module")
+    if isinstance(model, around):
+        raise StateError(
+            f"the model is a {type(model).__name__} already; add_adapter(name, config) grafts one more adapter onto it",
+            field="model",
+            found=type(model).__name__,
+            expected="a model without adapters",
+        )
+    if next(adapted_layers(model), None) is not None:
+        raise StateError(
+            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, "
+            "or unload() it first",
+            field="model",
+            found=type(model).__name__,
+            expected="a model without adapters",
+        )
 
 
 def _refuse_slices(model: nn.Module) -> None:

@@ -14,8 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltatune.errors import AdapterNameError
+
 MERGED = "merged"  # metadata of a layer in a state dict: adapters that were merged when it was taken
 Place = tuple[nn.Module, str]  # a tensor: the module that holds it, and its name there
+
+
+def _undeletable(key: str, adapter: str) -> AdapterNameError:
+    return AdapterNameError(
+        f"{key}: delete_adapter({adapter!r}) takes an adapter off", field="adapter_name", key=key, found=adapter
+    )
 
 
 class _Slots(MutableMapping):
@@ -37,7 +45,7 @@ class _Slots(MutableMapping):
         vars(module)[self.table][name] = value
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"{key}: delete_adapter({key!r}) takes an adapter off")
+        raise _undeletable(key, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places())
@@ -99,7 +107,7 @@ class _Parts(MutableMapping):
         setattr(self.adapters[key], self.name, value)
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"{key}: delete_adapter({key!r}) takes an adapter off")
+        raise _undeletable(key, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())
@@ -130,7 +138,7 @@ class _Left(MutableMapping):
         vars(self.adapters[self.adapter].get_submodule(self.path))[self.table][key] = value
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"{key}: delete_adapter({self.adapter!r}) takes an adapter off")
+        raise _undeletable(key, self.adapter)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())

@@ -64,7 +64,7 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_wrapped(model)
+        inject.refuse_adapted(model, PeftModel)
         self.peft_config: dict[str, PeftConfig] = {}
         self.prompts: dict[str, Graft] = {}
         self.base_model = Tuner(model, self.peft_config)
@@ -204,7 +204,12 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
     def _delete(self, adapter_name: str) -> None:
         self._present(adapter_name)  # still
         if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.base_model.model)):
-            raise StateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it")
+            raise StateError(
+                f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it",
+                field="adapter_name",
+                found=adapter_name,
+                hint="call unmerge_adapter()",
+            )
         inject.remove(self.base_model.model, adapter_name)
         if adapter_name in self.prompts:
             self.prompts.pop(adapter_name).detach()
@@ -382,17 +387,3 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
             if name.startswith("__") or "_modules" not in self.__dict__ or "base_model" not in self._modules:
                 raise
         return getattr(self._modules["base_model"], name)
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    checks.instance("model", model, nn.Module, "the base model, a torch module")
-    if isinstance(model, PeftModel):
-        raise StateError(
-            f"the model is a {type(model).__name__} already; add_adapter(name, config) grafts one more adapter onto it",
-            found=type(model).__name__,
-        )
-    if next(inject.adapted_layers(model), None) is not None:
-        raise StateError(
-            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, "
-            "or unload() it first"
-        )
