@@ -55,22 +55,23 @@ class Persistence:
         return saved_embeddings(self.base_model.model, self.peft_config[name], asked, known, self.root_of(name))
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """torch's, for values that were taken with the same adapters merged as here.
+        """torch's, for values that were taken while nothing was merged.
 
         Raises:
-            StateError: Others were: merged weights would be adapted once more, or replaced by those of the base.
+            StateError: Something was, or is here: merged weights would be adapted once more, or replaced by the base's.
         """
-        told = getattr(state_dict, "_metadata", None)
+        facts = (getattr(state_dict, "_metadata", None) or {}).values()  # gone where the values were copied to a dict
+        taken = sorted({name for fact in facts for name in fact.get(MERGED, ())})
         layers = inject.adapted_layers(self.base_model.model)
-        here = {name for _, layer in layers for name in layer.merged_adapters}
-        taken = {name for facts in (told or {}).values() for name in facts.get(MERGED, ())}
-        if told is not None and taken != here:
+        here = sorted({name for _, layer in layers for name in layer.merged_adapters})
+        if taken or here:
             raise StateError(
-                f"load_state_dict: the values were taken while {sorted(taken)} were merged, and here {sorted(here)} "
-                "are; call unmerge_adapter() before state_dict(), and before load_state_dict()",
+                f"load_state_dict: the values were taken while {taken} were merged, and here {here} are; call "
+                "unmerge_adapter() before state_dict(), and before load_state_dict()",
                 field="state_dict",
-                found=sorted(taken),
-                expected=sorted(here),
+                found=taken,
+                expected=[],
+                hint="call unmerge_adapter() first",
             )
         return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
 
