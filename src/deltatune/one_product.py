@@ -43,7 +43,7 @@ def through_entries(x: Tensor, layer: LinearMap, places: Tensor, values: Tensor)
     return y + _ThroughEntries.apply(x, None, None, places, values, layer.out_features).to(y.dtype)
 
 
-_SMALL = 1 << 20  # entries of a matrix whose product with a batch is not much more than a function written in Python
+_SMALL = 1 << 18  # entries of a matrix whose product with a batch is not much more than a function written in Python
 
 
 def _is_plain(x: Tensor, layer: LinearMap) -> bool:
