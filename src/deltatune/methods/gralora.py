@@ -149,7 +149,7 @@ class GraLoRA(Adapter):
         h = torch.bmm(x.reshape(-1, *A.shape[:2]).transpose(0, 1), A)  # (k of the input, T, r)
         h = h.unflatten(-1, (k, -1)).transpose(0, 2).flatten(2)  # (k of the output, T, r)
         update = torch.bmm(h, B).transpose(0, 1)
-        return (y.reshape(update.shape) + update.to(y.dtype)).view(y.shape)
+        return (y.reshape(update.shape) + update.to(y.dtype)).reshape(y.shape)
 
 
 METHOD = Method(
