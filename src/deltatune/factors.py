@@ -15,7 +15,7 @@ from deltatune.adapter import LinearMap
 
 
 class Factor(nn.Module):
-    """One tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias.
+    """One tensor called `weight`, given or uninitialised, in the shape in which files keep it; perhaps a bias.
 
     It trains, unless it is `fixed`: then it is a buffer.
     """
@@ -24,13 +24,18 @@ class Factor(nn.Module):
     bias: nn.Parameter | None
     rows: int = 0  # axes before those of one adapter (`deltatune.mixed`)
 
-    def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False) -> None:
+    def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False, weight: Tensor | None = None) -> None:
         super().__init__()
+        weight = torch.empty(shape) if weight is None else weight.reshape(shape)
+        # past nn.Module's look-ups, which take longer than the tensors, of which an adapter has hundreds
         if fixed:
-            self.register_buffer("weight", torch.empty(shape))
+            self._buffers["weight"] = weight
         else:
-            self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
+            self._parameters["weight"] = nn.Parameter(weight)
+        if bias is None:
+            vars(self)["bias"] = None
+        else:
+            self.bias = nn.Parameter(torch.zeros(bias))
 
     @property
     def in_features(self) -> int:
