@@ -137,7 +137,10 @@ def load_several(plan: Plan) -> Several:
     limit = _room(whole, loaded.positions)
 
     def ready(tokenizer: Any, settings: TrainSettings, labels: Labels | None) -> Ready:
-        lengths = {name: min(getattr(settings, name), limit) for name in ("max_length", "max_target_length")}
+        lengths = {
+            "max_length": min(settings.max_length, limit),
+            "max_target_length": within(settings.max_target_length, limit),
+        }
         return make_ready(whole, tokenizer, settings.model_copy(update=lengths), labels)
 
     as_first = next(iter(tokenizers.values()), loaded.tokenizer)  # the base is asked as the first adapter is

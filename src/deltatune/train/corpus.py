@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from deltatune.data.encode import within
 from deltatune.data.prepare import Corpus, prepare
 from deltatune.data.source import load_tables
 from deltatune.data.templates import set_template
@@ -77,7 +78,7 @@ def encode_corpus(
     return corpus.encode(
         tokenizer,
         max_length=min(settings.max_length, limit),
-        max_target_length=min(settings.max_target_length, limit),
+        max_target_length=within(settings.max_target_length, limit),
         separator=settings.separator,
         answer_only=settings.completion_only_loss,
         vocabulary=vocabulary,
