@@ -22,13 +22,14 @@ from deltatune.registry import METHODS
 from deltatune.report.words import duration, share, size
 from deltatune.train import TrainResult, TrainSettings, load_settings
 from deltatune.train.aliases import CANONICAL, TRANSLATED
+from deltatune.train.detect import detected
 from deltatune.train.processes import end_processes, main_process
 
 
 def train(words: Sequence[str], config: str | None, dry_run: bool, print_config: bool, how: Launch = Launch()) -> None:
     settings = settings_of(words, config)
     if print_config:
-        print(yaml.safe_dump(settings.resolved(), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(detected(settings).resolved(), sort_keys=False, allow_unicode=True), end="")
         return
     quiet_libraries()
     if dry_run:
@@ -83,7 +84,6 @@ def _plan(settings: TrainSettings) -> None:
     from deltatune.train.begin import begin
     from deltatune.train.choice import check_choice
     from deltatune.train.corpus import encode_corpus, load_corpus
-    from deltatune.train.detect import detected
     from deltatune.train.method import adapt
     from deltatune.train.quantised import check_quantised
     from deltatune.train.settings import UNKNOWN_STEPS
@@ -152,5 +152,5 @@ def _number(value: float | None) -> str:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    flat = " ".join(text.split())
+    flat = " ".join(text.split()) or "(nothing)"
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -74,7 +74,9 @@ class TrainSettings(BaseModel):
         512, ge=2, description="tokens of an input (causal, chat: with answers; question_answering: of a window)"
     )
     max_target_length: int | None = Field(
-        None, ge=1, description="tokens of an answer; unset: 128, and of a learnt one of causal what max_length has room for"
+        None,
+        ge=1,
+        description="tokens of an answer; unset: 128, and of a learnt one of causal what max_length has room for",
     )
     separator: str = Field("\n", description="between input and answer of a causal model")
     completion_only_loss: bool = Field(True, description="causal, chat: learn the answer only, not the input")
