@@ -113,6 +113,8 @@ def _plan(settings: TrainSettings) -> None:
 
 
 def _results(result: TrainResult, report: Path) -> None:
+    from deltatune.report.page import kept
+
     out, metrics = console(), result.metrics
     rows = [(name, _number(before), _number(after)) for name, before, after in score_rows(metrics)]
     if rows:
@@ -126,6 +128,7 @@ def _results(result: TrainResult, report: Path) -> None:
     out.print(
         facts(
             [
+                *kept(metrics, result.settings.load_best_model_at_end),
                 (
                     "time",
                     f"{duration(metrics['train_seconds'])}, up to {size(metrics['peak_memory_bytes'])} of memory",

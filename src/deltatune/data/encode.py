@@ -13,7 +13,6 @@ from deltatune.data.tagging import Tagged
 from deltatune.data.tagging import features as tagged_features
 from deltatune.errors import ConfigError, DataError
 
-
 ANSWER = 128  # tokens of an answer where nothing is said of it
 
 

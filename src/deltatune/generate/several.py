@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deltatune.config import PeftConfig
+from deltatune.data.encode import within
 from deltatune.data.labels import Labels
 from deltatune.errors import AdapterNameError, ConfigError
 from deltatune.generate.load import Ready, adapter_config, labels_of, make_ready, own_tokenizer, settings_of

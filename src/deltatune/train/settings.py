@@ -76,7 +76,7 @@ class TrainSettings(BaseModel):
     max_target_length: int | None = Field(
         None,
         ge=1,
-        description="tokens of an answer; unset: 128, and of a learnt one of causal what max_length has room for",
+        description="tokens of an answer; unset: 128; causal: of a learnt one what max_length leaves",
     )
     separator: str = Field("\n", description="between input and answer of a causal model")
     completion_only_loss: bool = Field(True, description="causal, chat: learn the answer only, not the input")
