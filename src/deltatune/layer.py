@@ -79,7 +79,7 @@ class AdaptedLayer(LayerViews, Merging):
         self.alone: Alone | None = None  # likewise
         seen = as_map(base_layer)
         self.is_block = seen is None  # then layers in it keep the paths they had without it
-        self.is_paired = isinstance(seen, ParallelLinear)  # then callers expect more than the output
+        self.is_paired = isinstance(seen, ParallelLinear)  # then callers give and expect something else than the map's
         self.training = base_layer.training
         self.register_load_state_dict_post_hook(say_names)
 
@@ -136,10 +136,11 @@ class AdaptedLayer(LayerViews, Merging):
                 output = kept.run(args[0])
                 if output is not None:
                     return output
-        output = self._forward(args, kwargs)
-        if not self.is_paired or isinstance(output, tuple):
-            return output
-        return self.as_map().paired(output)  # type: ignore[attr-defined]
+        if not self.is_paired:
+            return self._forward(args, kwargs)
+        layer: Any = self.as_map()
+        output = self._forward((layer.taken(args[0]), *args[1:]), kwargs)
+        return output if isinstance(output, tuple) else layer.paired(output)
 
     def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = self.selection.current()

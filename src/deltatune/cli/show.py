@@ -20,7 +20,8 @@ def console(stderr: bool = False) -> Console:
     stream: Any = sys.stderr if stderr else sys.stdout
     if stream.isatty():
         return Console(file=stream, highlight=False, soft_wrap=False)
-    return Console(file=Trimmed(stream), width=80, highlight=False, soft_wrap=False)
+    trimmed: Any = Trimmed(stream)
+    return Console(file=trimmed, width=80, highlight=False, soft_wrap=False)
 
 
 class Trimmed:
