@@ -23,6 +23,7 @@ from deltatune.report.words import duration, share, size
 from deltatune.train import TrainResult, TrainSettings, load_settings
 from deltatune.train.aliases import CANONICAL, TRANSLATED
 from deltatune.train.detect import detected
+from deltatune.train.foreign import SWITCHES
 from deltatune.train.processes import end_processes, main_process
 
 
@@ -74,7 +75,7 @@ def flags() -> set[str]:
     for method in METHODS.values():
         own |= {field.name: field.type for field in dataclasses.fields(method.config)}
     found = {name for name, kind in own.items() if kind in (bool, "bool", bool | str | None)}
-    return found | {alias for alias, name in CANONICAL.items() if name in found} | set(TRANSLATED)
+    return found | {alias for alias, name in CANONICAL.items() if name in found} | set(TRANSLATED) | SWITCHES
 
 
 def _plan(settings: TrainSettings) -> None:
