@@ -6,7 +6,9 @@ import pytest
 
 from deltatune.errors import ConfigError
 from deltatune.recipes import settings_schema
+from deltatune.train.detect import detected
 from deltatune.train.settings import load_settings
+from tests.train import toys
 
 # as https://github.com/hiyouga/LLaMA-Factory has its examples
 FACTORY = """
@@ -65,6 +67,13 @@ def test_a_file_of_llama_factory_is_read(file):
     assert made.method_options == {"r": 4, "target_modules": "all-linear", "lora_alpha": 8}
     assert (made.train_file, made.dataset, made.max_train_samples) == ("rows.jsonl", None, 100)
     assert (made.max_length, made.eval_split, made.dtype, made.chat_template) == (256, 0.1, "bfloat16", "plain")
+
+
+def test_pairs_are_turns_where_a_template_is_named(file, tmp_path):
+    toys.llama(tmp_path / "base")
+    toys.write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "red", "input": "", "output": "cat"}])
+    assert detected(file(FACTORY)).task == "chat"
+    assert detected(file(AXOLOTL)).task == "causal"
 
 
 def test_a_file_of_axolotl_is_read(file):
