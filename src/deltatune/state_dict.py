@@ -80,8 +80,9 @@ def parts(model: nn.Module, name: str) -> list[Part]:
 
 
 def _stored(prefix: str | None, stored: Stored) -> Part:
-    kept = stored.kept_tensors()
-    derived = {name: tensor for name, tensor in stored.derived_tensors().items() if name not in kept}
+    derived = stored.derived_tensors()
+    kept = stored.kept_tensors() if derived else {}
+    derived = {name: tensor for name, tensor in derived.items() if name not in kept}
 
     def load(tensors: dict[str, Tensor]) -> None:
         if derived.keys() & tensors.keys():

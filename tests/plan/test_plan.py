@@ -1,6 +1,7 @@
 """What is reckoned for a job against what its steps hold; what fits; several devices; the command."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from deltatune.plan.step import simulate
 from deltatune.train import TrainSettings
 
 CPU = torch.device("cpu")
-SPEED = Speed("a machine", (1e9, 2e9), (1e9, 1e9, 1e9), 1e-6, memory=10**12)
+SPEED = Speed("a machine", (1e9, 2e9), (1e9, 1e9, 1e9), 1e-6, memory=10**12, draw=1e-8)
 
 
 @pytest.fixture(scope="module")
@@ -194,12 +195,27 @@ def test_several_devices_share_states_and_send_gradients(models):
     assert fsdp.peak < memory.peak < ddp.peak
 
 
-def test_time_is_the_longer_of_arithmetic_and_traffic():
+def test_a_core_moves_bytes_after_the_arithmetic_and_an_accelerator_beside_it():
     cost = Cost()
-    cost.add(2e9, 1000, torch.float32)
-    cost.add(0.0, 3 * 10**6, torch.float32)
-    cost.add(2e9, 1000, torch.bfloat16)
-    assert SPEED.seconds(cost) == pytest.approx(2 + 0.003 + 1 + 3e-6)
+    cost.add(2e9, 10**6, 0, torch.float32)
+    cost.add(0.0, 3 * 10**6, 0, torch.float32)
+    cost.add(2e9, 10**6, 0, torch.bfloat16)
+    cost.add(0.0, 0, 1000, torch.float32)
+    overhead = 4 * SPEED.overhead
+    assert SPEED.seconds(cost) == pytest.approx(2 + 1 + 0.005 + 1000 * SPEED.draw + overhead, rel=1e-9)
+    assert replace(SPEED, queued=True).seconds(cost) == pytest.approx(2 + 1 + 0.003, rel=1e-9)
+
+
+def test_random_numbers_are_counted_where_they_are_drawn():
+    counted = Cost()
+    x = torch.randn(3, 8, 4, 16)
+    with LiveBytes(counted.add):
+        nn.functional.dropout(x, 0.5, training=True)
+        nn.functional.scaled_dot_product_attention(x, x, x)  # could draw, and does not
+    assert sum(drawn for listed in counted.operations.values() for *_, drawn in listed) == x.numel()
+
+
+def test_devices_have_data_sheets():
     assert named("H100").flops[1] > named("rtx4090").flops[1]
     with pytest.raises(ConfigError, match="did you mean"):
         named("h10")

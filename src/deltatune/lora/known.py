@@ -76,13 +76,20 @@ class Known(Adapter):
             return {**zero, **found}  # one that came from PEFT, which starts embeddings plainly
         return found
 
+    @property
+    def reads_plainly(self) -> bool:
+        return self.start_A is None or self.start_B is None  # as `from_file`
+
     def derived_tensors(self) -> dict[str, Tensor]:
-        frozen = {} if self.start_A is None else {START_A: self.start_A, START_B: self.start_B}
-        fixed = {} if isinstance(self.lora_B.weight, nn.Parameter) else {NAMES[self.embedding][1]: self.lora_B.weight}
-        return {**frozen, **fixed}  # type: ignore[dict-item]
+        start_A, start_B = self._buffers["start_A"], self._buffers["start_B"]
+        frozen = {} if start_A is None else {START_A: start_A, START_B: start_B}
+        fixed = self.lora_B._buffers  # its weight, where it does not train
+        return {**frozen, **({NAMES[self.embedding][1]: fixed["weight"]} if fixed else {})}  # type: ignore[dict-item]
 
     def kept_tensors(self) -> dict[str, Tensor]:
         derived = self.derived_tensors()
+        if not derived and not self.variants:  # as most are
+            return {}
         kept = {name: derived[name] for name in derived if self.keeps_derived or name not in (START_A, START_B)}
         return kept | {name: tensor for variant in self.variants for name, tensor in variant.kept_tensors().items()}
 

@@ -72,11 +72,11 @@ class LoRA(Known):
         varied: Sequence[Variant] = (),
     ) -> None:
         super().__init__()
-        self.r, self.lora_alpha, self.use_rslora, self.lora_bias = r, alpha, rslora, bias
-        self.scaling = self.configured_scaling
+        # past nn.Module, which takes a microsecond for each, on every layer
+        vars(self).update(r=r, lora_alpha=alpha, use_rslora=rslora, lora_bias=bias, scaling=scaling(r, alpha, rslora))
+        vars(self)["blocks"] = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
+        vars(self)["embedding"] = layer.kind == "embedding"
         self.lora_dropout = nn.Dropout(dropout) if dropout else NO_DROPOUT
-        self.blocks = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
-        self.embedding = layer.kind == "embedding"
         self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
         if varied or start.gives_way or start.stand_in is not None:
             self.stacks = None  # there is more to it than B A x
@@ -147,12 +147,14 @@ class LoRA(Known):
         )
         if self.lora_B.bias is not None and start.bias is not None:
             self.lora_B.bias.data = start.bias
-        self.identity_at_birth, self.stand_in, self.awaits_data = start.at_birth, start.stand_in, start.awaits_data
+        vars(self).update(identity_at_birth=start.at_birth, awaits_data=start.awaits_data)
+        self.stand_in = start.stand_in
         if start.stand_in is not None:
             self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
-        self.keeps_derived = start.gives_way and not start.again
-        for name, factor in (("start_A", A), ("start_B", B)):
-            self.register_buffer(name, factor.clone() if start.gives_way else None, persistent=self.keeps_derived)
+        vars(self)["keeps_derived"] = start.gives_way and not start.again
+        self._buffers.update(start_A=None, start_B=None)
+        for name, factor in (("start_A", A), ("start_B", B)) if start.gives_way else ():
+            self.register_buffer(name, factor.clone(), persistent=self.keeps_derived)
 
     def _base(self, layer: LinearMap) -> LinearMap:
         return layer if self.stand_in is None else Applied(self.stand_in, layer)

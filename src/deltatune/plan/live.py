@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from deltatune.kernels.linear_cross_entropy import rows_at_once
 
 _CHUNKED = "deltatune.linear_cross_entropy"
+LOGITS_READ = 6  # times that the loss in chunks reads or writes a logit: product, maximum, sum, gradient, two products
 
 
 class LiveBytes(TorchDispatchMode):
@@ -26,10 +27,10 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: Bytes that are there.
         peak: The most there were.
-        spent: Called with (FLOP, bytes read and written, dtype) of every operation.
+        spent: Called with (FLOP, bytes read and written, random numbers drawn, dtype) of every operation.
     """
 
-    def __init__(self, spent: Callable[[float, int, torch.dtype], None] = lambda flop, moved, dtype: None) -> None:
+    def __init__(self, spent: Callable[[float, int, int, torch.dtype], None] = lambda *_: None) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.spent = spent
@@ -52,7 +53,12 @@ class LiveBytes(TorchDispatchMode):
         if func.namespace != "prim" and not _is_view(func):  # a question about a device is no operation
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             dtype = next((t.dtype for t in (*read, *made) if t.is_floating_point()), torch.float32)
-            self.spent(_flop(func, args, kwargs, out), sum(_bytes(t) for t in (*read, *made)), dtype)
+            if "_for_cpu" in str(func):  # attention, which half precision does not make faster there
+                dtype = torch.float32
+            flop = _flop(func, args, kwargs, out)
+            draws = made and not flop and torch.Tag.nondeterministic_seeded in func.tags
+            moved = sum(_bytes(t) for t in (*read, *made)) + LOGITS_READ * _chunked(func, args) * 4
+            self.spent(flop, moved, made[0].numel() if draws else 0, dtype)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -86,15 +92,20 @@ def _is_view(func: Any) -> bool:
 
 def _inside(func: Any, args: Any) -> int:
     """What the loss in chunks holds while it runs: one chunk of logits, and in half precision its gradient."""
-    if not str(func).startswith(_CHUNKED):
+    if not _chunked(func, args):
         return 0
     hidden, weight = args[0], args[1]
     entries = min(rows_at_once(len(weight)), len(hidden)) * len(weight)
     return entries * (4 if hidden.dtype is torch.float32 else 4 + 2 * hidden.element_size())
 
 
+def _chunked(func: Any, args: Any) -> int:
+    """Logits that the loss in chunks makes, one chunk after the other."""
+    return len(args[0]) * len(args[1]) if str(func).startswith(_CHUNKED) else 0
+
+
 def _flop(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    if str(func).startswith(_CHUNKED):
+    if _chunked(func, args):
         hidden, weight = args[0], args[1]
         products = 1 + sum(args[9][:2])
         return 2.0 * products * hidden.numel() * len(weight)

@@ -20,6 +20,7 @@ from deltatune.train.optim import build_optimizer
 from deltatune.train.settings import UNKNOWN_STEPS, TrainSettings
 
 STEPS = 3
+SHORTEST = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ class RealSteps:
 
 
 def probe(settings: TrainSettings, device: torch.device, shape: Shape, speed: Speed) -> Probe:
-    """At most two rows of a quarter of the length."""
+    """At most two rows of a quarter of the length, or of `SHORTEST` tokens: a shorter step is mostly overhead."""
     small = replace(
         shape,
         rows=min(2, shape.rows),
-        tokens=max(16, shape.tokens // 4) if shape.tokens > 16 else shape.tokens,
-        answer=max(8, shape.answer // 4) if shape.answer > 8 else shape.answer,
+        tokens=min(shape.tokens, max(SHORTEST, shape.tokens // 4)),
+        answer=min(shape.answer, max(SHORTEST // 2, shape.answer // 4)),
     )
     reckoned = simulate(build_job(settings, device), small)
     real = RealSteps(settings, device, small)

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.errors import ConfigError
 from deltatune.suggest import did_you_mean
 
 USUAL = 0.4  # of what a data sheet says is what training reaches
-SMALL, MIDDLE = 3 * 2**20, 32 * 2**20  # bytes: in a cache, beyond it, in pages that are new each time
+SMALL, MIDDLE = 3 * 2**20, 96 * 2**20  # bytes moved by tensors of 1 MiB, and of 32: larger ones get new pages each time
+RING = 64 * 2**20  # bytes: beyond the caches of one core
 LAUNCH = 8e-6  # seconds for an operation from Python on an accelerator's host
 
 
 @dataclass
 class Cost:
-    """Operations by dtype: for each its FLOP and bytes, as they bound its time one at a time."""
+    """Operations by dtype: for each its FLOP, its bytes, and the random numbers that it draws."""
 
-    operations: dict[torch.dtype, list[tuple[float, int]]] = field(default_factory=dict)
+    operations: dict[torch.dtype, list[tuple[float, int, int]]] = field(default_factory=dict)
 
-    def add(self, flop: float, moved: int, dtype: torch.dtype) -> None:
-        self.operations.setdefault(dtype, []).append((flop, moved))
+    def add(self, flop: float, moved: int, drawn: int, dtype: torch.dtype) -> None:
+        self.operations.setdefault(dtype, []).append((flop, moved, drawn))
 
     @property
     def flop(self) -> float:
-        return sum(flop for listed in self.operations.values() for flop, _ in listed)
+        return sum(flop for listed in self.operations.values() for flop, _, _ in listed)
 
     @property
     def count(self) -> int:
@@ -45,7 +48,8 @@ class Speed:
         flops: FLOP per second, in float32 and in bfloat16.
         bandwidth: Bytes per second of operations that move up to `SMALL`, up to `MIDDLE`, and more.
         overhead: Seconds for each operation; they run beside the arithmetic where the device has a queue.
-        queued: Whether it has.
+        queued: Whether it has. Then arithmetic and traffic overlap; a core of a CPU does one after the other.
+        draw: Seconds for a random number, of which dropout takes one for each entry.
     """
 
     name: str
@@ -54,12 +58,15 @@ class Speed:
     overhead: float
     queued: bool = False
     memory: int | None = None
+    draw: float = 0.0
 
     def seconds(self, cost: Cost) -> float:
         busy = 0.0
         for dtype, listed in cost.operations.items():
             rate = self.flops[1 if dtype in (torch.bfloat16, torch.float16) else 0]
-            busy += sum(max(flop / rate, self._moving(moved)) for flop, moved in listed)
+            for flop, moved, drawn in listed:
+                arithmetic, traffic = flop / rate, self._moving(moved)
+                busy += max(arithmetic, traffic) if self.queued else arithmetic + traffic + drawn * self.draw
         waiting = cost.count * self.overhead
         return max(busy, waiting) if self.queued else busy + waiting
 
@@ -109,12 +116,14 @@ def here(device: str = "cpu") -> Speed:
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(512, 512, device=place).to(dtype)
         rates.append(2 * 512**3 / _seconds(lambda a=a: a @ a, place))
-    small, middle, large = (_bandwidth(entries, place) for entries in (2**16, 2**20, 2**23))
+    small, middle, large = (_bandwidth(entries, place) for entries in (2**17, 2**20, 2**23 + 2**21))
     bandwidth = (small, middle, large)
     if place.type == "cuda":
         memory = torch.cuda.get_device_properties(place).total_memory
         return Speed(torch.cuda.get_device_name(place), (rates[0], rates[1]), bandwidth, LAUNCH, True, memory)
-    speed = Speed("this machine", (rates[0], rates[1]), bandwidth, 0.0, False, psutil.virtual_memory().total)
+    drawn = torch.empty(2**18)
+    draw = _seconds(lambda: drawn.bernoulli_(0.1), place) / drawn.numel()
+    speed = Speed("this machine", (rates[0], rates[1]), bandwidth, 0.0, False, psutil.virtual_memory().total, draw)
     return replace(speed, overhead=_overhead(speed))
 
 
@@ -126,8 +135,19 @@ def now(device: torch.device) -> float:
 
 
 def _bandwidth(entries: int, device: torch.device) -> float:
-    wide = torch.randn(entries, device=device)
-    return 3 * wide.numel() * 4 / _seconds(lambda: wide + wide, device)
+    """Of sums whose terms are in no cache and whose results stay, as those of a forward pass do."""
+    rounds = max(2, RING // (4 * entries))
+    terms = [torch.randn(entries, device=device) for _ in range(rounds)]
+    kept: deque[Tensor] = deque(maxlen=rounds)
+    turn = itertools.cycle(range(rounds))
+
+    def add() -> None:
+        at = next(turn)
+        kept.append(terms[at] + terms[at - 1])
+
+    for _ in range(rounds):
+        add()
+    return 3 * 4 * entries / _seconds(add, device)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, least: float = 0.1) -> float:

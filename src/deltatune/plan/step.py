@@ -79,8 +79,8 @@ def _simulated(job: Job, shape: Shape) -> Estimate:
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     micro = update = current = Cost()
 
-    def spent(flop: float, moved: int, dtype: torch.dtype) -> None:
-        current.add(flop, moved, dtype)
+    def spent(flop: float, moved: int, drawn: int, dtype: torch.dtype) -> None:
+        current.add(flop, moved, drawn, dtype)
 
     live = LiveBytes(spent)
     peaks: dict[str, int] = {}
