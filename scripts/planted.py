@@ -264,7 +264,7 @@ MUTANTS = [
         "((self.w1, x // n), (self.w2, x % n))",
         "((self.w1, x % n), (self.w2, x // n))",
     ),
-    Mutant("gralora", "blocks not exchanged", "h = self._exchanged(h).unflatten", "h = h.unflatten"),
+    Mutant("gralora", "blocks not exchanged", ".transpose(0, 2).flatten(2)", ".flatten(2)"),
     Mutant("gralora", "forgotten scale, weight", "return weight + self.scaling * update", "return weight + update"),
     Mutant(
         "miss",
@@ -370,7 +370,7 @@ MUTANTS = [
         "gradient of the wrong entries, through the sum",
         "of_sum.flatten().index_select",
         "of_sum.T.flatten().index_select",
-        place="factors.py",
+        place="one_product.py",
     ),
     Mutant(
         "supertuning",

@@ -15,7 +15,7 @@ from deltatune.adapter import LinearMap
 
 
 class Factor(nn.Module):
-    """One tensor called `weight`, uninitialised, in the shape in which files keep it; perhaps a bias.
+    """One tensor called `weight`, given or uninitialised, in the shape in which files keep it; perhaps a bias.
 
     It trains, unless it is `fixed`: then it is a buffer.
     """
@@ -24,13 +24,18 @@ class Factor(nn.Module):
     bias: nn.Parameter | None
     rows: int = 0  # axes before those of one adapter (`deltatune.mixed`)
 
-    def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False) -> None:
+    def __init__(self, *shape: int, bias: int | None = None, fixed: bool = False, weight: Tensor | None = None) -> None:
         super().__init__()
+        weight = torch.empty(shape) if weight is None else weight.reshape(shape)
+        # past nn.Module's look-ups, which take longer than the tensors, of which an adapter has hundreds
         if fixed:
-            self.register_buffer("weight", torch.empty(shape))
+            self._buffers["weight"] = weight
         else:
-            self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
+            self._parameters["weight"] = nn.Parameter(weight)
+        if bias is None:
+            vars(self)["bias"] = None
+        else:
+            self.bias = nn.Parameter(torch.zeros(bias))
 
     @property
     def in_features(self) -> int:
@@ -110,9 +115,8 @@ def scale_of_rows(x: Tensor, layer: LinearMap, dtype: torch.dtype) -> Tensor:
 def skew_symmetric(entries: Tensor, size: int) -> Tensor:
     """(blocks, size (size - 1) / 2) -> (blocks, size, size): the entries above the diagonal, and Q^T = -Q."""
     rows, columns = torch.triu_indices(size, size, 1, device=entries.device)
-    upper = entries.new_zeros(entries.shape[0], size, size).index_put(
-        (torch.arange(entries.shape[0], device=entries.device)[:, None], rows, columns), entries
-    )
+    places = (rows * size + columns).expand_as(entries)
+    upper = entries.new_zeros(len(entries), size * size).scatter(1, places, entries).unflatten(1, (size, size))
     return upper - upper.mT
 
 
@@ -133,7 +137,7 @@ def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     last = terms - 1 if terms <= 2 else max(terms - 1, 3)
     powers = Q if last > 1 else 2 * Q
     for _ in range(last - 1):  # from inside out: (2 + (2 + Q) Q) Q
-        powers = (2 * eye + powers) @ Q
+        powers = torch.baddbmm(Q, powers, Q, beta=2)
     return eye + powers
 
 
@@ -216,87 +220,6 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-def through_sum(x: Tensor, layer: LinearMap, build: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
-    """The layer with the weight W + build(*tensors): one product with x where a layer and its update take two.
-
-    The sum is built again for the gradient instead of being kept. None where there is no such way: the layer's weight
-    is packed, adapted already, or in half precision, which would round most of the update away; nor under autocast.
-    """
-    if not _has_sum(x, layer):
-        return None
-    return _ThroughSum.apply(x, layer.weight, layer.bias, build, *tensors)
-
-
-def through_entries(x: Tensor, layer: LinearMap, places: Tensor, values: Tensor) -> Tensor | None:
-    """`through_sum` of an update by `values` at `places` (n,) of the matrix, counted row by row, each there once.
-
-    In half precision the update has a product of its own beside the layer's, which rounds it to its own size.
-    """
-    if _has_sum(x, layer):
-        return _ThroughEntries.apply(x, layer.weight, layer.bias, places, values)
-    if layer.kind != "linear" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
-        return None
-    y, nothing = layer(x), x.new_zeros(()).expand(layer.out_features, layer.in_features)
-    return y + _ThroughEntries.apply(x, nothing, None, places, values).to(y.dtype)
-
-
-def _has_sum(x: Tensor, layer: LinearMap) -> bool:
-    fits = layer.kind == "linear" and layer.dense and layer.dtype == x.dtype and x.dtype.itemsize >= 4
-    return fits and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-
-
-def with_entries(weight: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """A matrix with `values` added at `places`, counted row by row."""
-    return weight.flatten().index_add(0, places, values.to(weight.dtype)).view(weight.shape)
-
-
-class _ThroughEntries(torch.autograd.Function):
-    """Beside `_ThroughSum`, the gradient of the values is read off that of the sum."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, values: Tensor) -> Tensor:
-        return F.linear(x, with_entries(weight, places, values), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, places, values = inputs
-        ctx.save_for_backward(x, weight, places, values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, places, values = ctx.saved_tensors
-        of_x = grads[0] @ with_entries(weight, places, values) if ctx.needs_input_grad[0] else None
-        rows = grads[0].flatten(0, -2)
-        of_sum = rows.T @ x.flatten(0, -2)
-        of_values = of_sum.flatten().index_select(0, places).to(values.dtype)
-        of_weight = of_sum if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, of_values
-
-
-class _ThroughSum(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, build: Any, *tensors: Tensor) -> Tensor:
-        return F.linear(x, weight + build(*tensors), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.build, *tensors = inputs
-        ctx.save_for_backward(x, weight, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *tensors = ctx.saved_tensors
-        with torch.enable_grad():
-            copies = [tensor.detach().requires_grad_() for tensor in tensors]
-            update = ctx.build(*copies)
-        of_x = grads[0] @ (weight + update.detach()) if ctx.needs_input_grad[0] else None
-        rows = grads[0].flatten(0, -2)
-        of_sum = rows.T @ x.flatten(0, -2)
-        of_weight = of_sum if ctx.needs_input_grad[1] else None
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return of_x, of_weight, of_bias, None, *torch.autograd.grad(update, copies, of_sum)
-
-
 def fewer_by_vector(x: Tensor, layer: LinearMap, count: int) -> bool:
     """Whether `count` numbers for each vector of x are fewer than the entries of a matrix for all of them.
 
@@ -324,8 +247,13 @@ def dense_enough(count: int, x: Tensor, layer: LinearMap) -> bool:
     The dense product costs the building of the sum, whatever the number of vectors in x, and a product for the
     gradient; single entries cost their number for each vector.
     """
-    size = layer.out_features * layer.in_features
-    return count * _DENSE > size or 2 * count * (x.numel() // layer.in_features) > 3 * size
+    return denser(count, x, layer.out_features)
+
+
+def denser(count: int, x: Tensor, out: int) -> bool:
+    """`dense_enough` of any sparse matrix (out, in) that x (..., in) is multiplied with."""
+    size = out * x.shape[-1]
+    return count * _DENSE > size or 2 * count * (x.numel() // x.shape[-1]) > 3 * size
 
 
 _AT_ONCE = 1 << 22  # products that `_SparseLinear` holds at a time

@@ -19,15 +19,25 @@ class Source(Enum):
 
 
 _source: ContextVar[Source] = ContextVar("deltatune_filling", default=Source.NONE)
+_whole: ContextVar[bool] = ContextVar("deltatune_filling_all", default=False)
 
 
 @contextmanager
-def filled_from(source: Source) -> Iterator[None]:
-    token = _source.set(source)
+def filled_from(source: Source, whole: bool = False) -> Iterator[None]:
+    """
+    Args:
+        whole: The file brings every number or is refused, so that none need be drawn.
+    """
+    tokens = _source.set(source), _whole.set(whole)
     try:
         yield
     finally:
-        _source.reset(token)
+        _source.reset(tokens[0])
+        _whole.reset(tokens[1])
+
+
+def brings_all() -> bool:
+    return _whole.get()
 
 
 def source() -> Source:

@@ -219,7 +219,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def freeze(model: nn.Module) -> None:
     """Freeze everything that is not part of an adapter."""
     own = {id(parameter) for parameter in adapter_parameters(model)}
-    for parameter in model.parameters():
+    for _, parameter in base_parameters(model):
         if id(parameter) not in own:
             parameter.requires_grad_(False)
 

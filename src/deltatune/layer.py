@@ -68,19 +68,30 @@ class AdaptedLayer(LayerViews, Merging):
     instead of calling it, `weight` and `bias` are the adapted ones, everything else is the base layer's.
     """
 
+    base_layer: nn.Module
+    adapters: nn.ModuleDict
+    selection: Selection
+    plan: mixed.Plan | None  # of the last batch whose rows differed
+    standing: Standing | None  # of the last call that chose nothing by itself
+    alone: Alone | None  # likewise
+    is_block: bool  # whether the layer is a block of layers, which keep the paths they had without it
+    is_paired: bool  # whether callers expect more than the output
+
     def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.selection = selection
-        self.stash = None
-        self.plan: mixed.Plan | None = None  # of the last batch whose rows differed
-        self.standing: Standing | None = None  # of the last call that chose nothing by itself
-        self.alone: Alone | None = None  # likewise
+        self._modules.update(base_layer=base_layer, adapters=nn.ModuleDict())
         seen = as_map(base_layer)
-        self.is_block = seen is None  # then layers in it keep the paths they had without it
-        self.is_paired = isinstance(seen, ParallelLinear)  # then callers give and expect something else than the map's
-        self.training = base_layer.training
+        # past nn.Module's look-ups, of which there would be one for each attribute of hundreds of layers
+        vars(self).update(
+            selection=selection,
+            stash=None,
+            plan=None,
+            standing=None,
+            alone=None,
+            is_block=seen is None,
+            is_paired=isinstance(seen, ParallelLinear),
+            training=base_layer.training,
+        )
         self.register_load_state_dict_post_hook(say_names)
 
     def as_map(
@@ -105,7 +116,9 @@ class AdaptedLayer(LayerViews, Merging):
         return layer
 
     def add(self, name: str, adapter: Adapter) -> None:
-        adapter.train(self.training or manners.as_peft)
+        mode = self.training or manners.as_peft
+        if not (mode and all(module.training for module in adapter.modules())):
+            adapter.train(mode)
         if adapter.configured_scaling is None and has_scale(adapter):
             adapter.configured_scaling = adapter.scaling  # type: ignore[assignment]  # before any program changes it
         self.adapters[name] = adapter

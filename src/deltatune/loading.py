@@ -131,7 +131,8 @@ def _load_saved(model: PeftModel, name: str, saved: storage.Saved, how: How, all
     before = {} if fresh else {k: t.clone() for k, t in model.adapter_tensors(name).items()}
     if fresh:
         numberless = how.low_cpu_mem_usage and not allowed.mismatched_sizes
-        with filled_from(saved.source_kind):
+        whole = not allowed.mismatched_sizes and not manners.as_peft  # PEFT draws, which moves on the random state
+        with filled_from(saved.source_kind, whole):
             model.add_adapter(name, saved.config, numberless, how.autocast_adapter_dtype)
     else:
         storage.warn_other_options(name, model.peft_config[name], saved)
@@ -182,8 +183,9 @@ def load_into(model: nn.Module, name: str, saved: storage.Saved, allowed: Allowe
     known = keyed(found, name, given=None)
     tensors = adjusted(model, matched(biases.of_peer(saved.tensors), known), known)
     base = Replacements(model, saved.config, tensors, known, allowed.embeddings, saved.source)
-    tensors = translated(model, name, base.rest)
-    found = found if reads_plainly(model, name) else parts(model, name)
+    plainly = reads_plainly(model, name)
+    tensors = translated(model, name, base.rest, plainly=plainly)
+    found = found if plainly else parts(model, name)
     expected = keyed(found, name, given=tensors)
     given = fitting(tensors, expected, saved.source) if allowed.mismatched_sizes else tensors
     left_out = sorted(tensors.keys() - given.keys())

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as rerun
 
+from deltatune.copies import TrainedCopies
+from deltatune.layer import AdaptedLayer
 from deltatune.selection import Call, Recomputation, Selection
+from deltatune.targets import walk
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for what recomputes a layer
 
 
 def bind(model: nn.Module, selection: Selection, grafts: Mapping[str, Any]) -> None:
     """Let layers be recomputed with the adapters they ran with, wherever checkpointing has been switched on."""
-    for module in model.modules():
+    for module in _outside_adapters(model):
         function = vars(module).get(_CHECKPOINT)
         if not isinstance(function, functools.partial):
             continue
@@ -31,6 +34,16 @@ def bind(model: nn.Module, selection: Selection, grafts: Mapping[str, Any]) -> N
             vars(module)[_CHECKPOINT] = functools.partial(
                 _reentrant, selection, function.func, *function.args, **function.keywords
             )
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that may be checkpointed, without those of adapters, of which there may be very many."""
+    yield model
+    for _, module in walk(model):
+        if isinstance(module, TrainedCopies):
+            yield from module.modules()
+        else:
+            yield module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
 def _reentrant(

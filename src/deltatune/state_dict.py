@@ -130,14 +130,20 @@ def _bare(key: str) -> str:
     return key.removeprefix(ROOT if key.startswith(ROOT) else TOP)
 
 
-def translated(model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT) -> dict[str, Tensor]:
-    """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`)."""
+def translated(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], root: str = ROOT, plainly: bool | None = None
+) -> dict[str, Tensor]:
+    """A file's tensors as the adapters that are to hold them read them (`Adapter.from_file`).
+
+    Args:
+        plainly: What `reads_plainly` says, where it has been asked.
+    """
     found, top = renamed(tensors, model), root.removesuffix("model.")
     if (shared := shared_modules(model).get(name)) is not None:
         inner = {key: tensor for key, tensor in found.items() if top != root and key.startswith(root)}
         own = {key.removeprefix(top): tensor for key, tensor in found.items() if key not in inner}
         found = inner | {top + key: tensor for key, tensor in shared.from_file(own).items()}
-    if reads_plainly(model, name):
+    if reads_plainly(model, name) if plainly is None else plainly:
         return found
     layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
     for path, own in _by_layer(found, layers, root).items():

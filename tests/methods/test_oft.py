@@ -43,6 +43,29 @@ def test_the_cayley_rotation_turns_every_block_of_the_input():
     assert torch.linalg.det(R).item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("leading", [(7,), (2, 3), ()])
+def test_in_half_precision_the_rotation_is_single_and_nothing_wider_than_the_input_is_kept(leading):
+    torch.manual_seed(0)
+    config = OFTConfig(target_modules=["layer"], oft_block_size=4)
+    model = get_peft_model(nn.ModuleDict({"layer": nn.Linear(12, 5).bfloat16()}), config)
+    oft = model.get_base_model()["layer"].adapters["default"]
+    nn.init.normal_(oft.entries, std=0.3)
+    x = torch.randn(*leading, 12).bfloat16().requires_grad_()
+    R = torch.block_diag(*oft.R.detach()).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        turned = oft.rotate(x)
+    assert not [t for t in kept if t.shape == x.shape and t.dtype != x.dtype]
+    expected = x.float() @ R
+    assert_close(turned.float(), expected, rtol=2**-8, atol=1e-6)
+    pull = torch.randn(x.shape).bfloat16()
+    of_x, of_entries = torch.autograd.grad(turned, (x, oft.entries), pull)
+    assert_close(of_x.float(), pull.float() @ R.T, rtol=2**-8, atol=1e-6)
+    (of_R,) = torch.autograd.grad(expected, R, pull.float())
+    blocks = torch.stack([of_R[i : i + 4, i : i + 4] for i in range(0, 12, 4)])
+    assert_close(of_entries, torch.autograd.grad(oft.R, oft.entries, blocks)[0])
+
+
 def test_a_rotation_keeps_angles_and_lengths_of_the_rows():
     """The hyperspherical energy of section 3.1 depends on these alone."""
     wrapper, _ = adapted(nn.Linear(12, 5), oft_block_size=6, use_cayley_neumann=False)

@@ -140,11 +140,12 @@ def test_entries_beyond_the_weight_are_refused(tmp_path):
         loaded(tmp_path)
 
 
-@pytest.mark.parametrize("rows, dense", [(200, True), (1, False)])
-def test_many_tokens_go_through_one_product_with_the_same_gradients(rows, dense, monkeypatch):
+@pytest.mark.parametrize("rows, dense, small", [(200, True, 0), (200, True, 1 << 18), (1, False, 0)])
+def test_many_tokens_go_through_one_product_with_the_same_gradients(rows, dense, small, monkeypatch):
     """Whichever way is taken, output and gradients are those of the equation."""
     from deltatune.methods import supertuning
 
+    monkeypatch.setattr("deltatune.one_product._SMALL", small)  # of which the sum is kept
     layer = nn.Linear(40, 24)
     model = get_peft_model(
         nn.ModuleDict({"a": layer}), SupertuningConfig(target_modules=["a"], sparsity=0.99, init_weights=False)
@@ -163,3 +164,38 @@ def test_many_tokens_go_through_one_product_with_the_same_gradients(rows, dense,
     for one, other in zip(found, torch.autograd.grad(expected, (x, adapter.supertuning_values), pull)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert bool(taken) == dense
+
+
+def test_the_sum_of_a_large_layer_is_not_kept():
+    layer = nn.Linear(1024, 512)
+    _, wrapper, _ = adapted(layer, sparsity=0.9)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        wrapper(torch.randn(2, 1024, dtype=torch.float64))
+    own = layer.weight.data_ptr()
+    assert kept and all(t.numel() < layer.weight.numel() for t in kept if t.data_ptr() != own)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_in_half_precision_an_update_far_below_the_weights_comes_through(biased):
+    """Added into the weight it would be rounded away: near 1 the steps of bfloat16 are 2^-7."""
+    layer = nn.Linear(32, 24, bias=biased).bfloat16()
+    nn.init.ones_(layer.weight)
+    model = get_peft_model(nn.ModuleDict({"a": layer}), SupertuningConfig(target_modules=["a"], sparsity=0.5))
+    wrapper = model.get_base_model()["a"]
+    adapter = wrapper.adapters["default"]
+    nn.init.constant_(adapter.supertuning_values, 2.0**-10)
+    x = torch.zeros(3, 40, 32, dtype=torch.bfloat16)
+    x[..., ::2], x[..., 1::2] = 1, -1  # the layer's own part is nothing, which leaves all digits to the update
+    x.requires_grad_()
+    with torch.no_grad():
+        whole = adapter.adapt(layer.weight)
+    expected = x.float() @ (whole - layer.weight).T + (layer.bias.float() if biased else 0)
+    pull = torch.randn_like(expected)
+    out = wrapper(x)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-3)
+    of_x, of_values = torch.autograd.grad(out, (x, adapter.supertuning_values), pull.bfloat16())
+    torch.testing.assert_close(of_x.float(), pull @ whole, rtol=2e-2, atol=5e-2)
+    places = adapter.supertuning_indices.long()
+    of_sum = pull.flatten(0, 1).T @ x.detach().float().flatten(0, 1)
+    torch.testing.assert_close(of_values, of_sum.flatten()[places], rtol=2e-2, atol=1e-1)

@@ -36,6 +36,8 @@ def as_map(module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = 
     # the commonest layer of all, which is asked for several times by whatever walks over a model
     if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter and Linear.fits(module):
         return Linear(module, args, kwargs)
+    if module._modules and not module._parameters and not module._buffers:  # a block, which most modules are
+        return None
     for kind in KINDS:
         if kind.fits(module):
             return kind(module, args, kwargs or {})

@@ -60,7 +60,8 @@ def low_rank_linear(
         B = (scale * (_OF / _kept(dropout))) * B  # what is kept is as much larger
         return _LowRankLinear.apply(x, weight, bias, A, B, dropout, int(torch.randint(2**62, ())))
     if torch.is_grad_enabled():
-        return _LowRankLinear.apply(x, weight, bias, A, scale * B, 0.0, 0)
+        B = B if type(scale) is float and scale == 1 else scale * B
+        return _LowRankLinear.apply(x, weight, bias, A, B, 0.0, 0)
     return _without_gradient(x, weight, bias, A, B, scale)
 
 
@@ -133,20 +134,17 @@ class _LowRankLinear(torch.autograd.Function):
     """Products of many rows with r of a factor are written with r first: (r, T) is three times as fast as (T, r)."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dropout: float, seed: int
+    def forward(  # with ctx: a `setup_context` costs as much as a small product, and functorch never comes here
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dropout: float, seed: int
     ) -> Tensor:
+        ctx.dropout, ctx.seed = dropout, seed
+        ctx.save_for_backward(x, weight, A, B)
         rows = _rows(x)
         y = F.linear(rows, weight, bias)
         seen = _kept_of(rows, _mask(rows, dropout, seed)) if dropout else rows
         h = A.to(x.dtype) @ seen.T  # (r, T)
         y.addmm_(h.T, B.to(x.dtype).T)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, A, B, ctx.dropout, ctx.seed = inputs
-        ctx.save_for_backward(x, weight, A, B)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,7 +53,7 @@ class Known(Adapter):
         return {name: of_rank(self, tensor, tensor, self.r) for name, tensor in self._held().items()}
 
     def load_file_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.awaits_data = False
+        vars(self)["awaits_data"] = False  # past nn.Module's look-ups
         with torch.no_grad():
             for name, tensor in self._held().items():
                 value = tensors[name] if self.room is None else of_rank(self, tensor, tensors[name], self.room)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import at_least_single, drawn_positions, fewer_by_vector, recomputed, through_sum
+from deltatune.factors import at_least_single, drawn_positions, fewer_by_vector, recomputed
 from deltatune.methods.c3a import usual_targets
 from deltatune.methods.common import LayerConfig, all_linear
+from deltatune.one_product import through_sum
 from deltatune.patterns import pattern_value
 
 

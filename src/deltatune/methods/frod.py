@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltatune import biases, checks
 from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.config import PeftType, config
-from deltatune.factors import dense_enough, input_dropout, shift, sparse_linear
+from deltatune.factors import denser, input_dropout, shift, sparse_linear
 from deltatune.joint_bases import Bases, Basis, coordinates
 from deltatune.methods.common import LayerConfig, all_linear
 from deltatune.methods.vera import usual_targets as veras_targets
@@ -138,14 +138,13 @@ class Frod(Adapter):
 
     def _middle(self, z: Tensor, layer: LinearMap, diagonal: Tensor) -> Tensor:
         """(diag + S) z."""
+        values, (rows, columns), size = self.frod_lambda_s_values, self.frod_s_indices, len(self.start)
+        if not self.vectors_in or denser(len(values), z, size):
+            places = torch.cat([rows * size + columns, torch.arange(size, device=rows.device) * (size + 1)])
+            entries = torch.cat([values, diagonal]).to(z.dtype)
+            return layer.mix(z, z.new_zeros(size * size).scatter(0, places, entries).view(size, size))
         h = layer.scale(z, diagonal)
-        count = len(self.frod_lambda_s_values)
-        if not self.vectors_in or dense_enough(count, z, layer):
-            return h + layer.mix(z, self.S)
-        if not count:
-            return h
-        rows, columns = self.frod_s_indices
-        return h + sparse_linear(z, self.frod_lambda_s_values, rows, columns, len(self.start))
+        return h + sparse_linear(z, values, rows, columns, size) if len(values) else h
 
     def extra_repr(self) -> str:
         return f"entries={len(self.frod_lambda_s_values)}"

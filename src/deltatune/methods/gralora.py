@@ -128,21 +128,28 @@ class GraLoRA(Adapter):
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
         y = layer(x)
         if self.kind == "linear":
-            update = self._through_blocks(self.gralora_dropout(x))
+            y = self._through_blocks(self.gralora_dropout(x), y)
         else:
             down, up = self.factors
-            update = layer.mix(layer.apply(self.gralora_dropout(x), down), up)
-        if self.gralora_A_general is not None and self.gralora_B_general is not None:
-            h = layer.apply(self.gralora_dropout(x), self.gralora_A_general.weight)
-            update = update + layer.mix(h, self.gralora_B_general.weight)
+            y = y + (self.scaling * layer.mix(layer.apply(self.gralora_dropout(x), down), up)).to(y.dtype)
+        if self.gralora_A_general is None or self.gralora_B_general is None:
+            return y
+        update = layer.mix(
+            layer.apply(self.gralora_dropout(x), self.gralora_A_general.weight), self.gralora_B_general.weight
+        )
         return y + (self.scaling * update).to(y.dtype)
 
-    def _through_blocks(self, x: Tensor) -> Tensor:
-        """Of vectors; as two matrices it would cost k times as much."""
-        A, B = self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
-        h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, A.shape[:2]), A).flatten(-2)
-        h = self._exchanged(h).unflatten(-1, (self.gralora_k, self.r))
-        return torch.einsum("...nr,nro->...no", h, B).flatten(-2)
+    def _through_blocks(self, x: Tensor, y: Tensor) -> Tensor:
+        """y and the update of vectors x; as two matrices it would cost k times as much.
+
+        The block stands before the vectors wherever there are products, and every pass in between is one of a product:
+        the scale is multiplied into B, and what is exchanged is laid out anew once.
+        """
+        k, A, B = self.gralora_k, self.gralora_A.to(x.dtype), (self.scaling * self.gralora_B).to(x.dtype)
+        h = torch.bmm(x.reshape(-1, *A.shape[:2]).transpose(0, 1), A)  # (k of the input, T, r)
+        h = h.unflatten(-1, (k, -1)).transpose(0, 2).flatten(2)  # (k of the output, T, r)
+        update = torch.bmm(h, B).transpose(0, 1)
+        return (y.reshape(update.shape) + update.to(y.dtype)).reshape(y.shape)
 
 
 METHOD = Method(

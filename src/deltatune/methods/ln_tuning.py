@@ -52,7 +52,7 @@ class LNTuning(Adapter):
     def matrix(self, in_features: int) -> Tensor:
         """The copy as a matrix (out, in)."""
         T = self.ln_tuning_layers.weight
-        matrix = T.T if self.turned else T.reshape(len(T), -1)
+        matrix = T.T if self.turned else T if T.ndim == 2 else T.reshape(len(T), -1)
         return block_diagonal(matrix, in_features // matrix.shape[1])  # of a grouped convolution
 
     def adapt(self, weight: Tensor) -> Tensor:

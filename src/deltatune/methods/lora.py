@@ -55,6 +55,11 @@ class LoRA(Known):
     stacks = ("blocks",)
     row_numbers: ClassVar[tuple[str, ...]] = ("scaling",)
 
+    lora_alpha: float
+    use_rslora: bool
+    lora_bias: bool
+    blocks: int  # more than one under a grouped convolution
+    lora_dropout: nn.Module
     counts: int = 1  # how many times alpha / r its update is
     followed: bool = False  # by layers that share an embedding's weight
     scaling: Any  # a number, or a tensor that can change under a compiled model (`deltatune.room`)
@@ -72,18 +77,23 @@ class LoRA(Known):
         varied: Sequence[Variant] = (),
     ) -> None:
         super().__init__()
-        # past nn.Module, which takes a microsecond for each, on every layer
+        # past nn.Module's look-ups, here and below: they take a microsecond for each attribute of hundreds of layers
         vars(self).update(r=r, lora_alpha=alpha, use_rslora=rslora, lora_bias=bias, scaling=scaling(r, alpha, rslora))
-        vars(self)["blocks"] = r // layer.up_shape(r)[1]  # more than one under a grouped convolution
-        vars(self)["embedding"] = layer.kind == "embedding"
-        self.lora_dropout = nn.Dropout(dropout) if dropout else NO_DROPOUT
-        self.variants = nn.ModuleList(varied) if varied else ()  # type: ignore[assignment]
+        vars(self).update(blocks=r // layer.up_shape(r)[1], embedding=layer.kind == "embedding")
+        if varied:
+            self.variants = nn.ModuleList(varied)  # type: ignore[assignment]
+        else:
+            vars(self).update(variants=())
+        self._modules["lora_dropout"] = nn.Dropout(dropout) if dropout else NO_DROPOUT
         if varied or start.gives_way or start.stand_in is not None:
             self.stacks = None  # there is more to it than B A x
         down, up = shapes(layer, r, varied)
-        self.lora_A = Factor(*down)
-        self.lora_B = Factor(*up, bias=layer.out_features if bias else None, fixed=start.fixed_B)
-        self._begin(start)
+        wide = torch.promote_types(start.A.dtype, torch.float32)
+        A, B = start.A.detach().to(wide).contiguous(), start.B.detach().to(wide).contiguous()
+        self._modules["lora_A"] = Factor(*down, weight=A)
+        ends = layer.out_features if bias else None
+        self._modules["lora_B"] = Factor(*up, bias=ends, fixed=start.fixed_B, weight=B)
+        self._begin(start, A, B)
         for variant in self.variants:
             variant.begin(self, self._base(layer))
             self._declare(variant)
@@ -119,8 +129,8 @@ class LoRA(Known):
         down, up = shapes(layer, r, varied)
         start = starts.begin(Site(layer, r, counts * scaling(r, alpha, config.use_rslora), config, path, down, up))
         made = cls(layer, r, alpha, config.lora_dropout, config.use_rslora, start, config.lora_bias, varied)
-        made.followed, made.counts = config.ensure_weight_tying, counts
-        made.scaling = made.configured_scaling
+        vars(made).update(followed=config.ensure_weight_tying, counts=counts)
+        vars(made).update(scaling=made.configured_scaling)
         return made
 
     @property
@@ -139,19 +149,16 @@ class LoRA(Known):
     def bias_scaling(self) -> Any:
         return self.scaling / self.counts
 
-    def _begin(self, start: Start) -> None:
-        wide = torch.promote_types(start.A.dtype, torch.float32)
-        A, B = start.A.to(wide).contiguous(), start.B.to(wide).contiguous()
-        self.lora_A.weight.data, self.lora_B.weight.data = (
-            factor.reshape(own.weight.shape) for factor, own in ((A, self.lora_A), (B, self.lora_B))
-        )
+    def _begin(self, start: Start, A: Tensor, B: Tensor) -> None:
         if self.lora_B.bias is not None and start.bias is not None:
             self.lora_B.bias.data = start.bias
         vars(self).update(identity_at_birth=start.at_birth, awaits_data=start.awaits_data)
-        self.stand_in = start.stand_in
-        if start.stand_in is not None:
+        vars(self).update(keeps_derived=start.gives_way and not start.again)
+        if start.stand_in is None:
+            vars(self).update(stand_in=None)
+        else:
+            self.stand_in = start.stand_in
             self.replaces, self.summand = True, "it stands on a quantised base"  # type: ignore[misc]
-        vars(self)["keeps_derived"] = start.gives_way and not start.again
         self._buffers.update(start_A=None, start_B=None)
         for name, factor in (("start_A", A), ("start_B", B)) if start.gives_way else ():
             self.register_buffer(name, factor.clone(), persistent=self.keeps_derived)

@@ -17,6 +17,7 @@ from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError
 from deltatune.factors import Factor, cayley, cayley_neumann, skew_symmetric
 from deltatune.methods.common import LayerConfig, all_linear
+from deltatune.one_product import by_hand
 
 
 @config
@@ -80,7 +81,7 @@ class OFT(Adapter):
         self, layer: LinearMap, size: int, share: bool, terms: int, limit: float | None, dropout: float
     ) -> None:
         super().__init__()
-        self.kind, self.oft_block_size, self.blocks, self.terms = layer.kind, size, _rotated(layer) // size, terms
+        self.kind, self.oft_block_size, self.blocks, self.terms = layer.kind, size, _turns(layer) // size, terms
         self.r, self.limit, self.dropout = self.blocks, limit, dropout
         factor = Factor(1 if share else self.blocks, size * (size - 1) // 2)
         self.oft_R = None if layer.kind == "embedding" else factor
@@ -120,8 +121,9 @@ class OFT(Adapter):
 
     def rotate(self, x: Tensor) -> Tensor:
         """x R over the last axis, block by block."""
-        parts = x.unflatten(-1, (self.blocks, self.oft_block_size))
-        return torch.einsum("...nk,nkc->...nc", parts, self.R.to(x.dtype)).flatten(-2)
+        R = self.R
+        R = R.to(torch.promote_types(R.dtype, x.dtype) if x.is_cpu else x.dtype)  # CPUs have no fast bmm in half
+        return _Rotated.apply(x, R) if R.dtype != x.dtype and by_hand() else _rotated(x, R)
 
     def adapt(self, weight: Tensor) -> Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, self.entries.dtype))
@@ -136,14 +138,40 @@ class OFT(Adapter):
         return layer(self.rotate(x)) if self.kind == "linear" else super().forward(x, layer)
 
 
-def _rotated(layer: LinearMap) -> int:
+def _rotated(x: Tensor, R: Tensor) -> Tensor:
+    """x R over the last axis, for the blocks R (n, b, b): computed in the precision of R."""
+    turned = torch.bmm(_blocks(x, R), R).transpose(0, 1)
+    return turned.to(x.dtype, memory_format=torch.contiguous_format).contiguous().view(x.shape)
+
+
+def _blocks(x: Tensor, R: Tensor) -> Tensor:
+    """(..., n b) -> (n, T, b)."""
+    return x.to(R.dtype).reshape(-1, *R.shape[:2]).transpose(0, 1)
+
+
+class _Rotated(torch.autograd.Function):
+    """`_rotated` in a wider precision than that of x, of which only x is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+        ctx.save_for_backward(x, R)
+        return _rotated(x, R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, R = ctx.saved_tensors
+        of_x = _rotated(grads[0], R.mT) if ctx.needs_input_grad[0] else None
+        return of_x, torch.bmm(_blocks(x, R).mT, _blocks(grads[0], R))
+
+
+def _turns(layer: LinearMap) -> int:
     """How many numbers the rotation turns: an embedding's input are indices, so there it turns what comes out."""
     return layer.out_features if layer.kind == "embedding" else layer.in_features
 
 
 def _size(layer: LinearMap, config: OFTConfig, path: str) -> int:
     """The width of a block of this layer."""
-    width, given = _rotated(layer), config.r or config.oft_block_size
+    width, given = _turns(layer), config.r or config.oft_block_size
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     if config.adjust_size:
         given = min(divisors, key=lambda n: abs(n - given))  # of two that are as near the smaller one, as in PEFT

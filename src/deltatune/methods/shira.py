@@ -13,8 +13,9 @@ from deltatune.adapter import Adapter, Applied, LinearMap, Method
 from deltatune.architectures import usual_targets as loras
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError, StateError
-from deltatune.factors import dense_enough, drawn_positions, recomputed, sparse_linear, through_entries
+from deltatune.factors import dense_enough, drawn_positions, recomputed, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
+from deltatune.one_product import through_entries
 
 UNSEEDED = 67280421310721  # what a torch.Generator starts from that nobody seeds, as PEFT's without `random_seed`
 

@@ -13,8 +13,9 @@ from deltatune.adapter import Adapter, LinearMap, Method
 from deltatune.architectures import usual_targets
 from deltatune.config import PeftType, config
 from deltatune.errors import ConfigError, MismatchError
-from deltatune.factors import Factor, dense_enough, input_dropout, sparse_linear, through_entries, with_entries
+from deltatune.factors import Factor, dense_enough, input_dropout, sparse_linear
 from deltatune.methods.common import LayerConfig, all_linear
+from deltatune.one_product import through_entries, with_entries
 
 
 @config

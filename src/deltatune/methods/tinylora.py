@@ -106,12 +106,12 @@ class TinyLora(Adapter):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(r, in) and (out, r), with R = sum_k v_k P_k in the second."""
+        """(r, in) and (out, r), with R = sum_k v_k P_k in the one next to the input: so only that has a gradient."""
         v = self.shared.tinylora_v[self.group].to(self.tinylora_P.device)
-        R = torch.tensordot(v, self.tinylora_P, 1)
+        R = (v @ self.tinylora_P.flatten(1)).view(self.r, self.r)
         if self.embedding:
-            return self.tinylora_B.T, self.tinylora_A.T @ R.T
-        return self.tinylora_A, self.tinylora_B @ R
+            return (self.tinylora_B @ R).T, self.tinylora_A.T
+        return R @ self.tinylora_A, self.tinylora_B
 
     def adapt(self, weight: Tensor) -> Tensor:
         down, up = self.factors

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from deltatune import checks
@@ -138,19 +139,28 @@ class Lily(Adapter):
         return {name: tensor for name, tensor in tensors.items() if name not in shared}
 
     def forward(self, x: Any, layer: LinearMap, **values: Any) -> Tensor:
-        y, B = layer(x), self.lily_B.weight.unflatten(0, (self.num_B, self.r))
-        h = layer.apply(x, self.lily_A.weight)
-        choice = nn.functional.linear(h, self.lily_router.weight.to(h.dtype)).softmax(dim=-1)
+        y, B, router = layer(x), self.lily_B.weight.unflatten(0, (self.num_B, self.r)), self.lily_router.weight
+        h = layer.apply(x, self.lily_A.weight)  # r numbers for each token: what is wider costs little from here on
+        h = h.to(torch.promote_types(h.dtype, router.dtype))
+        choice = nn.functional.linear(h, router.to(h.dtype)).softmax(dim=-1)
         if x.ndim < 3:  # one token for each row
             update = (choice[..., None] * h[..., None, :]).flatten(-2) @ B.flatten(0, 1).to(h.dtype)
         else:
             w = _mean(choice.flatten(1, -2), values.get("decoder_tokens" if self.in_decoder else "tokens"))
-            mixed = h.flatten(1, -2)[..., None, :] * w[:, None, :, None]  # one product for all rows, not one for each
-            update = mixed.flatten(-2) @ B.flatten(0, 1).to(h.dtype)
+            update = _mixed(h.flatten(1, -2), self.scaling * w, B)
+            return y + update.reshape(y.shape).to(y.dtype)
         return y + (self.scaling * update.reshape(y.shape)).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, num_B={self.num_B}, scaling={self.scaling:g}"
+
+
+def _mixed(h: Tensor, w: Tensor, B: Tensor) -> Tensor:
+    """sum_e w_e B_e^T h, for h (rows, tokens, r), w (rows, num_B) and B (num_B, r, out)."""
+    if h.shape[1] > len(B):  # then a matrix for each row is less work than num_B r columns for each token
+        return torch.bmm(h, (w @ B.to(h.dtype).flatten(1)).unflatten(1, B.shape[1:]))
+    weighted = h[..., None, :] * w[:, None, :, None]
+    return weighted.flatten(-2) @ B.to(h.dtype).flatten(0, 1)
 
 
 def _mean(choice: Tensor, tokens: Tensor | None) -> Tensor:

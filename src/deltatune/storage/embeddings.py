@@ -142,7 +142,8 @@ class Replacements:
         root: str = ROOT,
         refuse: bool = True,
     ) -> None:
-        base = {root + name: tensor for name, tensor in base_parameters(model)}
+        known_all = tensors.keys() <= set(known)  # as nearly always; then nothing has to be looked up in the base
+        base = {} if known_all else {root + name: tensor for name, tensor in base_parameters(model)}
         ends = _ends(model)
         self.rest: dict[str, Tensor] = {}
         self.found: list[tuple[Tensor, Tensor]] = []

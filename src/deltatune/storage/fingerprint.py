@@ -110,18 +110,24 @@ def packed_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, t
             child = child.original
         if child is None or isinstance(child, SharedModules):
             continue
-        layer = as_map(child)
+        layer = None if _is_plain(child) else as_map(child)
         if isinstance(layer, PackedLinear):
             yield f"{prefix}{name}.weight", ((layer.out_features, layer.in_features), type(layer).__name__)
-        yield from packed_weights(child, f"{prefix}{name}.")
+        if child._modules:
+            yield from packed_weights(child, f"{prefix}{name}.")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its weight is certainly not packed: nearly every layer, of which each load asks all."""
+    return type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     merged: Mapping[str, Tensor | None] = {}
     if isinstance(module, AdaptedLayer):
-        stash, keeps, module = module.stash, module.as_map().keeps, module.base_layer
-        if stash is not None:
-            merged = stash.by_name(keeps)
+        if module.stash is not None:
+            merged = module.stash.by_name(module.as_map().keeps)
+        module = module.base_layer
     elif isinstance(module, TrainedCopies):
         module = module.original_module
     elif isinstance(module, Replicas):

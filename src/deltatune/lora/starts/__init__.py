@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltatune import checks
+from deltatune import checks, filling
 from deltatune.bases.packed import PackedLinear
 from deltatune.filling import Source, source
 from deltatune.lora import prepared
@@ -111,5 +111,5 @@ def begin(site: Site) -> Start:
             "in a file of PEFT leaves open where the adapter began on",
             "PEFT cannot restore either; save it there with path_initial_model_for_weight_conversion",
         )
-    start = kind.begin(replace(site, born=birth(site)))
-    return replace(start, again=start.again and agrees)
+    start = kind.begin(site if filling.brings_all() else replace(site, born=birth(site)))
+    return start if agrees or not start.again else replace(start, again=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltatune.lora.starts.start import Site, Start, kaiming
+from deltatune.lora.starts.start import Site, Start, birth, kaiming
 
 
 def plain(site: Site) -> Start:
@@ -22,6 +22,5 @@ def gaussian(site: Site) -> Start:
 def random(site: Site) -> Start:
     """Both factors drawn, so that a fresh adapter changes the output."""
     reason = "init_lora_weights=False draws both factors"
-    assert site.born is not None
-    A, B, bias = site.born
+    A, B, bias = site.born or birth(site)
     return Start(A, B, bias=bias, at_birth=reason)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from deltatune import filling
 from deltatune.adapter import LinearMap
 from deltatune.errors import ConfigError
 from deltatune.filling import Source, source
@@ -89,8 +90,12 @@ class Site:
 
 
 def kaiming(*shape: int) -> Tensor:
-    """As nn.Linear starts: uniform on +- 1 / sqrt(numbers in a row)."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+    """As nn.Linear starts: uniform on +- 1 / sqrt(numbers in a row). Zeros where a file brings the numbers."""
+    if filling.brings_all():
+        return torch.zeros(shape)
+    # the bits of nn.init.kaiming_uniform_(a=sqrt(5)), whose checks take as long as the drawing
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6.0) / math.sqrt(math.prod(shape[1:])))
+    return torch.empty(shape).uniform_(-bound, bound)
 
 
 def birth(site: Site) -> tuple[Tensor, Tensor, Tensor | None]:
