@@ -27,7 +27,9 @@ class _AutoPeftModel:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise StateError(
-            f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(folder_or_repository)"
+            f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(folder_or_repository)",
+            found=type(self).__name__,
+            hint="call from_pretrained",
         )
 
     @classmethod

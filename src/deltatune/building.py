@@ -140,7 +140,13 @@ def _layer(
         if name in module.adapters:
             raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
         if module.merged:
-            raise StateError(f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}")
+            raise StateError(
+                f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}",
+                field="adapter_name",
+                path=path,
+                found=name,
+                hint="call unmerge_adapter()",
+            )
         layer = module.as_map()
     else:
         layer = targets.as_map(module)
@@ -199,6 +205,14 @@ def _refuse_copied(model: nn.Module, built: dict[int, Adapter], saved: dict[str,
 def find_saved(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """Path -> module for everything that is to be trained whole. Changes nothing."""
     names = config.modules_to_save or []
+    if "" in names:  # every path ends with it
+        raise TargetError(
+            f"modules_to_save={names!r}: '' would train every module of {type(model).__name__} whole; name those that "
+            "are meant",
+            field="modules_to_save",
+            found=names,
+            expected="names of modules",
+        )
     modules = dict(targets.walk(model))
     # as PEFT: any ending, so that "norm" means "input_layernorm" too; its files hold what it has trained
     found = {path: module for path, module in modules.items() if path.endswith(tuple(names))}

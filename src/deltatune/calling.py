@@ -14,7 +14,8 @@ from torch import nn
 from deltatune import calls, recompute
 from deltatune.gate import STANDING
 from deltatune.inputs import INPUT
-from deltatune.names import BASE
+from deltatune.names import BASE, check_rows
+from deltatune.notice import warn
 from deltatune.prompts.graft import Graft
 from deltatune.selection import Call, Recomputation
 from deltatune.tuner import Tuner
@@ -66,7 +67,10 @@ class Calling(nn.Module):
 
     def _by_prompt(self, names: list[str] | None) -> Any:
         """What runs a batch whose rows have prompts of their own; None: no row has one."""
-        if names is None or not self.prompts:
+        if names is None:
+            return None
+        check_rows(names)
+        if not self.prompts:
             return None
         from deltatune.inputs import rows  # a model without prompts has no use for any of it
 
@@ -146,7 +150,15 @@ class Calling(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block, calls of this thread or task run the base model, bit for bit."""
+        """Within the block, calls of this thread or task run the base model, bit for bit.
+
+        A generator that yields within the block has to be continued by the thread or task that began it.
+        """
+        if self.base_model.merged_for_good:
+            warn(
+                f"disable_adapter: merge_and_unload() has put {list(self.base_model.merged_for_good)} into the weights "
+                "for good, so the base without them is no longer there; merge_adapter() keeps it"
+            )
         with self.base_model.selection.use(Call()):
             yield
 

@@ -62,6 +62,18 @@ def refuse(owner: str, field: str, value: Any, expected: str) -> typing.NoReturn
     )
 
 
+def instance(field: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """Refuse an argument of a verb that is no such object, before anything is asked of it."""
+    if not isinstance(value, kind):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+        raise ConfigError(
+            f"{field} is {'None' if value is None else what}, expected {expected}",
+            field=field,
+            found=value,
+            expected=expected,
+        )
+
+
 def shown(value: Any) -> str:
     """A value in a message: a file could give one of any length."""
     text = repr(value)

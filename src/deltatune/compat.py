@@ -27,7 +27,12 @@ class ByAdapter(dict):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self.adapters:
-            raise KeyError(f"{key}: no such adapter on this layer, which has {list(self.adapters)}")
+            raise AdapterNameError(
+                f"{key}: no such adapter on this layer, which has {list(self.adapters)}",
+                field="adapter_name",
+                found=key,
+                expected=list(self.adapters),
+            )
         held = getattr(self.adapters[key], self.name)
         if isinstance(held, Tensor) and not isinstance(value, Tensor):
             held.fill_(value)  # for compiled models that an adapter may be swapped in

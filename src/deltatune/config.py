@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -19,6 +20,7 @@ from deltatune.suggest import did_you_mean
 
 CONFIG_NAME = "adapter_config.json"
 PEER_VERSION = "0.21.2"  # the release of PEFT whose files and names we speak
+A_CONFIG = "a config such as LoraConfig() (get_peft_config makes one of a dict)"
 MAX_JSON_BYTES = 1_000_000
 MAX_JSON_DEPTH = 32
 
@@ -162,6 +164,12 @@ class PeftConfig:
             if not checks.fits(value, annotation):
                 checks.refuse(type(self).__name__, name, value, checks.describe(annotation))
             checks.representable(type(self).__name__, name, value)
+
+    def copy(self) -> Any:
+        """A config of its own, with lists and tables of its own; what else is in it (modules, tensors) is shared."""
+        made = copy.copy(self)
+        vars(made).update({k: copy.copy(v) for k, v in vars(self).items() if isinstance(v, (list, set, dict))})
+        return made
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from deltatune import empty, inject, manners
-from deltatune.config import PeftConfig
+from deltatune import checks, empty, inject, manners
+from deltatune.config import A_CONFIG, PeftConfig
 from deltatune.errors import ConfigError
 from deltatune.helpers.precision import cast_adapter_dtype as cast_adapter_dtype
 from deltatune.helpers.verbs import delete_adapter as delete_adapter
@@ -42,6 +43,8 @@ def inject_adapter_in_model(
         low_cpu_mem_usage: The adapter's tensors have no numbers until `set_peft_model_state_dict` gives them some.
     """
     check_name(adapter_name)
+    checks.instance("model", model, nn.Module, "the base model, a torch module")
+    checks.instance("peft_config", peft_config, PeftConfig, A_CONFIG)
     method = METHODS[peft_config.peft_type]  # type: ignore[index]
     if method.adapter is None:
         raise ConfigError(
@@ -50,7 +53,7 @@ def inject_adapter_in_model(
         )
     present = [layer.selection for _, layer in inject.adapted_layers(model)]
     selection = present[0] if present else Selection()
-    with inject.unchanged_on_error(model):
+    with torch.inference_mode(False), inject.unchanged_on_error(model):
         with empty.without_numbers(low_cpu_mem_usage):
             _graft(model, peft_config, adapter_name, selection, state_dict)
         try:
@@ -124,6 +127,7 @@ def set_peft_model_state_dict(
 
     Returns the missing and the unexpected keys, and warns of them; shapes must fit unless told otherwise.
     """
+    checks.instance("peft_model_state_dict", peft_model_state_dict, Mapping, "the tensors of an adapter by key")
     model = getattr(model, "_orig_mod", model)
     wrapped = _peft_model(model)
     bare, root = (wrapped.base_model.model, wrapped.root_of(adapter_name)) if wrapped else (model, "")

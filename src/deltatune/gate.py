@@ -117,7 +117,12 @@ class Gate:
             StateError: The thread is in a pass itself, which would never end.
         """
         if self._own.passes:
-            raise StateError("adapters cannot be swapped from within a forward pass; do it between two calls")
+            raise StateError(
+                "adapters cannot be swapped from within a forward pass; do it between two calls",
+                found="a forward pass",
+                expected="no pass of this thread",
+                hint="swap between two calls",
+            )
         with self._turn:
             yield
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune import calls, replication, targets
+from deltatune import calls, checks, replication, targets
 from deltatune.building import Built, build
 from deltatune.config import PeftConfig
 from deltatune.copies import TrainedCopies
+from deltatune.errors import StateError
 from deltatune.fused.adapters import ParameterAdapters
 from deltatune.fused.layer import FusedLayer
 from deltatune.layer import AdaptedLayer
@@ -60,6 +61,33 @@ def graft(
         if replicated:
             replication.restore(model)
         raise
+
+
+def refuse_adapted(model: nn.Module, around: type) -> None:
+    """
+    Args:
+        around: What stands around a model whose layers are wrapped.
+
+    Raises:
+        ConfigError: It is no model.
+        StateError: It has adapters already.
+    """
+    checks.instance("model", model, nn.Module, "the base model, a torch module")
+    if isinstance(model, around):
+        raise StateError(
+            f"the model is a {type(model).__name__} already; add_adapter(name, config) grafts one more adapter onto it",
+            field="model",
+            found=type(model).__name__,
+            expected="a model without adapters",
+        )
+    if next(adapted_layers(model), None) is not None:
+        raise StateError(
+            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, "
+            "or unload() it first",
+            field="model",
+            found=type(model).__name__,
+            expected="a model without adapters",
+        )
 
 
 def _adapted(model: nn.Module, built: Built) -> dict[str, nn.Module]:
@@ -247,6 +275,11 @@ def train(model: nn.Module, selection: Selection, names: Collection[str], trains
             if name in held:
                 held[name].requires_grad_(trains)
     selection.trained = selection.trained.union(names) if trains else selection.trained.difference(names)
+
+
+def holds(model: nn.Module, name: str) -> bool:
+    """Whether anything of the model has a part of an adapter of this name."""
+    return any(name in held for held in _holders(model))
 
 
 def _holders(model: nn.Module) -> Iterator[nn.ModuleDict]:

@@ -261,7 +261,10 @@ class AdaptedLayer(LayerViews, Merging):
         assert stash is not None and stash.weight is not None
         if call.rows is not None:
             raise StateError(
-                "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
+                "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first",
+                field="adapter_names",
+                found=call.rows,
+                hint="call unmerge_adapter()",
             )
         if not call.names:
             layer = as_map(self.base_layer, args, kwargs)

@@ -14,7 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltatune.errors import AdapterNameError
+
+MERGED = "merged"  # metadata of a layer in a state dict: adapters that were merged when it was taken
 Place = tuple[nn.Module, str]  # a tensor: the module that holds it, and its name there
+
+
+def _undeletable(key: str, adapter: str) -> AdapterNameError:
+    return AdapterNameError(
+        f"{key}: delete_adapter({adapter!r}) takes an adapter off", field="adapter_name", key=key, found=adapter
+    )
 
 
 class _Slots(MutableMapping):
@@ -36,7 +45,7 @@ class _Slots(MutableMapping):
         vars(module)[self.table][name] = value
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"{key}: delete_adapter({key!r}) takes an adapter off")
+        raise _undeletable(key, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places())
@@ -98,7 +107,7 @@ class _Parts(MutableMapping):
         setattr(self.adapters[key], self.name, value)
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"{key}: delete_adapter({key!r}) takes an adapter off")
+        raise _undeletable(key, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())
@@ -129,7 +138,7 @@ class _Left(MutableMapping):
         vars(self.adapters[self.adapter].get_submodule(self.path))[self.table][key] = value
 
     def __delitem__(self, key: str) -> None:
-        raise KeyError(f"{key}: delete_adapter({self.adapter!r}) takes an adapter off")
+        raise _undeletable(key, self.adapter)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all())
@@ -239,6 +248,8 @@ class LiveNames:
             destination._metadata = OrderedDict()  # type: ignore[attr-defined]
         if hasattr(destination, "_metadata"):  # not in a dict of the caller's, which torch takes too
             destination._metadata.update(own._metadata)
+            if self.stash is not None:  # told to whoever loads it, because values in it are those of merged weights
+                destination._metadata[prefix[:-1]] = {**own._metadata[prefix[:-1]], MERGED: list(self.stash.names)}
         names = self._names(prefix)
         destination.update((names.get(key, key), value) for key, value in own.items())
         return destination

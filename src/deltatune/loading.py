@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltatune import biases, empty, inject, manners, targets
-from deltatune.config import PeftConfig
+from deltatune import biases, checks, empty, inject, manners, targets
+from deltatune.config import A_CONFIG, PeftConfig
 from deltatune.errors import MismatchError
 from deltatune.filling import filled_from
 from deltatune.names import check_name
@@ -77,6 +77,9 @@ def from_pretrained(
     from deltatune.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     check_name(name)
+    checks.instance("model", model, nn.Module, "the base model, a torch module")
+    if config is not None:
+        checks.instance("config", config, PeftConfig, A_CONFIG)
     device = checked_device(given.pop("torch_device", None) or "cpu")
     allowed, hub = options.loading(base_mismatch, given)
     saved = storage.read(model_id, config=config, key_mapping=key_mapping, unknown=allowed.unknown, **hub).on(device)
@@ -85,7 +88,7 @@ def from_pretrained(
     how.offload(saved.config)
     by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(saved.config.task_type, PeftModel)
     kind: Any = by_task if cls is PeftModel else cls
-    with inject.unchanged_on_error(model), filled_from(saved.source_kind):
+    with torch.inference_mode(False), inject.unchanged_on_error(model), filled_from(saved.source_kind):
         numberless = how.low_cpu_mem_usage and not allowed.mismatched_sizes
         made = kind(model, saved.config, name, how.autocast_adapter_dtype, numberless)
         try:
@@ -120,7 +123,7 @@ def load_saved(model: PeftModel, name: str, saved: storage.Saved, how: How, allo
     """`load_adapter` for the content of a folder that has been read."""
     storage.check_base(saved, model.base_model.model, allowed.base_mismatch)
     saved.config.inference_mode = not how.is_trainable
-    with model._changing(name, saved.config):
+    with torch.inference_mode(False), model._changing(name, saved.config):
         return _load_saved(model, name, saved, how, allowed)
 
 
@@ -181,7 +184,11 @@ def load_into(model: nn.Module, name: str, saved: storage.Saved, allowed: Allowe
     """
     found = parts(model, name)
     known = keyed(found, name, given=None)
-    tensors = adjusted(model, matched(biases.of_peer(saved.tensors), known), known)
+    try:
+        tensors = adjusted(model, matched(biases.of_peer(saved.tensors), known), known)
+    except MismatchError as error:
+        error.in_file(saved.source)
+        raise
     base = Replacements(model, saved.config, tensors, known, allowed.embeddings, saved.source)
     plainly = reads_plainly(model, name)
     tensors = translated(model, name, base.rest, plainly=plainly)

@@ -112,7 +112,12 @@ class Merging(nn.Module):
             held = old_weight if weight is plain and old_weight is not None else base.hold(weight)
         refuse_infinite(names, base, (weight, held, bias), check)
         if bias is not None and old_bias is None:  # a bias that the architecture lacks would be lost by its files
-            raise MergeError(f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}")
+            raise MergeError(
+                f"{type(self.base_layer).__name__} without bias cannot hold the bias of {list(names)}",
+                field="bias",
+                found=list(names),
+                expected="a layer with a bias",
+            )
         assert old_weight is not None
         like_old = old_weight if old_bias is None else old_bias
         new_bias = None if bias is None else like(bias, like_old)

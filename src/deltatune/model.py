@@ -12,17 +12,18 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from deltatune import calls, empty, inject, manners, recompute
+from deltatune import calls, checks, empty, inject, manners, recompute
 from deltatune.building import find_saved
 from deltatune.calling import Calling
 from deltatune.combine.verbs import CombineVerbs
-from deltatune.config import PeftConfig
+from deltatune.config import A_CONFIG, PeftConfig
 from deltatune.counting import parameter_counts
 from deltatune.errors import AdapterNameError, ConfigError, StateError
 from deltatune.memory import SMALLER, told
-from deltatune.names import check_name
+from deltatune.names import check_name, listed
 from deltatune.notice import warn
 from deltatune.peer.verbs import PeerVerbs
 from deltatune.persistence import Persistence
@@ -64,7 +65,7 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_wrapped(model)
+        inject.refuse_adapted(model, PeftModel)
         self.peft_config: dict[str, PeftConfig] = {}
         self.prompts: dict[str, Graft] = {}
         self.base_model = Tuner(model, self.peft_config)
@@ -106,7 +107,8 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
     ) -> None:
         """Graft one more adapter of any method. The first is active at once, later ones after `set_adapter`."""
         check_name(adapter_name)
-        with self._changing(adapter_name, peft_config):
+        checks.instance("peft_config", peft_config, PeftConfig, A_CONFIG)
+        with torch.inference_mode(False), self._changing(adapter_name, peft_config):  # its parameters are to train
             self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def _add(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool, autocast: bool | None) -> None:
@@ -128,9 +130,9 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
                 with empty.without_numbers(low_cpu_mem_usage):
                     inject.graft(self.base_model.model, config, adapter_name, self.base_model.selection, autocast)
             vars(peft_config).update(vars(config))
-            self.peft_config[adapter_name] = peft_config
+            self.peft_config[adapter_name] = own = peft_config.copy()  # the user's may serve for the next model
             if adapter_name in self.prompts:
-                self.prompts[adapter_name].adopt(peft_config)
+                self.prompts[adapter_name].adopt(own)
             self._add_schedule(adapter_name)
             if first:
                 inject.freeze(self.base_model.model)
@@ -197,19 +199,25 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
         inject.add_copies(model, saved, name, selection)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._known([adapter_name])
+        self._present(adapter_name)
         with self._changing(adapter_name, self.peft_config[adapter_name]):
             self._delete(adapter_name)
 
     def _delete(self, adapter_name: str) -> None:
-        self._known([adapter_name])  # still
+        self._present(adapter_name)  # still
         if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.base_model.model)):
-            raise StateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it")
+            raise StateError(
+                f"adapter {adapter_name!r} is merged; call unmerge_adapter() before deleting it",
+                field="adapter_name",
+                found=adapter_name,
+                hint="call unmerge_adapter()",
+            )
         inject.remove(self.base_model.model, adapter_name)
         if adapter_name in self.prompts:
             self.prompts.pop(adapter_name).detach()
             self.prompt_encoder.pop(adapter_name)
         self.base_model.schedules.pop(adapter_name, None)
+        self.base_model.taken_off -= {adapter_name}
         del self.peft_config[adapter_name]
         selection = self.base_model.selection
         selection.trained -= {adapter_name}
@@ -228,7 +236,7 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
         Its cost does not grow with the number of adapters: flags that a program has set by hand on the parameters of
         others are left as they are (`set_requires_grad` is the verb for them).
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = listed(adapter_name, "adapter_name")
         with self.base_model.switching():
             self._known(names)
             self.base_model.set_adapter(names, inference_mode)
@@ -255,18 +263,29 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
             )
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = listed(adapter_names)
         self._known(names)
         self.base_model.let_train(names, requires_grad)
 
+    def _present(self, name: str) -> None:
+        if not isinstance(name, str) or name not in self.peft_config:
+            raise AdapterNameError(
+                f"no adapter named {name!r}; there are {list(self.peft_config)}",
+                field="adapter_name",
+                found=name,
+                expected=list(self.peft_config),
+            )
+
     def _known(self, names: Iterable[str]) -> None:
         for name in names:
-            if name not in self.peft_config:
-                raise AdapterNameError(
-                    f"no adapter named {name!r}; there are {list(self.peft_config)}",
+            self._present(name)
+            if name in self.base_model.taken_off:
+                raise StateError(
+                    f"adapter {name!r} is no longer on the layers of this model, which unload() or merge_and_unload() "
+                    "has taken off; use the model that was returned, or load the adapter anew after "
+                    f"delete_adapter({name!r})",
                     field="adapter_name",
                     found=name,
-                    expected=list(self.peft_config),
                 )
 
     @property
@@ -280,6 +299,13 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        if not self.active_adapters:
+            raise StateError(
+                f"no adapter is active; call set_adapter with one of {list(self.peft_config)}",
+                field="active_adapters",
+                found=[],
+                expected=list(self.peft_config),
+            )
         return self.peft_config[self.active_adapters[0]]
 
     @property
@@ -363,16 +389,3 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
             if name.startswith("__") or "_modules" not in self.__dict__ or "base_model" not in self._modules:
                 raise
         return getattr(self._modules["base_model"], name)
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    if isinstance(model, PeftModel):
-        raise StateError(
-            f"the model is a {type(model).__name__} already; add_adapter(name, config) grafts one more adapter onto it",
-            found=type(model).__name__,
-        )
-    if next(inject.adapted_layers(model), None) is not None:
-        raise StateError(
-            f"the layers of this {type(model).__name__} carry adapters already; use the PeftModel around it, "
-            "or unload() it first"
-        )

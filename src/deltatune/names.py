@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -29,3 +31,39 @@ def check_name(name: str) -> str:
             found=name,
         )
     return name
+
+
+def listed(names: str | Iterable[str], field: str = "adapter_names") -> tuple[str, ...]:
+    """Names of adapters in order. A string is one name: letter by letter it could be the names of others.
+
+    Raises:
+        AdapterNameError: Neither a name nor a list of names.
+    """
+    if isinstance(names, str):
+        return (names,)
+    found = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not all(isinstance(name, str) for name in found):
+        shown = list(found) if isinstance(names, Iterable) else names
+        raise AdapterNameError(
+            f"{field}={shown!r} is not allowed, expected the name of an adapter or a list of names",
+            field=field,
+            found=names,
+            expected="a name or a list of names",
+        )
+    return found
+
+
+def check_rows(names: Any) -> None:
+    """Refuse what is no list of one name (None: the base) per row.
+
+    Raises:
+        AdapterNameError: It is one name, whose letters could be the names of others, or holds something else.
+    """
+    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+        raise AdapterNameError(
+            f"adapter_names={names!r} is not allowed, expected a list with the name of an adapter for each row "
+            f"({BASE!r}: the base)",
+            field="adapter_names",
+            found=names,
+            expected="a list with one name per row",
+        )

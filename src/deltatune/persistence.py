@@ -5,7 +5,8 @@ Much of that is of no use before the first save or load, and is imported there.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from deltatune import checks, inject
 from deltatune.config import PeftConfig
 from deltatune.errors import SaveError, StateError
+from deltatune.live_names import MERGED
+from deltatune.names import listed
 from deltatune.state_dict import ROOT, collect, fill
 
 if TYPE_CHECKING:
@@ -50,6 +53,27 @@ class Persistence:
         from deltatune.storage.embeddings import saved_embeddings
 
         return saved_embeddings(self.base_model.model, self.peft_config[name], asked, known, self.root_of(name))
+
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """torch's, for values that were taken while nothing was merged.
+
+        Raises:
+            StateError: Something was, or is here: merged weights would be adapted once more, or replaced by the base's.
+        """
+        facts = (getattr(state_dict, "_metadata", None) or {}).values()  # gone where the values were copied to a dict
+        taken = sorted({name for fact in facts for name in fact.get(MERGED, ())})
+        layers = inject.adapted_layers(self.base_model.model)
+        here = sorted({name for _, layer in layers for name in layer.merged_adapters})
+        if taken or here:
+            raise StateError(
+                f"load_state_dict: the values were taken while {taken} were merged, and here {here} are; call "
+                "unmerge_adapter() before state_dict(), and before load_state_dict()",
+                field="state_dict",
+                found=taken,
+                expected=[],
+                hint="call unmerge_adapter() first",
+            )
+        return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
 
     def fill_adapter(self: Any, name: str, tensors: dict[str, Tensor]) -> None:
         """Put checked tensors into one adapter."""
@@ -108,12 +132,20 @@ class Persistence:
         """
         from deltatune.storage import folder, options
 
-        if save_directory == "":
-            raise SaveError("save_directory='' names no folder; '.' is the one this program runs in", path="")
+        checks.instance("save_directory", save_directory, (str, os.PathLike), "the path of a folder")
+        if save_directory == "" or "\0" in str(save_directory):
+            raise SaveError(
+                f"save_directory={str(save_directory)!r} names no folder; '.' is the one this program runs in",
+                field="save_directory",
+                path=str(save_directory),
+                expected="the path of a folder",
+            )
         how = options.saving(
             safe_serialization, save_embedding_layers, path_initial_model_for_weight_conversion, format, kwargs
         )
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        names = (
+            list(self.peft_config) if selected_adapters is None else [*listed(selected_adapters, "selected_adapters")]
+        )
         self._known(names)
         if is_main_process:
             folder.save(self, Path(save_directory), names, how)

@@ -20,9 +20,12 @@ from torch._compile import _disable_dynamo
 
 from deltatune.errors import AdapterNameError, StateError
 from deltatune.gate import STANDING, Gate, Uses
+from deltatune.names import listed
 
-_chosen: ContextVar[Mapping[int, Call]] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
-_scales: ContextVar[Mapping[int, float]] = ContextVar("deltatune_scales", default=MappingProxyType({}))
+# selection by id -> what the blocks around have chosen, innermost last; a block that has ended is empty
+Blocks = Mapping[int, tuple[list[Any], ...]]
+_chosen: ContextVar[Blocks] = ContextVar("deltatune_chosen", default=MappingProxyType({}))
+_scales: ContextVar[Blocks] = ContextVar("deltatune_scales", default=MappingProxyType({}))
 _counting = threading.Lock()
 
 
@@ -79,9 +82,9 @@ def each_once(names: Iterable[str]) -> tuple[str, ...]:
     """Names of adapters in the order in which they are to act.
 
     Raises:
-        AdapterNameError: One stands twice: it would act, and be merged, twice.
+        AdapterNameError: One stands twice: it would act, and be merged, twice. Or it is no name.
     """
-    found = tuple(names)
+    found = listed(names)
     if len(set(found)) < len(found):
         twice = next(name for name in found if found.count(name) > 1)
         raise AdapterNameError(
@@ -138,28 +141,55 @@ class Selection:
 
     @contextmanager
     def use(self, call: Call) -> Iterator[None]:
-        """Within the block, calls of this thread or task use `call` and nothing else."""
-        token = _chosen.set({**_chosen.get(), id(self): call})
-        self._count(1)
-        try:
+        """Within the block, calls of this thread or task use `call` and nothing else.
+
+        Raises:
+            StateError: At the end of the block: a generator that yields within it was continued by another thread or
+                task, where the choice did not hold.
+        """
+        with self._holding(_chosen, call):
             yield
-        finally:
-            self._count(-1)
-            _chosen.reset(token)
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
         """Within the block, calls of this thread or task see the scales of adapters multiplied."""
         product = factor * (self.current().scale or 0.0)
         chosen = _look_up(self)
-        token = _scales.set({**_scales.get(), id(self): product})
+        with (
+            self._holding(_scales, product),
+            nullcontext() if chosen is None else self.use(replace(chosen, scale=product)),
+        ):
+            yield
+
+    @contextmanager
+    def _holding(self, chosen: ContextVar[Blocks], value: Any) -> Iterator[None]:
+        """By identity instead of the variable's token: blocks in generators may end in any order, and anywhere."""
+        block, held = [value], chosen.get()
+        chosen.set({**held, id(self): (*held.get(id(self), ()), block)})
         self._count(1)
         try:
-            with nullcontext() if chosen is None else self.use(replace(chosen, scale=product)):
-                yield
-        finally:
-            self._count(-1)
-            _scales.reset(token)
+            yield
+        except BaseException:
+            self._end(chosen, block)
+            raise
+        if not self._end(chosen, block):
+            raise StateError(
+                "a block that chooses adapters (disable_adapter, adapter_names, rescale_adapter_scale) has ended in "
+                "another thread or task than it began in, so calls in between may not have followed its choice; do not "
+                "yield within it to whoever continues elsewhere: choose anew around each call",
+                field="adapter_names",
+                found=value,
+            )
+
+    def _end(self, chosen: ContextVar[Blocks], block: list[Any]) -> bool:
+        """Whether the block began here."""
+        self._count(-1)
+        block.clear()  # for the thread or task where it began
+        held = chosen.get()
+        around = held.get(id(self), ())
+        left = tuple(other for other in around if other is not block and other)
+        chosen.set({key: blocks for key, blocks in {**held, id(self): left}.items() if blocks})
+        return any(other is block for other in around)
 
     def acting(self, adapter: Any) -> Any:
         """The adapter as the running call asks for it."""
@@ -173,12 +203,20 @@ class Selection:
         return {**vars(self), "choosing": 0, "gate": Gate()}  # copies start outside of any call
 
 
+def _innermost(chosen: ContextVar[Blocks], selection: Selection) -> Any:
+    for block in reversed(chosen.get().get(id(selection), ())):
+        if block:
+            return block[0]
+    return None
+
+
 def _chosen_for(selection: Selection) -> Call | None:
-    return _chosen.get().get(id(selection))
+    return _innermost(_chosen, selection)
 
 
 def _scale_for(selection: Selection) -> float:
-    return _scales.get().get(id(selection), 1.0)
+    product = _innermost(_scales, selection)
+    return 1.0 if product is None else product
 
 
 # The compiler cannot follow these. Its own decorator, `torch.compiler.disable`, would load the whole compiler with this

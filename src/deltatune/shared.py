@@ -32,7 +32,12 @@ def shared_modules(model: nn.Module) -> dict[str, Stored]:
 def add_shared(model: nn.Module, name: str, shared: Stored) -> None:
     present = getattr(model, SHARED, None)
     if present is not None and not isinstance(present, SharedModules):
-        raise StateError(f"{type(model).__name__} has a {SHARED!r} of its own, where adapters keep what layers share")
+        raise StateError(
+            f"{type(model).__name__} has a {SHARED!r} of its own, where adapters keep what layers share",
+            field="model",
+            found=type(present).__name__,
+            expected="no such attribute",
+        )
     if present is None:
         present = model._modules[SHARED] = SharedModules()
     present[name] = shared.train(model.training)

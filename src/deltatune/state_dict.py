@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from deltatune.adapter import Stored
 from deltatune.bases.parameter import is_finite
 from deltatune.copies import TrainedCopies
-from deltatune.errors import AdapterNameError, MismatchError
+from deltatune.errors import AdapterNameError, MismatchError, SaveError
 from deltatune.fused.apart import renamed
 from deltatune.inject import adapted_layers, trained_copies
 from deltatune.notice import warn
 from deltatune.shared import shared_modules
+from deltatune.storage.keys import once_each
 
 ROOT = "base_model.model."
 TOP = "base_model."  # before what all layers share
@@ -121,9 +122,15 @@ def derived(model: nn.Module, name: str, given: Collection[str] = ()) -> Iterato
 
 
 def matched(given: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Tensors under the expected keys, whether they were written with or without a `PeftModel` around the model."""
+    """Tensors under the expected keys, whether they were written with or without a `PeftModel` around the model.
+
+    Raises:
+        MismatchError: One stands under both keys.
+    """
     known = {_bare(key): key for key in expected}
-    return {key if key in expected else known.get(_bare(key), key): tensor for key, tensor in given.items()}
+    return once_each(
+        (key, key if key in expected else known.get(_bare(key), key), tensor) for key, tensor in given.items()
+    )
 
 
 def _bare(key: str) -> str:
@@ -218,6 +225,13 @@ def fitting(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source:
 
 
 def _check_tensor(key: str, given: Tensor, expected: Tensor, source: str, finite: bool) -> None:
+    if not isinstance(given, Tensor) or (given.is_meta and not expected.is_meta):
+        what = (
+            "is on the meta device and has no numbers" if isinstance(given, Tensor) else f"is a {type(given).__name__}"
+        )
+        raise MismatchError(
+            f"{source}: {key} {what}, expected a tensor", path=source, key=key, found=type(given), expected=Tensor
+        )
     if given.shape != expected.shape:
         raise MismatchError(
             f"{source}: {key} has shape {tuple(given.shape)}, the model expects {tuple(expected.shape)}; "
@@ -264,4 +278,24 @@ def replaced(model: nn.Module, own: Mapping[str, Tensor], values: Mapping[str, T
     if values is None:
         return {key: tensor.detach() for key, tensor in own.items()}
     names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: values.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}
+    if own and not any(names.get(id(tensor)) in values for tensor in own.values()):
+        wanted = next((names[id(tensor)] for tensor in own.values() if id(tensor) in names), None)
+        raise SaveError(
+            f"state_dict: none of the {len(own)} tensors of the adapter is among its {len(values)} keys "
+            f"({', '.join(list(values)[:3])}); they are those of the model, such as {wanted}",
+            field="state_dict",
+            found=list(values)[:3],
+            expected=wanted,
+        )
+    found = {key: values.get(names.get(id(tensor), ""), tensor).detach() for key, tensor in own.items()}
+    for key, tensor in found.items():
+        if tensor.shape != own[key].shape:
+            raise SaveError(
+                f"state_dict: {key} has shape {tuple(tensor.shape)}, the adapter's is {tuple(own[key].shape)}; a part "
+                "of a sharded model? Gather it first",
+                field="state_dict",
+                key=key,
+                found=tuple(tensor.shape),
+                expected=tuple(own[key].shape),
+            )
+    return found

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from deltatune.config import PeftConfig, TaskType
+from deltatune import checks
+from deltatune.config import A_CONFIG, PeftConfig, TaskType
 from deltatune.heads import warn_other_head
 from deltatune.model import PeftModel
+from deltatune.notice import warn
 from deltatune.peer.mixed import PeftMixedModel
 
 Task = TypeVar("Task", bound=type[PeftModel])
@@ -97,6 +99,13 @@ def get_peft_model(
     Raises:
         PeftError: The config does not fit the model, which is left as it was.
     """
+    checks.instance("model", model, nn.Module, "the base model, a torch module")
+    checks.instance("peft_config", peft_config, PeftConfig, A_CONFIG)
+    if "_orig_mod" in model._modules:
+        warn(
+            "get_peft_model: the model is compiled already, and files of its adapters would name its layers "
+            "'_orig_mod...', which no plain base has; graft first, and compile what comes back"
+        )
     if revision is not None:
         peft_config.revision = revision
     kind = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)

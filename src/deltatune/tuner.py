@@ -37,7 +37,7 @@ def alone(
 
     @wraps(verb)
     def run(tuner: Tuner, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with tuner.selection.gate.changing():
+        with torch.inference_mode(False), tuner.selection.gate.changing():  # what it puts in place may be trained
             return verb(tuner, *args, **kwargs)
 
     return run
@@ -51,6 +51,8 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
         self.model = model
         self.selection = Selection()
         self.peft_config = configs  # the same dict as the PeftModel's
+        self.merged_for_good: tuple[str, ...] = ()  # by `merge_and_unload`
+        self.taken_off: frozenset[str] = frozenset()  # adapters that have configs here and are on no layer any more
         self.merge_loss: dict[str, float] = {}  # path -> share of the last merged update that rounding lost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,6 +152,8 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
             self.merge_adapter(list(names), safe_merge)
         untied = self._untie()
         inject.strip(self.model, keep=names)
+        self.merged_for_good += tuple(name for name in names if name not in self.taken_off)
+        self.taken_off = frozenset(self.peft_config)
         replication.unshare(self.model)
         if untied:
             warn(
@@ -164,6 +168,7 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
         for _, layer in inject.adapted_layers(self.model):
             layer.unmerge()
         inject.strip(self.model)
+        self.taken_off = frozenset(self.peft_config)
         replication.restore(self.model)
         return self.model
 
@@ -210,7 +215,15 @@ class Tuner(TunerVerbs, PeerLosses, Stepping):
     # ------------------------------------------------------------------------------------------- like the base model
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        names = (adapter_name,) if isinstance(adapter_name, str) else each_once(adapter_name)
+        names = each_once(adapter_name)
+        for name in names:
+            if name not in self.grafts and not inject.holds(self.model, name):
+                raise AdapterNameError(
+                    f"no layer has an adapter named {name!r}; a config under another name does not rename one: save "
+                    "the adapter, and load it under the new name",
+                    field="adapter_name",
+                    found=name,
+                )
         with self.switching():
             for _, layer in inject.adapted_layers(self.model):
                 layer.unmerge()

@@ -45,7 +45,10 @@ class LazyWeight(Tensor):
         if isinstance(out, LazyWeight) or (in_place and isinstance(first, LazyWeight)):
             raise StateError(
                 f"{name} would change the weight of a layer under active adapters, which is computed; "
-                "change layer.base_layer.weight, or disable the adapters first"
+                "change layer.base_layer.weight, or disable the adapters first",
+                field="weight",
+                found=name,
+                hint="change layer.base_layer.weight",
             )
         return func(*_dense(args), **_dense(kwargs or {}))
 

@@ -21,11 +21,36 @@ class Disk:
     Attributes:
         count: Operations so far.
         log: Their names.
+        unsynced: Files with content that is not on the disk yet.
+        unnamed: Folders in which a file has got a name that is not.
     """
 
     def __init__(self, at: int, act: Callable[[str], None], sticky: bool) -> None:
         self.at, self.act, self.sticky = at, act, sticky
         self.count, self.log = 0, []
+        self.unsynced: set[str] = set()
+        self.unnamed: dict[str, str] = {}
+
+    def done(self, name: str, *args: Any) -> None:
+        """What an operation that went well means for what a power failure leaves."""
+        if name == "fsync":
+            path = os.readlink(f"/proc/self/fd/{args[0]}") if os.path.exists("/proc/self/fd") else ""
+            self.unsynced.discard(path)
+            self.unnamed = {target: folder for target, folder in self.unnamed.items() if folder != path}
+        elif name in ("rename", "replace"):
+            source, target = (os.path.realpath(path) for path in args[:2])
+            inside = {path for path in self.unsynced if path == source or path.startswith(f"{source}/")}
+            self.unsynced = (self.unsynced - inside) | {target + path[len(source) :] for path in inside}
+            self.unnamed[target] = os.path.dirname(target)
+
+    def loses_power(self) -> None:
+        """What was written and not synced is gone; names are there, as file systems that order these leave it."""
+        for path in filter(os.path.exists, self.unsynced):
+            os.truncate(path, 0)
+
+    def all_on_it(self) -> bool:
+        """Whether nothing that is still there would be lost."""
+        return not any(map(os.path.exists, (*self.unsynced, *self.unnamed)))
 
     def step(self, name: str) -> None:
         self.count += 1
@@ -57,7 +82,9 @@ def failing_disk(at: int, act: Callable[[str], None], sticky: bool = False) -> I
 def _counted(disk: Disk, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
         disk.step(name)
-        return call(*args, **kwargs)
+        result = call(*args, **kwargs)
+        disk.done(name, *args)
+        return result
 
     return counted
 
@@ -69,6 +96,7 @@ class _File:
         self.file, self.disk = file, disk
 
     def write(self, content: Any) -> int:
+        self.disk.unsynced.add(os.path.realpath(self.file.name))
         try:
             self.disk.step("write")
         except BaseException:

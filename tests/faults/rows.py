@@ -350,7 +350,12 @@ ROWS = [
             "faults/test_crash.py::test_a_disk_that_fails_at_any_operation",
         ),
     ),
-    Row(53, "power loss", HOLDS, ("faults/test_crash.py::test_killed_at_any_operation",)),
+    Row(
+        53,
+        "power loss",
+        HOLDS,
+        ("faults/test_crash.py::test_power_that_fails_at_any_operation_takes_only_what_was_not_synced",),
+    ),
     Row(
         54,
         "value that JSON has not",

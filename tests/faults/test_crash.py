@@ -124,6 +124,36 @@ def test_killed_at_any_operation(case, tmp_path):
     assert found == {0, 1} and at > 8 and now == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="which file is synced is told by Linux")
+def test_power_that_fails_at_any_operation_takes_only_what_was_not_synced(case, tmp_path):
+    """Every file that was not synced comes back empty; what was said to be saved is on the disk, its name too."""
+    found, at = set(), 0
+    while True:
+        at += 1
+        folder = tmp_path / "folder"
+        fresh(case, folder)
+
+        def dying(at=at, folder=folder):
+            def power_fails(name=""):
+                disk.loses_power()
+                os._exit(137)
+
+            with failing_disk(at, power_fails) as disk:
+                case.new(folder)
+                whole = disk.all_on_it()
+                disk.loses_power()
+            os._exit(0 if whole else 1)
+
+        code = in_child(dying)
+        assert code in (0, 137)
+        now = case.found(folder)
+        found.add(now)
+        assert mine_is_untouched(folder)
+        if code == 0:
+            break
+    assert found == {0, 1} and at > 8 and now == 1
+
+
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.long)])
 def test_a_disk_that_fails_at_any_operation(case, tmp_path, code, sticky):

@@ -444,23 +444,22 @@ def test_a_base_with_code_of_its_own_does_not_run_it(tmp_path, where):
 def test_a_pipe_a_folder_or_a_device_in_place_of_a_file_is_not_waited_for(newer, name):
     (newer / name).unlink()
     os.mkfifo(newer / name)
-    load_is_refused_at(newer, name)
+    load_is_refused_at(newer, name, "no file that can be read")
     (newer / name).unlink()
     (newer / name).mkdir()
-    load_is_refused_at(newer, name)
+    load_is_refused_at(newer, name, "no file that can be read")
     (newer / name).rmdir()
     (newer / name).symlink_to("/dev/zero")
-    load_is_refused_at(newer, name)
+    load_is_refused_at(newer, name, "no file that can be read")
     (newer / name).unlink()
     (newer / name).symlink_to(newer / "nothing")
-    load_is_refused_at(newer, name)
+    load_is_refused_at(newer, name, "has no")
 
 
-def load_is_refused_at(folder, name):
+def load_is_refused_at(folder, name, words):
     before = tiny("llama")
-    with pytest.raises(FormatError) as caught:
+    with refused(FormatError, name, words):
         PeftModel.from_pretrained(before, folder)
-    assert name in str(caught.value)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser reads everything")

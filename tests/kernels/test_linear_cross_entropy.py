@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltatune.errors import ConfigError, DataError
 from deltatune.kernels.linear_cross_entropy import linear_cross_entropy
 
 N, D, V = 13, 6, 11
@@ -152,7 +153,19 @@ def test_operator_is_well_formed():
     torch.library.opcheck(op, (h, W.detach(), None, y, -100, 0.0, 1.0, None, 4, [True, False, False]))
 
 
-def test_refuses_a_reduction():
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"chunk": 0}, {"chunk": -1}, {"softcap": 0.0}])
+def test_refuses_options_that_cannot_be(options):
     h, W, y, b = case()
-    with pytest.raises(ValueError, match="reduction='none'"):
-        linear_cross_entropy(h, W, y, b, reduction="none")
+    (name, value) = next(iter(options.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value!r}") as caught:
+        linear_cross_entropy(h, W, y, b, **options)
+    assert isinstance(caught.value, ValueError) and caught.value.field == name and caught.value.found == value
+
+
+def test_refuses_labels_that_are_not_one_for_each_row():
+    """With fewer it was the loss of the first rows."""
+    h, W, y, b = case()
+    for labels in (y[:-1], y[..., None], y.float()):
+        with pytest.raises(DataError, match="labels of shape") as caught:
+            linear_cross_entropy(h, W, labels, b)
+        assert caught.value.expected == tuple(h.shape[:-1])

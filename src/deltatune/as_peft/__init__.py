@@ -40,7 +40,11 @@ def install() -> None:
         sys.meta_path.remove(FINDER)
         raise StateError(
             "transformers has been imported in this process and remembers that there is no peft; "
-            "import deltatune.as_peft before transformers"
+            "import deltatune.as_peft before transformers",
+            field="transformers",
+            found="imported",
+            expected="not imported yet",
+            hint="import deltatune.as_peft first",
         )
     _speak(as_peft=True)
 

@@ -39,7 +39,11 @@ class Block(Linear):
 
     @property
     def weight(self) -> Tensor:
-        raise MergeError(f"a {type(self.module).__name__} is a block of layers, which has no weight of its own")
+        raise MergeError(
+            f"a {type(self.module).__name__} is a block of layers, which has no weight of its own",
+            found=type(self.module).__name__,
+            expected="a layer with a weight",
+        )
 
     @property
     def bias(self) -> Tensor | None:
@@ -53,7 +57,10 @@ class Block(Linear):
         if x.shape[-1] != weight.shape[-1]:
             raise StateError(
                 f"the input of {type(self.module).__name__} has width {x.shape[-1]}, not {weight.shape[-1]}; "
-                "target a module whose input is as wide as its output"
+                "target a module whose input is as wide as its output",
+                field="target_modules",
+                found=x.shape[-1],
+                expected=weight.shape[-1],
             )
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -99,7 +106,12 @@ def first_tensor(values: Any) -> Tensor:
     parts = values.values() if isinstance(values, Mapping) else values
     found = next((part for part in parts if isinstance(part, Tensor)), None)
     if found is None:
-        raise StateError("a block whose output is to be adapted takes and returns no tensor; target a layer in it")
+        raise StateError(
+            "a block whose output is to be adapted takes and returns no tensor; target a layer in it",
+            field="target_modules",
+            found=type(values).__name__,
+            expected="a tensor",
+        )
     return found
 
 

@@ -48,7 +48,11 @@ def _settings(words: Sequence[str], config: str | None) -> TrainSettings:
     if given.files:
         given.settings["train_file"] = given.files if len(given.files) > 1 else given.files[0]
     if not words and config is None:
-        raise ConfigError("no data is given; for a start: deltatune data check rows.jsonl --model FOLDER")
+        raise ConfigError(
+            "no data is given; for a start: deltatune data check rows.jsonl --model FOLDER",
+            field="train_file",
+            expected="a data file",
+        )
     return load_settings(config, given.settings)
 
 

@@ -99,7 +99,12 @@ def _inputs(prompts: list[str], file: str | None, column: str | None) -> list[st
     lines = [line.rstrip("\n") for line in sys.stdin]
     found = [line for line in lines if line.strip()]
     if not found:
-        raise DataError("no input: give it as an argument, with --file, or on stdin, one a line")
+        raise DataError(
+            "no input: give it as an argument, with --file, or on stdin, one a line",
+            field="inputs",
+            found=[],
+            expected="text, one input a line",
+        )
     return found
 
 

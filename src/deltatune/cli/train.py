@@ -63,9 +63,18 @@ def settings_of(words: Sequence[str], config: str | None) -> TrainSettings:
     """Settings from a file and the command line, which wins."""
     given = parse(words, flags())
     if config is not None and given.config is not None:
-        raise ConfigError(f"two settings files are named, {config!r} and {given.config!r}; keep one")
+        raise ConfigError(
+            f"two settings files are named, {config!r} and {given.config!r}; keep one",
+            field="config",
+            found=[config, given.config],
+            expected="one settings file",
+        )
     if not words and config is None:
-        raise ConfigError("no settings are given; for a start: deltatune train --train_file rows.jsonl (see --help)")
+        raise ConfigError(
+            "no settings are given; for a start: deltatune train --train_file rows.jsonl (see --help)",
+            field="train_file",
+            expected="a settings file, or settings",
+        )
     return load_settings(config or given.config, given.settings)
 
 

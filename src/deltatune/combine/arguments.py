@@ -10,7 +10,7 @@ from typing import Any
 from deltatune.checks import fits
 from deltatune.combine.rules import check_consensus, check_density, check_sign_method
 from deltatune.errors import AdapterNameError, MergeError
-from deltatune.names import check_name
+from deltatune.names import check_name, listed
 from deltatune.notice import warn
 
 EXACT = ("linear", "cat")
@@ -56,7 +56,7 @@ def checked(model: Any, adapters: Iterable[str], weights: Any, adapter_name: str
         MergeError: An argument is wrong; `field` names it.
         AdapterNameError: An adapter is not there, or the new name cannot be one.
     """
-    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    names = list(listed(adapters, "adapters"))
     request = Request(names, _numbers(weights, len(names)), adapter_name, **options)
     _check_names(model, names, adapter_name)
     kind, rank, clamp = request.combination_type, request.svd_rank, request.svd_clamp

@@ -77,7 +77,12 @@ def svd(
     """U (out, k), S (k,), V (k, in) with U diag(S) V the matrix; `decompose` does it to dense ones."""
     parts = (matrix.up, matrix.down) if isinstance(matrix, Product) else (matrix,)
     if not all(bool(part.isfinite().all()) for part in parts):
-        raise MergeError("the sum of the changes is not finite; are the adapters, and the weights small enough?")
+        raise MergeError(
+            "the sum of the changes is not finite; are the adapters, and the weights small enough?",
+            field="weights",
+            found="not finite",
+            expected="finite numbers",
+        )
     if not isinstance(matrix, Product):
         return torch.linalg.svd(matrix, full_matrices=False, driver=driver) if decompose is None else decompose(matrix)
     wide = matrix.to(_precise(matrix.up))

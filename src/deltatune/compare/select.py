@@ -54,7 +54,12 @@ def select(
         candidates = [candidate for candidate in plan.candidates if candidate.name in found.alive]
     tried = _tried(found, specs)
     if not candidates:
-        raise TrainError("no candidate is left: " + "; ".join(f"{name}: {why}" for name, why in tried.failed.items()))
+        raise TrainError(
+            "no candidate is left: " + "; ".join(f"{name}: {why}" for name, why in tried.failed.items()),
+            field="candidates",
+            found=dict(tried.failed),
+            expected="a candidate that trains",
+        )
     return replace(plan, candidates=candidates), tried
 
 

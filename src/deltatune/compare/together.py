@@ -170,7 +170,12 @@ class Together:
             member.scheduler.step()
             member.optimizer.zero_grad(set_to_none=True)
         if not self.training:
-            raise TrainError("no candidate is left: " + "; ".join(str(member.failed) for member in self.members))
+            raise TrainError(
+                "no candidate is left: " + "; ".join(str(member.failed) for member in self.members),
+                field="candidates",
+                found=[str(member.failed) for member in self.members],
+                expected="a candidate that trains",
+            )
 
     def loss(self, rows: list[Features], names: Sequence[str]) -> Tensor:
         """The sum of the losses that the candidates have on these rows, each its mean over the targets."""

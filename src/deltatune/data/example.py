@@ -1,10 +1,13 @@
 """A checked row of a table, and the fault of one that is not as it should be."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltatune.suggest import did_you_mean
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # tasks whose answer is text that the model writes; the others have a head on top of the model
 TEXT_TASKS = ("seq2seq", "causal", "chat")
@@ -64,6 +67,8 @@ def string(row: dict[str, Any], name: str, blank: bool = False, missing: bool = 
         raise Fault(name, f"is {kind(value)}", "text")
     if not value.strip() and not blank:
         raise Fault(name, "is empty", "text")
+    if not value.isascii() and _SURROGATE.search(value):  # JSON can escape one alone; tokenizers take text
+        raise Fault(name, f"is {short(value)}, with half of a character of two (a lone surrogate)", "Unicode text")
     return value
 
 

@@ -192,7 +192,7 @@ def _example(table: Table, index: int, row: dict[str, Any], columns: Columns) ->
 
 def _task_id(row: dict[str, Any], name: str) -> int:
     value = row.get(name)
-    if isinstance(value, str) and value.strip().isdigit():
+    if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)  # as csv has it
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise Fault(name, f"is {kind(value)}", "the number of a task, 0 or above")

@@ -203,7 +203,7 @@ def _cells(path: Path, start: int, cells: list[str], header: list[str]) -> DataE
 
 def _loads(path: Path, text: str, line: int | None) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         number = error.lineno if line is None else line
         raise DataError(
@@ -213,8 +213,22 @@ def _loads(path: Path, text: str, line: int | None) -> Any:
             key=str(number),
             found=text.splitlines()[error.lineno - 1][:60] if text.strip() else "",
         ) from error
+    except ValueError as error:  # a key that stands twice, a number of thousands of digits
+        reason = str(error).partition(";")[0]
+        raise DataError(
+            f"{path} line {line or 1}: {reason}", path=str(path), key=str(line or 1), found=text[:60], expected="JSON"
+        ) from error
     except RecursionError as error:
         raise DataError(f"{path} line {line or 1}: JSON is nested too deeply", path=str(path), key=str(line)) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One of two values would be taken, and the other never seen."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return values
 
 
 def _object(path: Path, number: int, value: Any, place: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def read_table(path: str | Path, faults: list[DataError] | None = None, limit: i
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is a device or a pipe" if path.exists() else "does not exist"
         raise DataError(
             f"data file {path} {what}; give a .jsonl, .json, .csv, .tsv, .txt or .parquet file (also .gz, .xz, .bz2)",
             path=str(path),
@@ -98,7 +98,17 @@ def read_table(path: str | Path, faults: list[DataError] | None = None, limit: i
 
 def table_of(rows: Iterable[dict[str, Any]], source: str = "rows") -> Table:
     """A table of rows that are already in memory."""
-    kept = [dict(row) for row in rows]
+    kept = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{source} row {number} is a {type(row).__name__}; each row must be a dict with named fields",
+                path=source,
+                key=str(number),
+                found=type(row).__name__,
+                expected="dict",
+            )
+        kept.append(dict(row))
     if not kept:
         raise DataError(
             f"{source} is empty; training data needs at least one row", found=0, expected="at least one row"

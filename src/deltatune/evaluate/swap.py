@@ -13,7 +13,12 @@ Row = TypeVar("Row")
 def swapped(rows: Sequence[Row], inputs: Sequence[Hashable]) -> list[Row]:
     """Each row's partner: the row half the list away, or the next one after it whose input differs."""
     if len(rows) != len(inputs) or len(set(inputs)) < 2:
-        raise DataError(f"{len(rows)} rows, {len(set(inputs))} different inputs; swapping needs two different inputs")
+        raise DataError(
+            f"{len(rows)} rows, {len(set(inputs))} different inputs; swapping needs two different inputs",
+            field="inputs",
+            found=len(set(inputs)),
+            expected=2,
+        )
     count = len(rows)
 
     def partner(i: int) -> int:

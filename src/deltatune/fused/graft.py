@@ -117,7 +117,13 @@ def _owner(module: nn.Module, path: str, name: str) -> nn.Module:
     if name in module.adapters:
         raise StateError(f"layer {path} has an adapter named {name!r} already", field="adapter_name", found=name)
     if module.merged:
-        raise StateError(f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}")
+        raise StateError(
+            f"layer {path} has merged adapters; call unmerge_adapter() before adding {name!r}",
+            field="adapter_name",
+            path=path,
+            found=name,
+            hint="call unmerge_adapter()",
+        )
     return module.base_layer
 
 

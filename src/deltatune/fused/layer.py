@@ -49,7 +49,10 @@ class FusedLayer(AdaptedLayer):
         if isinstance(self.stash, MergedParameters):
             if call.rows is not None:
                 raise StateError(
-                    "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first"
+                    "adapter_names: rows cannot differ while adapters are merged; call unmerge_adapter() first",
+                    field="adapter_names",
+                    found=call.rows,
+                    hint="call unmerge_adapter()",
                 )
             if not call.names:
                 return self._call(dict(self.stash.parameters), args, kwargs)

@@ -44,7 +44,13 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     """
     inner = bare(model)
     if any(layer.merged for _, layer in adapted_layers(inner)):
-        raise StateError("set_base_model_state_dict: adapters are merged; call unmerge_adapter() first")
+        raise StateError(
+            "set_base_model_state_dict: adapters are merged; call unmerge_adapter() first",
+            field="adapters",
+            found="merged",
+            expected="unmerged",
+            hint="call unmerge_adapter()",
+        )
     keys, present = _keys(inner), inner.state_dict()
     missing = [own for own in keys if own not in state_dict]
     unexpected = [own for own in state_dict if own not in keys]

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2109.01903
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,11 +30,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         ConfigError: The multiplier is no number.
         StateError: No adapter of the model has a scale, or adapters are merged.
     """
-    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)):
+    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier):
         raise ConfigError(
-            f"rescale_adapter_scale: multiplier={multiplier!r}, expected a number",
+            f"rescale_adapter_scale: multiplier={multiplier!r}, expected a finite number",
             field="multiplier",
             found=multiplier,
+            expected="a finite number",
         )
     layers = [layer for _, layer in adapted_layers(model)]
     _check(layers)
@@ -46,9 +48,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
 def _check(layers: list[AdaptedLayer]) -> None:
     adapters = [adapter for layer in layers for adapter in layer.adapters.values()]
     if not any(map(has_scale, adapters)):
-        raise StateError("rescale_adapter_scale: no adapter of this model has a scale, as that of LoRA is")
+        raise StateError(
+            "rescale_adapter_scale: no adapter of this model has a scale, as that of LoRA is",
+            field="model",
+            found=sorted({type(a).__name__ for a in adapters}),
+            expected="an adapter with a scale",
+        )
     if any(layer.merged for layer in layers):
-        raise StateError("rescale_adapter_scale: adapters are merged into the weights; call unmerge_adapter() first")
+        raise StateError(
+            "rescale_adapter_scale: adapters are merged into the weights; call unmerge_adapter() first",
+            field="adapters",
+            found="merged",
+            expected="unmerged",
+            hint="call unmerge_adapter()",
+        )
     unscaled = sorted({type(adapter).__name__ for adapter in adapters if not has_scale(adapter)})
     if unscaled:
         warn(f"rescale_adapter_scale: {', '.join(unscaled)} of this model has no scale and acts as before")
@@ -79,4 +92,10 @@ def unscale_layer(layer: AdaptedLayer, scale: float | None = None) -> None:
 def _refuse_merged(layer: AdaptedLayer, names: Iterable[str]) -> None:
     for name in names:
         if name in layer.merged_adapters:
-            raise StateError(f"adapter {name!r} is merged into the weights; call unmerge_adapter() before scaling it")
+            raise StateError(
+                f"adapter {name!r} is merged into the weights; call unmerge_adapter() before scaling it",
+                field="adapter",
+                found=name,
+                expected="unmerged",
+                hint="call unmerge_adapter()",
+            )

@@ -56,7 +56,13 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", **igno
         model.delete_adapter(adapter_name)
         return model.active_adapters or None
     if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(model)):
-        raise StateError(f"delete_adapter: {adapter_name!r} is merged into the weights; unmerge it first")
+        raise StateError(
+            f"delete_adapter: {adapter_name!r} is merged into the weights; unmerge it first",
+            field="adapter_name",
+            found=adapter_name,
+            expected="unmerged",
+            hint="unmerge it first",
+        )
     selections = _selections(model)
     inject.remove(model, adapter_name)
     left = known_names(model)

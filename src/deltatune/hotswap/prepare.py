@@ -48,7 +48,10 @@ def prepare_model_for_compiled_hotswap(
     if not found:
         raise StateError(
             "prepare_model_for_compiled_hotswap: no adapter of this model has ranks or scalings that could be swapped; "
-            "call it after the first adapter has been loaded"
+            "call it after the first adapter has been loaded",
+            field="model",
+            found=[name for name, _ in every],
+            expected="an adapter with ranks or scalings",
         )
     if target_rank is not None:
         checks.positive_int("prepare_model_for_compiled_hotswap", "target_rank", target_rank)
@@ -66,7 +69,7 @@ def _check_compiled(model: Any, reaction: str) -> None:
         return
     message = "prepare_model_for_compiled_hotswap: call it before the model is compiled, or it is compiled again"
     if reaction == "error":
-        raise StateError(message)
+        raise StateError(message, field="model", found="compiled", expected="not compiled yet")
     warn(message)
 
 

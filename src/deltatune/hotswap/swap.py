@@ -159,10 +159,21 @@ def _refuse(model: Any, base: nn.Module, name: str) -> None:
     if not adapters_of(base, name):
         raise AdapterNameError(f"hot-swap: no adapter named {name!r} on a layer of this model", found=name)
     if any(name in layer.merged_adapters for _, layer in adapted_layers(base)):
-        raise StateError(f"adapter {name!r} is merged; call unmerge_adapter() before it is swapped")
+        raise StateError(
+            f"adapter {name!r} is merged; call unmerge_adapter() before it is swapped",
+            field="adapter_name",
+            found=name,
+            expected="unmerged",
+            hint="call unmerge_adapter()",
+        )
     schedule = None if model is None else model.base_model.schedules.get(name)
     if schedule is not None and schedule.trains:
-        raise StateError(f"adapter {name!r} is being trained, with a schedule of its own; it cannot be swapped")
+        raise StateError(
+            f"adapter {name!r} is being trained, with a schedule of its own; it cannot be swapped",
+            field="adapter_name",
+            found=name,
+            expected="an adapter without a schedule",
+        )
 
 
 def _planned(base: nn.Module, bare: nn.Module, name: str) -> list[Step]:

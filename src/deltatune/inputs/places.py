@@ -49,11 +49,20 @@ def find_places(model: nn.Module) -> Places:
 
     title = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise TargetError(f"{title}: a prompt needs a model of transformers, whose input it can lengthen; use LoRA")
+        raise TargetError(
+            f"{title}: a prompt needs a model of transformers, whose input it can lengthen; use LoRA",
+            field="model",
+            found=title,
+            expected="a model of transformers",
+            hint="use LoRA",
+        )
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise TargetError(
             f"{title} reads {model.main_input_name}, not tokens, so there are no embedded tokens to put a prompt "
-            "before; use PrefixTuningConfig, which acts in the attentions, or LoRA"
+            "before; use PrefixTuningConfig, which acts in the attentions, or LoRA",
+            field="model",
+            found=model.main_input_name,
+            expected="input_ids",
         )
     called, failure = _embeddings_called(model)
     stacks = _stacks(model)
@@ -64,7 +73,10 @@ def find_places(model: nn.Module) -> Places:
         reason = f"a trial forward pass failed ({failure})" if failure else "none of its modules embeds the token ids"
         raise TargetError(
             f"{title}: there is no input embedding that a prompt could be put before, because {reason}; "
-            "use PrefixTuningConfig or LoRA"
+            "use PrefixTuningConfig or LoRA",
+            field="model",
+            found=title,
+            expected="a module that embeds the token ids",
         )
     names = {side: path for side, stack in stacks.items() if (path := _name(model, stack)) is not None}
     width = called[id(model.get_submodule(paths[ENCODER]))]

@@ -35,7 +35,13 @@ def using(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ConfigError(f"gpu.using: {name!r} is no backend, expected one of {BACKENDS}", field="backend", found=name)
     if name == "triton" and not installed():
-        raise ConfigError("gpu.using: triton is not installed; pip install 'deltatune[gpu]', or use 'fused'")
+        raise ConfigError(
+            "gpu.using: triton is not installed; pip install 'deltatune[gpu]', or use 'fused'",
+            field="backend",
+            found=name,
+            expected="fused",
+            hint="pip install 'deltatune[gpu]'",
+        )
     before, backend = backend, name
     try:
         yield

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltatune import checks
+from deltatune.errors import ConfigError, DataError
 from deltatune.kernels import liger
 
 # Logits that are there at once, as a number of elements: enough rows for the products to run at full speed.
@@ -50,10 +52,28 @@ def linear_cross_entropy(
         A scalar in float32, or float64.
 
     Raises:
-        ValueError: `reduction` is neither "mean" nor "sum".
+        ConfigError: `reduction` is neither "mean" nor "sum", or `chunk` or `softcap` not above 0.
+        DataError: Not one label, a whole number, for each row.
     """
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} is not supported; use 'mean' or 'sum'")
+        raise ConfigError(
+            f"linear_cross_entropy: reduction={reduction!r} is not supported; use 'mean' or 'sum'",
+            field="reduction",
+            found=reduction,
+            expected=("mean", "sum"),
+        )
+    if chunk is not None:
+        checks.positive_int("linear_cross_entropy", "chunk", chunk)
+    if softcap is not None:
+        checks.finite_positive("linear_cross_entropy", "softcap", softcap)
+    if labels.shape != hidden.shape[:-1] or labels.is_floating_point():
+        raise DataError(
+            f"linear_cross_entropy: labels of shape {tuple(labels.shape)} and {labels.dtype} for rows of shape "
+            f"{tuple(hidden.shape[:-1])}; give one whole number for each",
+            field="labels",
+            found=tuple(labels.shape),
+            expected=tuple(hidden.shape[:-1]),
+        )
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype is not torch.float64:
         half = torch.get_autocast_dtype(kind)

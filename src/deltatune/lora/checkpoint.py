@@ -65,7 +65,11 @@ class Checkpoint:
 def _own(model: Any) -> Path:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
-        raise FormatError("replace_lora_weights_loftq: the model does not say where it comes from; pass model_path")
+        raise FormatError(
+            "replace_lora_weights_loftq: the model does not say where it comes from; pass model_path",
+            field="model_path",
+            expected="the folder or repository of the base",
+        )
     if Path(name).exists():
         return Path(name)
     from huggingface_hub import snapshot_download

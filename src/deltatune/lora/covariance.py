@@ -134,5 +134,10 @@ def _damped(C: Tensor) -> tuple[Tensor, Tensor]:
         if not failed and torch.dist(damped @ inverse, eye) < _LARGEST_ERROR:
             return damped, inverse
         if damp > 1e6:
-            raise DataError("preprocess_corda: a covariance is zero or not finite; run_model has to run on samples")
+            raise DataError(
+                "preprocess_corda: a covariance is zero or not finite; run_model has to run on samples",
+                field="run_model",
+                found="no finite covariance",
+                expected="a function that runs samples",
+            )
         damp *= 2

@@ -73,7 +73,12 @@ def initialize_lora_eva_weights(
 def _check(model: Any, name: str) -> None:
     configs = getattr(model, "peft_config", None)
     if not configs:
-        raise StateError("initialize_lora_eva_weights: the model has to be a PeftModel; call get_peft_model first")
+        raise StateError(
+            "initialize_lora_eva_weights: the model has to be a PeftModel; call get_peft_model first",
+            field="model",
+            found=type(model).__name__,
+            expected="PeftModel",
+        )
     if len(model.active_adapters) > 1:
         raise StateError(
             f"initialize_lora_eva_weights: {model.active_adapters} are active; activate one with set_adapter",

@@ -155,7 +155,7 @@ def _digest(x: Tensor) -> str:
 def _first(dataloader: Iterable[Any]) -> Any:
     for batch in itertools.islice(dataloader, 1):
         return batch
-    raise DataError("EVA: the dataloader has no batches")
+    raise DataError("EVA: the dataloader has no batches", field="dataloader", found=0, expected="at least one batch")
 
 
 @contextmanager

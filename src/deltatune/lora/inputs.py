@@ -20,7 +20,10 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     if not isinstance(model_input, Mapping):
         raise DataError(
             f"EVA: a batch is a {type(model_input).__name__}, expected a dict with input_ids; for other inputs pass "
-            "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None and a forward_fn"
+            "prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None and a forward_fn",
+            field="dataloader",
+            found=type(model_input).__name__,
+            expected="dict",
         )
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
     labels = model_input.get("labels")
@@ -43,7 +46,13 @@ def every_row(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
 def first(layer_input: Any, layer_name: str) -> Tensor:
     found = layer_input[0] if isinstance(layer_input, (tuple, list)) and layer_input else layer_input
     if not isinstance(found, Tensor):
-        raise DataError(f"EVA: {layer_name} takes a {type(found).__name__}; pass a prepare_layer_inputs_fn for it")
+        raise DataError(
+            f"EVA: {layer_name} takes a {type(found).__name__}; pass a prepare_layer_inputs_fn for it",
+            field="prepare_layer_inputs_fn",
+            key=layer_name,
+            found=type(found).__name__,
+            expected="Tensor",
+        )
     return found
 
 

@@ -86,5 +86,10 @@ def _here(model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
 def _loss(output: Any) -> Tensor:
     loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", output)
     if not isinstance(loss, Tensor) or loss.ndim:
-        raise DataError("prepare: LoRA-GA needs a loss, and the output has none; give the batches labels")
+        raise DataError(
+            "prepare: LoRA-GA needs a loss, and the output has none; give the batches labels",
+            field="labels",
+            found=type(output).__name__,
+            expected="an output with a loss",
+        )
     return loss

@@ -59,7 +59,10 @@ class Head:
         if any(part._version != version for part, version in self.trained):
             raise StateError(
                 f"the logits of a pass under chunk_loss are first used (by {used_by}) after the head was changed; read "
-                "them before optimizer.step()"
+                "them before optimizer.step()",
+                field="chunk_loss",
+                found=used_by,
+                hint="read the logits before optimizer.step()",
             )
         if self.whole is not None:
             self.whole = f"{used_by} needs them"

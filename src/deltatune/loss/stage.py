@@ -83,7 +83,10 @@ class LossStage:
         if head is None:
             raise StateError(
                 f"{type(self.model).__name__} has no head over a vocabulary (get_output_embeddings() gives none), so "
-                "there is no loss to compute in chunks; leave chunk_loss out"
+                "there is no loss to compute in chunks; leave chunk_loss out",
+                field="chunk_loss",
+                found=type(self.model).__name__,
+                expected="a model with a head over a vocabulary",
             )
         if head is not self.head:
             for handle in self.on_head:

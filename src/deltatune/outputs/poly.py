@@ -145,7 +145,12 @@ class Poly(Adapter):
             return torch.zeros(rows, dtype=torch.long, device=x.device)
         ids = task_ids.to(x.device)
         if ids.is_floating_point() or ids.ndim != 1:
-            raise DataError(f"task_ids of shape {tuple(ids.shape)} and {ids.dtype}; expected one integer per row")
+            raise DataError(
+                f"task_ids of shape {tuple(ids.shape)} and {ids.dtype}; expected one integer per row",
+                field="task_ids",
+                found=tuple(ids.shape),
+                expected="one integer per row",
+            )
         if not torch.compiler.is_compiling() and ((ids < 0) | (ids >= self.n_tasks)).any():
             raise DataError(
                 f"task_ids holds {sorted({task for task in ids.tolist() if not 0 <= task < self.n_tasks})}; "

@@ -120,7 +120,10 @@ class LoReFT(Adapter):
         elif y.ndim != 3 or y.shape[1] != places.shape[1]:
             raise StateError(
                 f"ReFT edits tokens of the prompt, but an adapted layer puts out {tuple(y.shape)} in a pass of "
-                f"{places.shape[1]} tokens; target the transformer layers that see just these tokens"
+                f"{places.shape[1]} tokens; target the transformer layers that see just these tokens",
+                field="target_modules",
+                found=tuple(y.shape),
+                expected=places.shape[1],
             )
         first, last = places.unbind(-1)
         return (_below(first, self.first_n) | _below(last, self.last_n))[..., None]

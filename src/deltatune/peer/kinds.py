@@ -43,7 +43,9 @@ class Kind(type):
             return super().__call__(*args, **kwargs)
         raise StateError(
             f"{cls.__name__} answers isinstance() and nothing else in deltatune, whose layers are all AdaptedLayer; "
-            "get_peft_model() and inject_adapter_in_model() make them"
+            "get_peft_model() and inject_adapter_in_model() make them",
+            found=cls.__name__,
+            hint="call get_peft_model or inject_adapter_in_model",
         )
 
 

@@ -145,7 +145,11 @@ class Gates(Graft):
         if not isinstance(model, PreTrainedModel):
             raise TargetError(
                 f"{type(model).__name__}: adaption prompts need a model of transformers, whose attention they can "
-                "reach; use LoRA"
+                "reach; use LoRA",
+                field="model",
+                found=type(model).__name__,
+                expected="a model of transformers",
+                hint="use LoRA",
             )
         sites = _chosen(model, config)
         own = [site.name for site in sites if site.layout is not None]

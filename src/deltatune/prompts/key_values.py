@@ -66,7 +66,11 @@ class Prefix(Graft):
         if not isinstance(model, PreTrainedModel):
             raise TargetError(
                 f"{type(model).__name__}: prefix tuning needs a model of transformers, whose attention it can reach; "
-                "use LoRA"
+                "use LoRA",
+                field="model",
+                found=type(model).__name__,
+                expected="a model of transformers",
+                hint="use LoRA",
             )
         stage = vars(model).get(STAGE)
         if stage is not None and name in stage.prefixes:

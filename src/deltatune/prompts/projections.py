@@ -133,7 +133,10 @@ def _watched(model: PreTrainedModel, sites: list[Site], ids: Tensor | None) -> t
     reason = "no trial pass reached all of them" if failure is None else f"{type(failure).__name__}: {failure}"
     raise TargetError(
         f"{type(model).__name__}: what makes the keys and values of its attentions could not be watched ({reason}); "
-        "use PrefixTuningConfig or LoRA"
+        "use PrefixTuningConfig or LoRA",
+        field="model",
+        found=reason,
+        expected="a trial pass that reaches all attentions",
     ) from failure
 
 

@@ -68,7 +68,12 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     """
     pairs = _pairs(past_key_values)
     if not pairs:
-        raise DataError("past_key_values is empty; run the model on a text with use_cache=True first")
+        raise DataError(
+            "past_key_values is empty; run the model on a text with use_cache=True first",
+            field="past_key_values",
+            found=0,
+            expected="a cache with keys and values",
+        )
     for key, value in pairs:
         if key.ndim != 4 or value.ndim != 4 or key.shape[0] != 1 or key.shape[2] < num_virtual_tokens:
             raise DataError(

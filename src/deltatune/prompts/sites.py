@@ -26,7 +26,13 @@ def choose_sites(model: PreTrainedModel, wanted: str | list[str]) -> list[Site]:
     found = survey(model)
     title = f"{type(model).__name__} ({getattr(model.config, 'model_type', '?')!r})"
     if not found.sites and not found.unreached:
-        raise TargetError(f"{title} has no attention, so there is nothing that a prefix could be put before; use LoRA")
+        raise TargetError(
+            f"{title} has no attention, so there is nothing that a prefix could be put before; use LoRA",
+            field="model",
+            found=title,
+            expected="a model with attention",
+            hint="use LoRA",
+        )
     chosen = [site for site in found.sites if _is_wanted(site.name, site.kind, wanted, model)]
     missed = [each for each in found.unreached if _is_wanted(each.name, each.kind, wanted, model)]
     _check_named(title, found, wanted, chosen, missed, model)

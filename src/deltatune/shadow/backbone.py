@@ -37,7 +37,13 @@ def decoder_of(model: nn.Module) -> tuple[str, PreTrainedModel]:
     for path, module in model.named_modules():
         if module is found and isinstance(found, PreTrainedModel):
             return path, found
-    raise TargetError(f"{type(model).__name__} does not say which of its modules is the decoder; use LoRA here")
+    raise TargetError(
+        f"{type(model).__name__} does not say which of its modules is the decoder; use LoRA here",
+        field="model",
+        found=type(model).__name__,
+        expected="a model with get_decoder()",
+        hint="use LoRA",
+    )
 
 
 def blocks_of(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -48,7 +54,12 @@ def blocks_of(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
     if not lists:
-        raise TargetError(f"{type(decoder).__name__} keeps no list of blocks that a shadow could run beside")
+        raise TargetError(
+            f"{type(decoder).__name__} keeps no list of blocks that a shadow could run beside",
+            field="model",
+            found=type(decoder).__name__,
+            expected="a decoder with a list of blocks",
+        )
     name = max(lists, key=lambda name: len(lists[name]))
     return name, lists[name]
 

@@ -39,7 +39,12 @@ def detached_shadow(model: PeftModel, adapter_name: str | None = None) -> Any:
     config: Any = copy.deepcopy(network.shadow_backbone.config)
     config.tie_word_embeddings = False
     if type(config) is not type(base.config):
-        raise TargetError(f"{type(base).__name__} is more than its decoder; take model.prompts[{name!r}].encoder apart")
+        raise TargetError(
+            f"{type(base).__name__} is more than its decoder; take model.prompts[{name!r}].encoder apart",
+            field="model",
+            found=type(base).__name__,
+            expected=type(config).__name__,
+        )
     config.num_labels, config.pad_token_id = base.config.num_labels, base.config.pad_token_id
     made = type(base)(config).eval()
     inner: Any = made.get_submodule(path) if path else made
@@ -50,7 +55,12 @@ def detached_shadow(model: PeftModel, adapter_name: str | None = None) -> Any:
     old = network.shadow_head if network.shadow_head is not None else base.get_output_embeddings()
     new = getattr(made, "score", None) if network.shadow_head is not None else made.get_output_embeddings()
     if not isinstance(old, nn.Module) or not isinstance(new, nn.Linear):
-        raise TargetError(f"{type(base).__name__} has no head that a smaller model could take over")
+        raise TargetError(
+            f"{type(base).__name__} has no head that a smaller model could take over",
+            field="model",
+            found=type(base).__name__,
+            expected="a model with a linear head",
+        )
     weight: Any = old.weight
     projection = network.shadow_projection
     new.weight.copy_(weight if projection is None else weight.float() @ projection.weight)

@@ -143,7 +143,9 @@ class Stage:
             return None
         raise StateError(
             "a block was called outside of a pass of its decoder, so there is no shadow state; switch checkpointing on "
-            "by model.gradient_checkpointing_enable() of the PeftModel, without the reentrant engine"
+            "by model.gradient_checkpointing_enable() of the PeftModel, without the reentrant engine",
+            field="gradient_checkpointing",
+            hint="call model.gradient_checkpointing_enable()",
         )
 
     @contextmanager

@@ -30,7 +30,7 @@ def read_facts_of(path: Path, text: str) -> dict[str, Any] | None:
         return None
     for name, kind in _KINDS.items():
         _check(path, name, facts.get(name), kind)
-    if facts.get("base"):
+    if facts.get("base") is not None:
         for name, kind in _BASE.items():
             _check(path, f"base.{name}", facts["base"].get(name), kind, needed=True)
     return facts

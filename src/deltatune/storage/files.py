@@ -73,7 +73,8 @@ def _replace(contents: Mapping[Path, Mapping[str, bytes]]) -> None:
     try:
         for folder, files in contents.items():
             for name, content in files.items():
-                target = (folder / name).resolve()  # through a link, to the file the user really has there
+                # through a link, to the file the user really has there; one that leads to itself is replaced
+                target = Path(os.path.realpath(folder / name))
                 temporary[target] = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
                 _write(temporary[target], content, _mode(target))
         for target, source in temporary.items():

@@ -121,7 +121,10 @@ def _hub() -> Any:
     except ImportError as error:
         raise ConfigError(
             "repositories of the hub need the package huggingface_hub (pip install 'deltatune[transformers]'); "
-            "give a local folder otherwise"
+            "give a local folder otherwise",
+            field="huggingface_hub",
+            expected="the package huggingface_hub",
+            hint="pip install 'deltatune[transformers]'",
         ) from error
     return huggingface_hub
 

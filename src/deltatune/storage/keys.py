@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from deltatune.errors import ConfigError
+from deltatune.errors import ConfigError, MismatchError
 
 _ROOTS = ("base_model.model.", "base_model.")
+
+
+def once_each(renames: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors under new keys, out of old key, new key and tensor.
+
+    Raises:
+        MismatchError: Two have become one; nothing says which of them is meant.
+    """
+    found: dict[str, Tensor] = {}
+    came: dict[str, str] = {}
+    for old, new, tensor in renames:
+        if new in found:
+            raise MismatchError(
+                f"the tensors {came[new]} and {old} are both {new} of the model; remove the one that is not meant",
+                key=new,
+                found=[came[new], old],
+                expected=new,
+            )
+        found[new], came[new] = tensor, old
+    return found
 
 
 def mapped(tensors: Mapping[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     """Keys without their root, renamed by the first regular expression that is found in them, with their root again."""
     if not mapping:
         return dict(tensors)
-    return {_renamed(key, mapping): tensor for key, tensor in tensors.items()}
+    return once_each((key, _renamed(key, mapping), tensor) for key, tensor in tensors.items())
 
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:
@@ -53,7 +73,7 @@ def adjusted(model: nn.Module, tensors: dict[str, Tensor], known: Collection[str
         return tensors
     conversions = _renamings(model)
     renames = {key: _by_transformers(model, conversions, key, known) for key in unknown}
-    return {renames.get(key, key): tensor for key, tensor in tensors.items()}
+    return once_each((key, renames.get(key, key), tensor) for key, tensor in tensors.items())
 
 
 def _by_transformers(model: nn.Module, conversions: list[Any], key: str, known: Collection[str]) -> str:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from deltatune import checks
 from deltatune.errors import FormatError, UnsafeError
 
+_EXPECTED = "an adapter's folder, or a repository of the hub as 'owner/name'"
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -37,8 +39,19 @@ def place(name_or_path: str | Path, subfolder: str | None = None, **hub: Any) ->
 
     Raises:
         FormatError: A path where no folder is.
+        ConfigError: No path at all.
         UnsafeError: The subfolder leads out of the folder.
     """
+    checks.instance("model_id", name_or_path, (str, os.PathLike), _EXPECTED)
+    if subfolder is not None:
+        checks.instance("subfolder", subfolder, (str, os.PathLike), "the name of a folder in it")
+    if name_or_path == "":
+        raise FormatError(
+            "model_id='' names no folder; '.' is the one this program runs in",
+            field="model_id",
+            path="",
+            expected=_EXPECTED,
+        )
     root = Path(name_or_path)
     if os.path.isdir(root):  # whatever the name is, a question and no error
         return Folder(root, subfolder)
@@ -49,8 +62,9 @@ def place(name_or_path: str | Path, subfolder: str | None = None, **hub: Any) ->
         )
     if not is_repository(name_or_path):
         raise FormatError(
-            f"{name_or_path} does not exist; expected an adapter's folder, or a repository of the hub as 'owner/name'",
+            f"{name_or_path} does not exist; expected {_EXPECTED}",
             path=str(name_or_path),
+            expected=_EXPECTED,
         )
     from deltatune.storage.hub import Repository
 

@@ -70,7 +70,13 @@ def _checked(model: Any, batch: Any) -> tuple[str, ...]:
             expected="mapping",
         )
     if any(layer.merged for _, layer in adapted_layers(model.base_model.model)):
-        raise StateError("trace: adapters are merged into the base and receive nothing; call unmerge_adapter() first")
+        raise StateError(
+            "trace: adapters are merged into the base and receive nothing; call unmerge_adapter() first",
+            field="adapters",
+            found="merged",
+            expected="unmerged",
+            hint="call unmerge_adapter()",
+        )
     names = model.base_model.selection.names()
     if not names:
         raise StateError(

@@ -62,7 +62,13 @@ def library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise LimitError("GGUF files are written with the package gguf: pip install 'deltatune[gguf]'") from error
+        raise LimitError(
+            "GGUF files are written with the package gguf: pip install 'deltatune[gguf]'",
+            field="gguf",
+            found=None,
+            expected="the package gguf",
+            hint="pip install 'deltatune[gguf]'",
+        ) from error
     return gguf
 
 
