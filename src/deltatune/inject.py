@@ -21,6 +21,7 @@ from deltatune.layer import AdaptedLayer
 from deltatune.memory import SMALLER, told
 from deltatune.selection import Selection
 from deltatune.shared import SHARED, SharedModules, add_shared, remove_shared, strip_shared
+from deltatune.slices import check_slices
 from deltatune.storage.fingerprint import base_parameters
 
 
@@ -49,11 +50,11 @@ def graft(
     Everything is built and checked before the first module of the model is replaced.
     """
     config.validate()
-    _refuse_slices(model)
     replicated = replication.replicate(model, getattr(config, "layer_replication", None))
     try:
         with told(f"building adapter {name!r}", SMALLER):
             built = build(model, config, name, autocast_adapter_dtype)
+            check_slices(model, _adapted(model, built), built.saved)
             _graft(model, built, name, selection)
             vars(config).update({key: value for key, value in vars(built.config).items() if key != "unknown_fields"})
     except BaseException:
@@ -89,16 +90,9 @@ def refuse_adapted(model: nn.Module, around: type) -> None:
         )
 
 
-def _refuse_slices(model: nn.Module) -> None:
-    size = getattr(model, "_tp_size", None)
-    if isinstance(size, int) and size > 1:
-        raise StateError(
-            f"{type(model).__name__} is in tensor parallel (tp_plan) over {size} processes, and its layers answer with "
-            "a part of the output, to which no whole adapter can be added; load it without tp_plan (deltatune train "
-            "has profile: fsdp2 for bases that one device cannot hold)",
-            field="tp_plan",
-            found=size,
-        )
+def _adapted(model: nn.Module, built: Built) -> dict[str, nn.Module]:
+    found = {path: module for path, module in targets.walk(model) if id(module) in built.adapters}
+    return {path: _inner(one) if isinstance(one, AdaptedLayer) else one for path, one in found.items()}
 
 
 def _graft(model: nn.Module, built: Built, name: str, selection: Selection) -> None:

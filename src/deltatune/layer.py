@@ -149,10 +149,11 @@ class AdaptedLayer(LayerViews, Merging):
                 output = kept.run(args[0])
                 if output is not None:
                     return output
-        output = self._forward(args, kwargs)
-        if not self.is_paired or isinstance(output, tuple):
-            return output
-        return self.as_map().paired(output)  # type: ignore[attr-defined]
+        if not self.is_paired:
+            return self._forward(args, kwargs)
+        layer: Any = self.as_map()
+        output = self._forward((layer.taken(args[0]), *args[1:]), kwargs)
+        return output if isinstance(output, tuple) else layer.paired(output)
 
     def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = self.selection.current()

@@ -30,6 +30,7 @@ from deltatune.persistence import Persistence
 from deltatune.prompts.graft import Graft
 from deltatune.registry import METHODS
 from deltatune.selection import Call
+from deltatune.slices import refuse_prompt
 from deltatune.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class PeftModel(Persistence, CombineVerbs, PeerVerbs, Calling):
 
     def _add_prompt(self, name: str, config: Any) -> None:
         model, selection = self.base_model.model, self.base_model.selection
+        refuse_prompt(model, METHODS[config.peft_type].name)
         saved = find_saved(model, config)
         method = METHODS[config.peft_type]
         assert method.graft is not None

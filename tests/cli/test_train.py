@@ -23,6 +23,12 @@ def test_print_config_shows_every_setting_with_its_value(run, usual):
     assert shown["max_length"] == 512
 
 
+def test_print_config_shows_the_task_that_a_run_would_have(run, bert, labelled):
+    """A file made of it is a run's: a task that stands there is not looked for again."""
+    words = [f"--model={bert}", f"--train_file={labelled}", "--print-config"]
+    assert yaml.safe_load(run("train", *words).out)["task"] == "classification"
+
+
 def test_a_settings_file_gives_way_to_the_command_line(run, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("seed: 1\nmax_length: 64\n")

@@ -63,6 +63,26 @@ def test_a_long_answer_is_cut_at_its_end(words, encoder):
     assert cut
 
 
+def test_an_answer_of_a_causal_row_is_cut_only_where_the_row_is_too_long(words):
+    """A model whose long answers all lose their ends would never learn to stop."""
+    made = Encoder(words, "causal", max_length=300, separator=" :")
+    features, cut = made(Example("red", "cat " * 200, 1))
+    assert not cut
+    assert spoken(words, features) == "cat " * 200 + "</s>"
+    long, cut = replace(made, max_length=20)(Example("red " * 30, "cat " * 30, 1))
+    assert cut
+    assert words.decode(long.input_ids) == " ".join(["red"] * 9 + [":"] + ["cat"] * 10)  # half of it each
+    short, _ = replace(made, max_length=20)(Example("red " * 3, "cat " * 30, 1))
+    assert words.decode(short.input_ids) == " ".join(["red"] * 3 + [":"] + ["cat"] * 16)
+    assert made.answer_length == 128  # what is written
+
+
+def test_a_prompt_that_is_too_long_leaves_room_for_an_answer(words, encoder):
+    prompt = replace(encoder, max_length=20, max_target_length=6).prompt("red " * 30)
+    assert words.decode(prompt) == "red " * 13 + ":"
+    assert len(replace(encoder, max_length=20).prompt("red " * 30)) == 10  # never more than half
+
+
 def test_seq2seq_labels_are_the_target_with_its_end(words):
     features, _ = Encoder(words, "seq2seq", 32, 16)(PAIR)
     assert words.decode(features.input_ids) == "red cat </s>"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -182,40 +180,6 @@ def test_a_base_without_blocks_or_in_few_bits_is_refused_before_it_is_touched(mo
 def test_other_stages_of_zero_are_refused_with_what_to_use_instead(settings):
     with pytest.raises(ConfigError, match=r"profile='zero2' is not known, expected zero3: of a frozen base"):
         settings("causal", profile="zero2")
-
-
-@gloo
-@pytest.mark.slow
-def test_a_base_in_tensor_parallel_is_refused_and_left_as_it_was(tmp_path):
-    folder = toys.llama(tmp_path / "base")
-    script = tmp_path / "program.py"
-    script.write_text(PARALLEL.format(folder=str(folder)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("refused: LlamaForCausalLM is in tensor parallel (tp_plan) over 2 processes") == 2
-    assert done.stdout.count("untouched") == 2
-
-
-PARALLEL = """
-import torch
-from transformers import AutoModelForCausalLM
-from deltatune import IA3Config, get_peft_model
-from deltatune.errors import StateError
-
-torch.distributed.init_process_group("gloo")
-model = AutoModelForCausalLM.from_pretrained({folder!r}, tp_plan="auto")
-modules = list(model.modules())
-try:
-    get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
-except StateError as error:
-    print("refused:", error, flush=True)
-if all(a is b for a, b in zip(modules, model.modules(), strict=True)):
-    print("untouched", flush=True)
-torch.distributed.destroy_process_group()
-"""
 
 
 def test_training_a_whole_model_in_shards_is_refused_at_once(settings, tmp_path, monkeypatch):

@@ -18,12 +18,14 @@ from deltatune.bases.linear import Linear
 from deltatune.bases.module import OneWeight
 from deltatune.bases.packed import Opaque, PackedLinear
 from deltatune.bases.parallel import Megatron, TransformerEngine
+from deltatune.bases.sliced import SlicedLinear
 from deltatune.bases.torchao import Torchao
 from deltatune.bases.transposed import Transposed
 
-# torchao before Linear: its layers are nn.Linear, whose weight claims the type of the values. Last what fits no other.
+# torchao and slices before Linear: their layers are nn.Linear, whose weight claims the type of the values. Last what
+# fits no other.
 KINDS = (
-    *(Torchao, Linear, Transposed, Embedding, Conv, JointProjection, Megatron, TransformerEngine),
+    *(Torchao, SlicedLinear, Linear, Transposed, Embedding, Conv, JointProjection, Megatron, TransformerEngine),
     *(Bitsandbytes4bit, Bitsandbytes8bit, HQQ, FP8, INC, Opaque),
     OneWeight,
 )

@@ -30,6 +30,10 @@ class ParallelLinear(Linear):
         output = self.module(x, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def taken(self, x: Tensor) -> Tensor:
+        """The input of the map, of what callers give the layer."""
+        return x
+
     def paired(self, y: Tensor) -> Any:
         """The output of the map as the layer would return it."""
         raise NotImplementedError

@@ -95,7 +95,7 @@ class Session:
         ready = self.several.ready(name)
         ids = torch.tensor([self.prompt(ready, turns, text)], device=next(ready.model.parameters()).device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= self.decoding.arguments(ready.encoder.max_target_length)
+        inputs |= self.decoding.arguments(ready.encoder.answer_length)
         torch.manual_seed(self.decoding.seed + len(turns))
         generate: Any = ready.model.generate
         return stream(ready.tokenizer, generate, inputs, self.several.using(name))
@@ -104,7 +104,7 @@ class Session:
         """The tokens that the answer starts from. The oldest turns are left out where all do not fit."""
         if ready.task != "chat":
             return ready.encoder.prompt(text)
-        room = max(1, ready.encoder.max_length - (self.decoding.max_new_tokens or ready.encoder.max_target_length))
+        room = max(1, ready.encoder.max_length - (self.decoding.max_new_tokens or ready.encoder.answer_length))
         for first in range(len(turns) + 1):
             ids = prompt_ids(ready.tokenizer, self._conversation(turns[first:], text))
             if len(ids) <= room:

@@ -17,8 +17,28 @@ from deltatune.errors import PeftWarning
 
 def console(stderr: bool = False) -> Console:
     """Made per call, so that a redirected stdout is the one that is written to; 80 columns where there is no screen."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False, soft_wrap=False)
+    stream: Any = sys.stderr if stderr else sys.stdout
+    if stream.isatty():
+        return Console(file=stream, highlight=False, soft_wrap=False)
+    trimmed: Any = Trimmed(stream)
+    return Console(file=trimmed, width=80, highlight=False, soft_wrap=False)
+
+
+class Trimmed:
+    """A stream without the blanks that tables put at the ends of lines: nobody wants them in a file."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.held = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, rest = (self.held + text).split("\n")
+        kept = rest.rstrip(" ")
+        self.held = rest[len(kept) :]
+        self.stream.write("\n".join([*(line.rstrip(" ") for line in lines), kept]))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, numbers: str = "") -> Table:
@@ -52,9 +72,11 @@ def warnings_as_lines() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' notices and its bars for loading weights off the screen, and bitsandbytes' of every layer."""
+    """Keep transformers' notices and its bars for loading weights off the screen, and what other libraries say of their
+    own parts: bitsandbytes of every layer, torchao of kernels it has not been built with."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -22,13 +22,15 @@ from deltatune.registry import METHODS
 from deltatune.report.words import duration, share, size
 from deltatune.train import TrainResult, TrainSettings, load_settings
 from deltatune.train.aliases import CANONICAL, TRANSLATED
+from deltatune.train.detect import detected
+from deltatune.train.foreign import SWITCHES
 from deltatune.train.processes import end_processes, main_process
 
 
 def train(words: Sequence[str], config: str | None, dry_run: bool, print_config: bool, how: Launch = Launch()) -> None:
     settings = settings_of(words, config)
     if print_config:
-        print(yaml.safe_dump(settings.resolved(), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(detected(settings).resolved(), sort_keys=False, allow_unicode=True), end="")
         return
     quiet_libraries()
     if dry_run:
@@ -82,7 +84,7 @@ def flags() -> set[str]:
     for method in METHODS.values():
         own |= {field.name: field.type for field in dataclasses.fields(method.config)}
     found = {name for name, kind in own.items() if kind in (bool, "bool", bool | str | None)}
-    return found | {alias for alias, name in CANONICAL.items() if name in found} | set(TRANSLATED)
+    return found | {alias for alias, name in CANONICAL.items() if name in found} | set(TRANSLATED) | SWITCHES
 
 
 def _plan(settings: TrainSettings) -> None:
@@ -92,7 +94,6 @@ def _plan(settings: TrainSettings) -> None:
     from deltatune.train.begin import begin
     from deltatune.train.choice import check_choice
     from deltatune.train.corpus import encode_corpus, load_corpus
-    from deltatune.train.detect import detected
     from deltatune.train.method import adapt
     from deltatune.train.quantised import check_quantised
     from deltatune.train.settings import UNKNOWN_STEPS
@@ -122,6 +123,8 @@ def _plan(settings: TrainSettings) -> None:
 
 
 def _results(result: TrainResult, report: Path) -> None:
+    from deltatune.report.page import kept
+
     out, metrics = console(), result.metrics
     rows = [(name, _number(before), _number(after)) for name, before, after in score_rows(metrics)]
     if rows:
@@ -135,6 +138,7 @@ def _results(result: TrainResult, report: Path) -> None:
     out.print(
         facts(
             [
+                *kept(metrics, result.settings.load_best_model_at_end),
                 (
                     "time",
                     f"{duration(metrics['train_seconds'])}, up to {size(metrics['peak_memory_bytes'])} of memory",
@@ -161,5 +165,5 @@ def _number(value: float | None) -> str:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    flat = " ".join(text.split())
+    flat = " ".join(text.split()) or "(nothing)"
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -95,6 +95,6 @@ def _spans(judge: Judge, part: Part, predicted: list[Any], score: Any) -> RowSco
     windows = [row for row in part.features if isinstance(row, Window)]
     passages = [example for example in part.examples if isinstance(example, Passage)]
     contexts = [passage.context for passage in passages]
-    answers = read_spans(windows, predicted, contexts, judge.corpus.encoder.max_target_length)
+    answers = read_spans(windows, predicted, contexts, judge.corpus.encoder.answer_length)
     values = [score([said], [[span.text for span in passage.answers]]) for said, passage in zip(answers, passages)]
     return RowScores(values, [1] * len(values))

@@ -13,6 +13,18 @@ from deltatune.data.tagging import Tagged
 from deltatune.data.tagging import features as tagged_features
 from deltatune.errors import ConfigError, DataError
 
+ANSWER = 128  # tokens of an answer where nothing is said of it
+
+
+def answer_length(limit: int | None) -> int:
+    """Tokens that an answer is given: to write it, and of an encoder-decoder to learn it."""
+    return ANSWER if limit is None else limit
+
+
+def within(limit: int | None, most: int) -> int | None:
+    """A limit that is not beyond another one; where there is none, a usual answer has to fit."""
+    return most if most < answer_length(limit) else limit
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -36,6 +48,9 @@ class Encoder:
     """Examples to features for one task and tokenizer.
 
     Attributes:
+        max_length: Tokens of an input, of a causal model of input and answer together.
+        max_target_length: Tokens of an answer. None: 128, and for the learnt ones of a causal model what `max_length`
+            leaves.
         truncation: What is cut of a row that is too long: 'left' (its beginning), 'right' (its end), or the row is left
             out ('drop'). None: as suits the task, which for pairs of a causal model is the beginning of the input.
         train_on: What of a conversation is learnt: 'assistant', 'last' or 'all'.
@@ -44,7 +59,7 @@ class Encoder:
     tokenizer: Any
     task: str
     max_length: int
-    max_target_length: int
+    max_target_length: int | None = None
     separator: str = "\n"
     answer_only: bool = True
     labels: Labels | None = None
@@ -74,12 +89,21 @@ class Encoder:
                 ids = prompt_ids(self.tokenizer, asked)
             except Fault as fault:
                 raise _refused(fault, asked, "input") from fault
-            return ids[-max(1, self.max_length - 1) :]
+            return self._with_room(ids)
         text = asked if isinstance(asked, str) else asked.text
         if self.task == "causal":
             ids = self._ids(text + self.separator, special=True, closed=False)
-            return ids[-max(1, self.max_length - 1) :]
+            return self._with_room(ids)
         return self.cut(self._ids(text, special=True))
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens that an answer is given when it is written."""
+        return answer_length(self.max_target_length)
+
+    def _with_room(self, ids: list[int]) -> list[int]:
+        """The end of a prompt, so that a usual answer, or half of `max_length`, fits behind it."""
+        return ids[-(self.max_length - min(self.answer_length, self.max_length // 2)) :]
 
     def _classified(self, example: Example, source: str) -> tuple[Features, bool]:
         assert self.labels is not None
@@ -90,7 +114,7 @@ class Encoder:
 
     def _translated(self, example: Example, source: str) -> tuple[Features, bool]:
         ids, answer = self._ids(example.text, special=True), self._answer(example.target or "")
-        kept, wanted = self.cut(ids), answer[: self.max_target_length]
+        kept, wanted = self.cut(ids), answer[: self.answer_length]
         self._check(wanted, example, source)
         cut = len(kept) < len(ids) or len(wanted) < len(answer)
         return Features(kept, wanted, len(wanted), whole=len(ids)), cut
@@ -104,11 +128,17 @@ class Encoder:
         if self.truncation in ("right", "drop"):
             learnt = [not self.answer_only] * len(question) + [True] * len(answer)
             return self._limited(question + answer, learnt, example, source)
-        wanted = answer[: min(self.max_target_length, self.max_length - 1)]
+        wanted = answer[: self._room(len(question))]
         kept = question[-(self.max_length - len(wanted)) :]  # the end of a question is nearest to its answer
         ids, learnt = kept + wanted, [not self.answer_only] * len(kept) + [True] * len(wanted)
         cut = len(ids) < len(question) + len(answer)
         return self._learnt(ids, learnt, example, source, len(question) + len(answer)), cut
+
+    def _room(self, question: int) -> int:
+        """Tokens for the answer to a question: where both are long, half of `max_length` each."""
+        if self.max_target_length is not None:
+            return min(self.max_target_length, self.max_length - 1)
+        return self.max_length - min(question, self.max_length // 2)
 
     def _chatted(self, example: Conversation, source: str) -> tuple[Features, bool]:
         try:

@@ -62,7 +62,7 @@ class Corpus:
         tokenizer: Any,
         *,
         max_length: int,
-        max_target_length: int,
+        max_target_length: int | None = None,
         separator: str = "\n",
         answer_only: bool = True,
         vocabulary: int | None = None,

@@ -37,7 +37,7 @@ def read(
         rows = [window for row, passage in enumerate(passages) for window in windows(encoder, passage, row)]
         rows = [replace(window, task_id=ids[window.row]) for window in rows]
         found = _predicted(model, encoder, rows, batch_size, device, after_batch)
-        return read_spans(rows, found, [passage.context for passage in passages], encoder.max_target_length)
+        return read_spans(rows, found, [passage.context for passage in passages], encoder.answer_length)
     assert encoder.labels is not None
     examples = [Tagged.of(text) for text in texts]
     tagged = [replace(features(encoder, example, "input")[0], task_id=id) for example, id in zip(examples, ids)]

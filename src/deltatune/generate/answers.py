@@ -54,7 +54,7 @@ def _read(ready: Ready, inputs: Sequence[str], decoding: Decoding, base: bool) -
 
 
 def _texts(ready: Ready, model: Any, batch: dict[str, Tensor], decoding: Decoding) -> list[Answer]:
-    made = model.generate(**batch, **decoding.arguments(ready.encoder.max_target_length))
+    made = model.generate(**batch, **decoding.arguments(ready.encoder.answer_length))
     fresh = made[:, batch["input_ids"].shape[1] :] if ready.task in CAUSAL_TASKS else made
     return [Answer(text.strip()) for text in ready.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deltatune.config import PeftConfig
+from deltatune.data.encode import within
 from deltatune.data.labels import Labels
 from deltatune.errors import AdapterNameError, ConfigError
 from deltatune.generate.load import Ready, adapter_config, labels_of, make_ready, own_tokenizer, settings_of
@@ -137,7 +138,10 @@ def load_several(plan: Plan) -> Several:
     limit = _room(whole, loaded.positions)
 
     def ready(tokenizer: Any, settings: TrainSettings, labels: Labels | None) -> Ready:
-        lengths = {name: min(getattr(settings, name), limit) for name in ("max_length", "max_target_length")}
+        lengths = {
+            "max_length": min(settings.max_length, limit),
+            "max_target_length": within(settings.max_target_length, limit),
+        }
         return make_ready(whole, tokenizer, settings.model_copy(update=lengths), labels)
 
     as_first = next(iter(tokenizers.values()), loaded.tokenizer)  # the base is asked as the first adapter is

@@ -1,4 +1,7 @@
-"""LoRA: W' = W + (alpha / r) B A, with the options of `deltatune.lora.config`.   https://arxiv.org/abs/2106.09685"""
+"""LoRA: W' = W + (alpha / r) B A.   https://arxiv.org/abs/2106.09685
+
+Its options are in `deltatune.lora.config`.
+"""
 
 from __future__ import annotations
 

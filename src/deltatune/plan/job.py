@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune.config import PeftConfig
+from deltatune.data.encode import answer_length
 from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.errors import ConfigError, PeftError
 from deltatune.kernels.linear_cross_entropy import rows_at_once
@@ -36,7 +37,7 @@ class Shape:
     @classmethod
     def of(cls, settings: TrainSettings) -> Shape:
         """The largest that the settings allow."""
-        answer = settings.max_target_length if settings.task == "seq2seq" else 0
+        answer = answer_length(settings.max_target_length) if settings.task == "seq2seq" else 0
         return cls(settings.per_device_train_batch_size, settings.max_length, answer)
 
 
@@ -170,7 +171,7 @@ def uses_chunks(settings: TrainSettings, vocabulary: int) -> bool:
     """As `train.chunks` decides where it does not try the model."""
     if settings.task not in TEXT_TASKS or settings.loss == "model":
         return False
-    length = settings.max_length if settings.task in CAUSAL_TASKS else settings.max_target_length
+    length = settings.max_length if settings.task in CAUSAL_TASKS else answer_length(settings.max_target_length)
     many = settings.per_device_train_batch_size * length > rows_at_once(vocabulary)
     return settings.loss == "chunked" or many
 

@@ -14,6 +14,7 @@ from pydantic import PydanticUserError, TypeAdapter
 from deltatune.recipes.options import Option, options
 from deltatune.train.aliases import ALIASES, BITS, TRANSLATED
 from deltatune.train.defaults import NICKNAMES
+from deltatune.train.foreign import ADAMW, FIXED, WITHOUT_EFFECT
 from deltatune.train.method import method_names
 from deltatune.train.settings import TASKS, TrainSettings
 
@@ -30,11 +31,14 @@ def settings_schema() -> dict[str, Any]:
     own["task"]["enum"] = list(TASKS)
     own["column_mapping"] = {**own["column_mapping"], **_either(own["column_mapping"], {"type": "string"})}
     own["report_to"] = {**own["report_to"], **_either(own["report_to"], {"type": "string"})}
+    own["optimizer"] = {**own["optimizer"], "enum": [*own["optimizer"]["enum"], *ADAMW]}
     for name, aliases in ALIASES.items():
         if name in own:
             own |= {alias: _same_as(name) for alias in aliases if alias not in own}
     own |= {name: {"type": ["boolean", "string"]} for name in TRANSLATED if name not in own}
     own |= {name: {"type": ["integer", "string", "null"]} for name in BITS}
+    own |= {name: {} for name in (*WITHOUT_EFFECT, "datasets")}
+    own |= {name: {"const": value} for name, (value, _) in FIXED.items()}
     return {
         "$schema": DRAFT,
         **made,

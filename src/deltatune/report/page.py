@@ -76,12 +76,21 @@ def _facts(metrics: dict[str, Any], settings: dict[str, Any], place: AdapterMap)
             "trained",
             f"{place.trained:,} of {place.parameters:,} parameters ({share(place.trained, place.parameters)})",
         ),
-        ("steps", f"{metrics['steps']:,} ({metrics['epochs']:g} epochs of {metrics['train_rows']:,} rows)"),
+        ("steps", f"{metrics['steps']:,} ({metrics['epochs']:.3g} epochs of {metrics['train_rows']:,} rows)"),
+        *kept(metrics, settings["load_best_model_at_end"]),
         ("time", f"{duration(metrics['train_seconds'])} on {machine}"),
         ("memory", f"{size(metrics['peak_memory_bytes'])} at most"),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}"),
         ("seed", str(settings["seed"])),
     ]
+
+
+def kept(metrics: dict[str, Any], best: bool) -> list[tuple[str, str]]:
+    """Whose scores those after training are, where it is not the last step."""
+    step = metrics.get("best_step")
+    if not best or step in (None, metrics["steps"]):
+        return []
+    return [("kept", f"step {step}, the best by {metrics['best_metric']} ({metrics['best_score']:.4g})")]
 
 
 def _scores(metrics: dict[str, Any]) -> list[dict[str, Any]]:

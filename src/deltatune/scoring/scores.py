@@ -71,7 +71,7 @@ def _of_text(corpus: Corpus, ready: Ready, asked: Asked, listener: Listener, sco
             ready.tokenizer,
             [question.prompt for question in questions],
             causal=ready.task in CAUSAL_TASKS,
-            max_new_tokens=asked.max_new_tokens or corpus.encoder.max_target_length,
+            max_new_tokens=asked.max_new_tokens or corpus.encoder.answer_length,
             task_ids=ids if ids and corpus.collator.task_ids else None,
             max_length=corpus.encoder.max_length,
             num_beams=asked.num_beams,

@@ -1,4 +1,7 @@
-"""ShadowPEFT's options. The equations are in `deltatune.shadow.network`."""
+"""ShadowPEFT: h' = h + a U D (h - s) before each block, s the state of a small transformer beside the model.
+
+These are its options; the equations are in `deltatune.shadow.network`.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deltatune.bases import as_map
 from deltatune.bases.packed import PackedLinear
+from deltatune.bases.sliced import is_sliced
 from deltatune.copies import TrainedCopies
 from deltatune.layer import AdaptedLayer
 from deltatune.replication import Replicas
@@ -143,6 +144,8 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 def _sample(tensor: Tensor) -> bytes:
     if not tensor.numel():
         return b""
+    if is_sliced(tensor):  # gathered: all processes have to be here
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     flat = tensor.detach().flatten()
     step = max(flat.numel() // SAMPLES, 1)
     picked = flat[::step][:SAMPLES]

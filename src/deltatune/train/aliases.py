@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltatune.errors import ConfigError
 from deltatune.suggest import did_you_mean
+from deltatune.train import foreign
 
 # canonical name <- names that other programs use for the same thing
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -29,6 +30,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "input_column": ("source_column", "prompt_column"),
     "target_column": ("completion_column", "response_column", "output_column"),
     "text_column": ("text_field", "dataset_text_field"),
+    "max_train_samples": ("max_samples",),
+    "optimizer": ("optim",),
     "max_length": (
         "max_seq_length",
         "cutoff_len",
@@ -73,6 +76,9 @@ def canonical(values: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ConfigError(f"setting {key!r} is not a name; keys must be words", field=str(key), found=key)
         plain = key.replace("-", "_")
+        if plain not in fields and foreign.passed_over(plain, value):
+            continue
+        plain, value = foreign.translated(plain, value)
         name, value = _translated(plain, value) if plain not in fields else (plain, value)
         if name is None:
             continue
@@ -114,6 +120,16 @@ def _bits(key: str, value: Any) -> tuple[str | None, Any]:
         found=value,
         expected=[*IN_FOUR, *IN_EIGHT],
     )
+
+
+def unknown_keys(owners: Mapping[str, Iterable[str]], known: Iterable[str], method: str) -> ConfigError:
+    """All of them at once; `owners`: for each the methods that do have such an option."""
+    told = {key: unknown_key(key, known, method, elsewhere) for key, elsewhere in owners.items()}
+    first = next(iter(told))
+    if len(told) == 1:
+        return told[first]
+    words = "; ".join(str(one) for one in told.values())
+    return ConfigError(words, field=first, found=list(told), expected=told[first].expected)
 
 
 def unknown_key(key: str, known: Iterable[str], method: str, elsewhere: Iterable[str]) -> ConfigError:

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from deltatune.bases.bitsandbytes import keep_layout
-from deltatune.data.example import TEXT_TASKS
+from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.data.labels import Labels
 from deltatune.errors import ConfigError, FormatError
+from deltatune.suggest import did_you_mean
+from deltatune.train.direction import check_direction
 from deltatune.train.quantised import loading_options, refuse_embedded
 from deltatune.train.settings import TrainSettings
 
@@ -50,6 +52,8 @@ def load_base(settings: TrainSettings, labels: Labels | None = None, device: tor
         notices.append(
             f"{len(fresh)} tensors of {settings.model_name_or_path} are not in its files and random: {shown}"
         )
+    if settings.task in CAUSAL_TASKS:
+        notices += check_direction(model, settings.model_name_or_path)
     return replace(finish_base(model, tokenizer, settings), notices=tuple(notices))
 
 
@@ -190,13 +194,39 @@ def _place(name: str) -> str:
 
 def _unloadable(settings: TrainSettings, error: Exception) -> FormatError:
     name = settings.model_name_or_path
+    if served := _served(name, error):
+        return FormatError(
+            f"model {name!r} has no class for task {settings.task}; it has one for task: {', '.join(served)}",
+            path=name,
+            field="task",
+            found=settings.task,
+            expected=served,
+        )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return FormatError(
-        f"model {name!r} cannot be loaded for task {settings.task}: {reason.rstrip('.')}; check the name, and that "
-        "the architecture has this task",
+        f"model {name!r} cannot be loaded for task {settings.task}: {reason.rstrip('.')}; "
+        f"check the name{_near(name)}, and that the architecture has this task",
         path=name,
         field="model_name_or_path",
     )
+
+
+def _served(name: str, error: Exception) -> list[str]:
+    """The tasks that transformers has a class for, where it refused this one for want of one."""
+    import transformers
+
+    if "Unrecognized configuration class" not in str(error):
+        return []
+    config = type(transformers.AutoConfig.from_pretrained(_place(name)))
+    tasks = ("seq2seq", "causal", "chat", "classification", "token_classification", "question_answering")
+    return [task for task in tasks if config in auto_class(task)._model_mapping]
+
+
+def _near(name: str) -> str:
+    """Model folders here that are called almost so."""
+    folder = Path(name)
+    beside = [one.name for one in folder.parent.iterdir() if (one / "config.json").is_file()] if "/" not in name else []
+    return did_you_mean(name, beside)
 
 
 @contextmanager

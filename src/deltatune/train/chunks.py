@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deltatune.data.encode import answer_length
 from deltatune.data.example import TEXT_TASKS
 from deltatune.errors import ConfigError
 from deltatune.kernels.linear_cross_entropy import rows_at_once
@@ -40,5 +41,5 @@ def _saves_memory(base: Base, settings: TrainSettings) -> bool:
     """Whether the logits of a batch can be more than are made at a time."""
     if settings.task not in TEXT_TASKS or base.vocabulary is None:
         return False
-    length = settings.max_length if settings.task == "causal" else settings.max_target_length
+    length = settings.max_length if settings.task == "causal" else answer_length(settings.max_target_length)
     return settings.per_device_train_batch_size * length > rows_at_once(base.vocabulary)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from deltatune.data.alike import normal
+from deltatune.data.encode import within
 from deltatune.data.prepare import Corpus, prepare
 from deltatune.data.source import load_tables
 from deltatune.data.templates import set_template
@@ -77,7 +79,7 @@ def encode_corpus(
     return corpus.encode(
         tokenizer,
         max_length=min(settings.max_length, limit),
-        max_target_length=min(settings.max_target_length, limit),
+        max_target_length=within(settings.max_target_length, limit),
         separator=settings.separator,
         answer_only=settings.completion_only_loss,
         vocabulary=vocabulary,
@@ -118,6 +120,21 @@ def tell_lengths(corpus: Corpus, listener: Listener) -> None:
             listener.on_notice(
                 f"{part.source}: {lengths.dropped} of {lengths.rows} rows are left out, because nothing of their "
                 f"answers is within max_length={limit}; raise it, or cut with truncation: left"
+            )
+
+
+def tell_leaks(corpus: Corpus, listener: Listener) -> None:
+    """Inputs to be scored that are trained on too, in a notice: such scores say nothing of other inputs."""
+    for part in (corpus.eval, corpus.test):
+        if part is None:
+            continue
+        asked = [normal(example.text) for example in part.examples]
+        wanted = set(asked)
+        trained = {text for example in corpus.train.examples if (text := normal(example.text)) in wanted}
+        if count := sum(text in trained for text in asked):
+            listener.on_notice(
+                f"{part.source}: {count} of {len(asked)} inputs are trained on too, and scores on them say nothing; "
+                "deltatune data check tells which"
             )
 
 

@@ -29,11 +29,12 @@ def detected(
     if "task" in settings.model_fields_set:
         return settings
     present = _columns(settings, rows)
-    task = _task(present, _decodes_only(settings, config)) if present else settings.task
+    told = settings.chat_template is not None
+    task = _task(present, _decodes_only(settings, config), told) if present else settings.task
     return TrainSettings(**{**settings.model_dump(exclude_unset=True), "task": task})
 
 
-def _task(present: set[str], decoder: bool) -> str:
+def _task(present: set[str], decoder: bool, template: bool) -> str:
     if present & set(MESSAGES):
         return "chat"
     if present & set(WORDS) and present & set(TAGS):
@@ -43,6 +44,8 @@ def _task(present: set[str], decoder: bool) -> str:
     pairs = any(target in present and set(sources) <= present for sources, target in PAIRS)
     if "text" in present and present & set(LABELS) and not pairs:
         return "classification"
+    if decoder and pairs and template:  # inputs and answers are turns where a template is to write them
+        return "chat"
     return "causal" if decoder else "seq2seq"
 
 

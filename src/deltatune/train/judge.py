@@ -126,7 +126,7 @@ class Judge:
                 [question.prompt for question in questions],
                 causal=self.settings.task in CAUSAL_TASKS,
                 task_ids=task_ids,
-                max_new_tokens=self.corpus.encoder.max_target_length,
+                max_new_tokens=self.corpus.encoder.answer_length,
                 max_length=self.corpus.encoder.max_length,
                 num_beams=self.settings.num_beams,
                 batch_size=self.settings.per_device_eval_batch_size,

@@ -24,7 +24,7 @@ from deltatune.train.choice import check_choice
 from deltatune.train.chunks import choose_loss
 from deltatune.train.claim import claim, threads
 from deltatune.train.conditions import base_facts, compare, compare_machines, conditions, machine, refuse_fewer_steps
-from deltatune.train.corpus import encode_corpus, load_corpus, tell_lengths
+from deltatune.train.corpus import encode_corpus, load_corpus, tell_leaks, tell_lengths
 from deltatune.train.detect import detected
 from deltatune.train.events import Listener, Listeners, RunInfo
 from deltatune.train.finish import before_training, finish
@@ -130,6 +130,7 @@ def _train(
     listener.on_stage("tokens")
     corpus = encode_corpus(settings, corpus, base.tokenizer, base.vocabulary, base.positions)
     tell_lengths(corpus, listener)
+    tell_leaks(corpus, listener)
     facts = conditions(
         settings,
         corpus.digest,

@@ -50,5 +50,5 @@ def answers_and_truth(part: Part, predicted: Sequence[Any], encoder: Encoder) ->
     """The answer found in every row's context, and those that are right."""
     windows = [row for row in part.features if isinstance(row, Window)]
     passages = [example for example in part.examples if isinstance(example, Passage)]
-    answers = read_spans(windows, predicted, [passage.context for passage in passages], encoder.max_target_length)
+    answers = read_spans(windows, predicted, [passage.context for passage in passages], encoder.answer_length)
     return answers, [[span.text for span in passage.answers] for passage in passages]

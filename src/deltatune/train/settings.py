@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deltatune.data.example import CAUSAL_TASKS, TEXT_TASKS
 from deltatune.errors import ConfigError, LimitError
-from deltatune.train.aliases import CANONICAL, canonical, unknown_key
+from deltatune.train.aliases import CANONICAL, canonical, unknown_keys
 from deltatune.train.defaults import FULL, for_run, learning_rate, with_defaults
 from deltatune.train.method import is_lora, method_fields, method_names, normal_method, peft_config, takes_tasks
 
@@ -73,7 +73,11 @@ class TrainSettings(BaseModel):
     max_length: int = Field(
         512, ge=2, description="tokens of an input (causal, chat: with answers; question_answering: of a window)"
     )
-    max_target_length: int = Field(128, ge=1, description="tokens of an answer")
+    max_target_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of an answer; unset: 128; causal: of a learnt one what max_length leaves",
+    )
     separator: str = Field("\n", description="between input and answer of a causal model")
     completion_only_loss: bool = Field(True, description="causal, chat: learn the answer only, not the input")
     chat_template: str | None = Field(None, description="chat: chatml, plain, or a jinja file; default: its own")
@@ -245,9 +249,9 @@ def gather(values: dict[str, Any]) -> dict[str, Any]:
     }
     for key in [key for key in given if key not in own]:
         options[key] = given.pop(key)
-    for key in options:
-        if key not in fields:
-            raise unknown_key(key, own | fields, method, [m for m in method_names() if key in method_fields(m)])
+    if unknown := [key for key in options if key not in fields]:
+        owners = {key: [m for m in method_names() if key in method_fields(m)] for key in unknown}
+        raise unknown_keys(owners, own | fields, method)
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [] if given["report_to"] in ("none", "") else given["report_to"].split(",")
     if isinstance(given.get("column_mapping"), str):

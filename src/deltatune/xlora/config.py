@@ -1,4 +1,7 @@
-"""X-LoRA's options. The equations are in `deltatune.xlora.experts` and `deltatune.xlora.classifier`."""
+"""X-LoRA: W' = W + sum_i s_i(token) (alpha_i / r_i) B_i A_i, frozen LoRA experts weighted by a trained classifier.
+
+These are its options; the equations are in `deltatune.xlora.experts` and `deltatune.xlora.classifier`.
+"""
 
 from __future__ import annotations
 

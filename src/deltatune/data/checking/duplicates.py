@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from deltatune.data.alike import normal
 from deltatune.data.checking.report import Leak
 from deltatune.data.example import Example
 from deltatune.data.tagging import Tagged
 
 SHOWN = 5
-_NO_WORD = re.compile(r"[\W_]+")
-
-
-def normal(text: str) -> str:
-    """Without regard to case, accents' encoding, punctuation and blanks."""
-    return _NO_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip() or text
 
 
 def repetitions(examples: Sequence[Example]) -> tuple[int, int, list[list[int]], int]:
