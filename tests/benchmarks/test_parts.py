@@ -13,16 +13,9 @@ import torch
 import transformers
 from harness.part import Part
 
-SLOW = (
-    "memory",
-    "startup",
-    "decode",
-    "prefix_cost",
-    "experts",
-    "adapters",
-    "step",
-    "growth",
-)  # of other shapes, or in processes
+# of other shapes, or in processes
+OLDER = ("memory", "startup", "decode", "prefix_cost", "experts", "adapters", "step")
+SLOW = (*OLDER, "growth", "methods")
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +28,13 @@ def as_it_was():
     logging.captureWarnings(False)
 
 
-def parts(slow):
-    names = [name for name, script in bench.PARTS.items() if script.there(name) and (name in SLOW) == slow]
-    return [pytest.param(name, marks=pytest.mark.slow) if slow else name for name in names]
+def parts(older):
+    names = [name for name, script in bench.PARTS.items() if script.there(name) and (name in OLDER) == older]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", parts(slow=False))
+@pytest.mark.parametrize("name", parts(older=False))
 def test_a_part_measures_and_shows_what_it_found(name, tmp_path, capsys):
     part: Part = importlib.import_module(name).PART
     importlib.import_module("harness.part").main(part, ["--quick", "--into", str(tmp_path)])
@@ -55,7 +48,7 @@ def test_a_part_measures_and_shows_what_it_found(name, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", parts(slow=True))
+@pytest.mark.parametrize("name", parts(older=True))
 def test_an_older_part_runs(name, monkeypatch):
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *(bench.PARTS[name].quick if name != "experts" else ())])

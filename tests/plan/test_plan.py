@@ -155,6 +155,7 @@ def test_checkpointing_and_chunks_take_less(models):
     assert peak(loss="chunked", gradient_checkpointing=True).activations < chunked.activations / 2
 
 
+@pytest.mark.slow
 def test_what_fits_is_found_and_does_fit(models):
     settings = settings_for(models, "llama", per_device_train_batch_size=8, max_length=256)
     base = plan(settings, device="cpu", speed=SPEED)
