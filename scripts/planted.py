@@ -200,12 +200,12 @@ MUTANTS = [
     Mutant(
         "gralora", "scale without the hybrid rank", "self.scaling = alpha / (r + hybrid_r)", "self.scaling = alpha / r"
     ),
-    Mutant("gralora", "shares not exchanged", ".transpose(-3, -2).flatten(-3)", ".flatten(-3)"),
+    Mutant("gralora", "shares not exchanged", ".transpose(0, 1).flatten(0, 2)", ".flatten(0, 2)"),
     Mutant(
         "gralora",
         "whole update forgotten in the weight",
-        "update = update + self.gralora_B_general.weight @",
-        "update + self.gralora_B_general.weight @",
+        "torch.cat([up, self.gralora_B_general.weight], 1)",
+        "torch.cat([up, 0 * self.gralora_B_general.weight], 1)",
     ),
     Mutant("gralora", "blocks drawn as one", "in (*A, *B, *(", "in (A, B, *("),
     Mutant(

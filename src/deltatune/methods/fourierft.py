@@ -58,7 +58,6 @@ class FourierFT(Adapter):
     views: ClassVar[tuple[str, ...]] = (
         *("fourierft_spectrum", "fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices"),
     )
-
     indices: Tensor
     halves: Tensor
     mirrored: Tensor
@@ -86,19 +85,16 @@ class FourierFT(Adapter):
         """The places, and the same in half spectra: of real vectors, the other half mirrors the first."""
         (rows, columns), (height, width) = indices, self.shape
         halves = torch.stack([torch.minimum(rows, height - rows), torch.minimum(columns, width - columns)])
-        self.register_buffer("indices", indices, persistent=False)
-        self.register_buffer("halves", halves, persistent=False)
-        self.register_buffer("mirrored", (2 * columns <= width) != (2 * rows > height), persistent=False)
+        mirrored = (2 * columns <= width) != (2 * rows > height)
         alone = (halves[0] == 0) | (2 * halves[0] == height)  # rows without a mirror image
-        self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
         # with half of the columns each entry stands for its mirror image too, but in columns that are their own mirror
         left, own = 2 * columns <= width, (columns == 0) | (2 * columns == width)
         flat = torch.where(left, rows, -rows % height) * (width // 2 + 1) + halves[1]
-        again = (-rows % height) * (width // 2 + 1) + halves[1]
-        self.register_buffer("placed", torch.cat([flat, again[own]]), persistent=False)
-        self.register_buffer(
-            "entries", torch.cat([torch.arange(len(rows), device=rows.device), own.nonzero()[:, 0]]), persistent=False
-        )
+        placed = torch.cat([flat, (-rows[own] % height) * (width // 2 + 1) + halves[1, own]])
+        entries = torch.cat([torch.arange(len(rows), device=rows.device), own.nonzero()[:, 0]])
+        found = {"indices": indices, "halves": halves, "mirrored": mirrored, "placed": placed, "entries": entries}
+        for name, tensor in {**found, "share": torch.where(alone, 1.0, 0.5)}.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def derived_tensors(self) -> dict[str, Tensor]:
         return {"fourierft_indices": self.indices}
@@ -126,7 +122,7 @@ class FourierFT(Adapter):
         if not few and (y := through_sum(x, layer, self.delta, c)) is not None:
             return y
         y = layer(x)
-        if fewer_by_vector(x, layer, self.fourierft_n_frequency):
+        if few:
             return y + self._change(x, c, layer).to(y.dtype)
         return y + recomputed(lambda x, c: layer.apply(x, self.delta(c)), x, c).to(y.dtype)
 
@@ -139,17 +135,14 @@ class FourierFT(Adapter):
             X = torch.polar(torch.ones_like(angle), angle)
             c = c * layer.apply(x, c.new_ones(1, width))
         else:
-            dtype = torch.promote_types(x.dtype, c.dtype)
-            X = torch.fft.rfft(x.to(dtype))[..., columns]
+            X = torch.fft.rfft(x.to(torch.promote_types(x.dtype, c.dtype)))[..., columns]
         h = torch.where(self.mirrored, X.conj(), X) * (c * self.share)
         H = h.new_zeros(*h.shape[:-1], height // 2 + 1).index_add(-1, rows, h)
         return torch.fft.irfft(H, n=height) / width
 
 
 METHOD = Method(
-    PeftType.FOURIERFT,
-    FourierFTConfig,
-    FourierFT,
+    *(PeftType.FOURIERFT, FourierFTConfig, FourierFT),
     key_prefix="fourierft_",
     default_targets=usual_targets,
     learning_rate=0.1,

@@ -81,8 +81,7 @@ class GraLoRA(Adapter):
         self.scaling = alpha / (r + hybrid_r)
         self.gralora_dropout = input_dropout(layer, dropout)
         A, B = torch.empty(k, r, layer.in_features // k), torch.empty(k, layer.out_features // k, r)
-        whole = [(hybrid_r, layer.in_features), (layer.out_features, hybrid_r)] if hybrid_r else []
-        general = [Factor(*shape) for shape in whole]
+        general = [Factor(hybrid_r, layer.in_features), Factor(layer.out_features, hybrid_r)] if hybrid_r else []
         for factor in (*A, *B, *(factor.weight for factor in general)):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))  # each block as nn.Linear does
         if start_at_zero:
@@ -102,42 +101,32 @@ class GraLoRA(Adapter):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The update as two matrices (k r, in) and (out, k r), the rows of the first in the order of the second."""
-        down = torch.block_diag(*self.gralora_A.mT)
-        return self._exchanged(down.T).T, torch.block_diag(*self.gralora_B.mT)
-
-    def _exchanged(self, h: Tensor) -> Tensor:
-        """(..., k r): from k shares of each block of the input to k shares for each block of the output."""
-        k = self.gralora_k
-        return h.unflatten(-1, (k, k, self.r // k)).transpose(-3, -2).flatten(-3)
+        """The update as two matrices (k r + hybrid_r, in) and (out, k r + hybrid_r)."""
+        k, down, up = self.gralora_k, torch.block_diag(*self.gralora_A.mT), torch.block_diag(*self.gralora_B.mT)
+        down = down.unflatten(0, (k, k, -1)).transpose(0, 1).flatten(0, 2)  # k shares of each input for each output
+        if self.gralora_A_general is None or self.gralora_B_general is None:
+            return down, up
+        return torch.cat([down, self.gralora_A_general.weight]), torch.cat([up, self.gralora_B_general.weight], 1)
 
     def adapt(self, weight: Tensor) -> Tensor:
         down, up = self.factors
-        update = up @ down
-        if self.gralora_A_general is not None and self.gralora_B_general is not None:
-            update = update + self.gralora_B_general.weight @ self.gralora_A_general.weight
-        return weight + self.scaling * update
+        return weight + self.scaling * (up @ down)
 
     def low_rank(self, layer: LinearMap) -> tuple[Tensor, Tensor]:
         down, up = self.factors
-        if self.gralora_A_general is not None and self.gralora_B_general is not None:
-            down = torch.cat([down, self.gralora_A_general.weight])
-            up = torch.cat([up, self.gralora_B_general.weight], 1)
         return self.scaling * up, down
 
     def forward(self, x: Any, layer: LinearMap) -> Tensor:
-        y = layer(x)
-        if self.kind == "linear":
-            y = self._through_blocks(self.gralora_dropout(x), y)
-        else:
+        y, dropped = layer(x), self.gralora_dropout(x)
+        if self.kind != "linear":
             down, up = self.factors
-            y = y + (self.scaling * layer.mix(layer.apply(self.gralora_dropout(x), down), up)).to(y.dtype)
-        if self.gralora_A_general is None or self.gralora_B_general is None:
-            return y
-        update = layer.mix(
-            layer.apply(self.gralora_dropout(x), self.gralora_A_general.weight), self.gralora_B_general.weight
-        )
-        return y + (self.scaling * update).to(y.dtype)
+        else:
+            y = self._through_blocks(dropped, y)
+            if self.gralora_A_general is None or self.gralora_B_general is None:
+                return y
+            dropped = self.gralora_dropout(x)
+            down, up = self.gralora_A_general.weight, self.gralora_B_general.weight
+        return y + (self.scaling * layer.mix(layer.apply(dropped, down), up)).to(y.dtype)
 
     def _through_blocks(self, x: Tensor, y: Tensor) -> Tensor:
         """y and the update of vectors x; as two matrices it would cost k times as much.
@@ -153,9 +142,7 @@ class GraLoRA(Adapter):
 
 
 METHOD = Method(
-    PeftType.GRALORA,
-    GraloraConfig,
-    GraLoRA,
+    *(PeftType.GRALORA, GraloraConfig, GraLoRA),
     key_prefix="gralora_",
     default_targets=usual_targets,
     learning_rate=2e-4,

@@ -68,13 +68,8 @@ class MiSS(Adapter):
         if config.r > width:
             raise _refusal("r", config.r, f"is more than the {width} inputs of {path}; use at most", width)
         if bat and (out % config.r or width % config.r):
-            near = _nearest(config.r, math.gcd(out, width))
-            raise _refusal(
-                "r",
-                config.r,
-                f'does not divide both sides of {path}, ({out}, {width}), as init_weights="bat" needs',
-                near,
-            )
+            why = f'does not divide both sides of {path}, ({out}, {width}), as init_weights="bat" needs'
+            raise _refusal("r", config.r, why, _nearest(config.r, math.gcd(out, width)))
         mini = config.mini_r if config.init_weights == "mini" else out
         if out % mini:
             raise _refusal("mini_r", mini, f"does not divide the {out} outputs of {path}", _nearest(mini, out))
