@@ -265,7 +265,9 @@ MUTANTS = [
         "((self.w1, x % n), (self.w2, x // n))",
     ),
     Mutant("gralora", "blocks not exchanged", ".transpose(0, 2).flatten(2)", ".flatten(2)"),
-    Mutant("gralora", "forgotten scale, weight", "return weight + self.scaling * update", "return weight + update"),
+    Mutant(
+        "gralora", "forgotten scale, weight", "return weight + self.scaling * (up @ down)", "return weight + up @ down"
+    ),
     Mutant(
         "miss",
         "neighbouring inputs summed instead of blocks",
