@@ -34,7 +34,7 @@ def test_a_method_that_is_no_word(value):
     ("method", "field", "value"),
     [
         ("DELORA", "delora_lambda", 1e39), ("FROD", "regularization_alpha", 10**400), ("LORA", "lora_alpha", -(10**30)),
-        ("PROMPT_TUNING", "num_virtual_tokens", 10**30),
+        ("PROMPT_TUNING", "num_virtual_tokens", 10**30), ("SUPERTUNING", "r", {}),
     ],
 )  # fmt: skip
 def test_numbers_that_no_tensor_can_hold(method, field, value):
@@ -52,6 +52,18 @@ def test_numbers_that_no_tensor_can_hold(method, field, value):
 def test_notes_of_another_shape(folder, facts):
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"deltatune": facts})
     load_is_refused(folder, FormatError, WEIGHTS)
+
+
+def test_an_old_file_whose_entry_claims_more_bytes_than_there_are(folder):
+    """A zip of torch.save, of which one bit of a size has changed."""
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    content = bytearray((folder / "adapter_model.bin").read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))  # in the table at the end
+    for size in (20, 24):  # of what is stored, and of what it unfolds to
+        content[entry + size : entry + size + 4] = (len(content) * 2).to_bytes(4, "little")
+    (folder / "adapter_model.bin").write_bytes(content)
+    load_is_refused(folder, FormatError, "adapter_model.bin")
 
 
 @pytest.mark.parametrize("value", [[[0, 2]], [{}], [None], [["q_proj"]]])

@@ -47,6 +47,7 @@ class SupertuningConfig(LayerConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.SUPERTUNING
         if self.r is not None and self.lora_alpha is None:
+            checks.positive_int("SupertuningConfig", "r", self.r)
             self.lora_alpha = 2 * self.r
         super().__post_init__()
 

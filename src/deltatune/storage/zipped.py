@@ -58,7 +58,7 @@ def read_zipped(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
                 raise FormatError(f"{path}: big-endian numbers, which are not read here", path=str(path))
             found = machine.run(archive.read(f"{root}data.pkl"))
             facts = read_facts_of(path, archive.read(root + FACTS).decode()) if root + FACTS in entries else None
-    except (zipfile.BadZipFile, KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError, EOFError) as error:
         if isinstance(error, (FormatError, UnsafeError, LimitError)):
             raise
         raise FormatError(
