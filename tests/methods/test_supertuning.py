@@ -184,13 +184,15 @@ def test_in_half_precision_an_update_far_below_the_weights_comes_through(biased)
     model = get_peft_model(nn.ModuleDict({"a": layer}), SupertuningConfig(target_modules=["a"], sparsity=0.5))
     wrapper = model.get_base_model()["a"]
     adapter = wrapper.adapters["default"]
-    nn.init.constant_(adapter.supertuning_values, 2.0**-10)
+    signs = torch.randint(2, adapter.supertuning_values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    adapter.supertuning_values.data = signs * 2.0**-10  # of one sign they would cancel, as the layer's own part does
     x = torch.zeros(3, 40, 32, dtype=torch.bfloat16)
     x[..., ::2], x[..., 1::2] = 1, -1  # the layer's own part is nothing, which leaves all digits to the update
     x.requires_grad_()
     with torch.no_grad():
         whole = adapter.adapt(layer.weight)
     expected = x.float() @ (whole - layer.weight).T + (layer.bias.float() if biased else 0)
+    assert (x.float() @ (whole - layer.weight).T).abs().max() > 4 * 2.0**-10  # what would be lost
     pull = torch.randn_like(expected)
     out = wrapper(x)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-3)
